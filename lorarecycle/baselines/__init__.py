@@ -1,0 +1,1 @@
+"""Methods that LoRA Recycle is compared with."""

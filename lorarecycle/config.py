@@ -1,0 +1,217 @@
+"""Settings of every stage: frozen dataclasses, checked when made; the command line's flags come from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SITES = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """LoRA Inversion (Eq. 1, 2) with token pruning (Sec. 4.3)."""
+
+    images_per_class: int = 20
+    """Images synthesised for each class of an adapter."""
+    batch_size: int = 25
+    """Images optimised together; the batch-norm prior compares their joint statistics."""
+    steps: int = 2000
+    """Adam steps per batch."""
+    lr: float = 0.25
+    """Learning rate of Adam on the pixels (normalised space)."""
+    betas: tuple[float, float] = (0.5, 0.99)
+    """Adam's betas."""
+    image_size: int | None = None
+    """Side in pixels; the backbone's own when None."""
+    prior: str | None = "resnet50"
+    """Batch-norm network of the prior: a timm model name, a safetensors file of one, or None for no prior."""
+    prior_weight: float = 0.01
+    """alpha_R of Eq. 1."""
+    prior_size: int | None = None
+    """Side in pixels at which the prior sees the images; their own when None."""
+    prune: dict[int, float] = field(default_factory=dict)
+    """`{layer: ratio}`: share of the patch tokens still there that is dropped in that block."""
+    prune_from: float = 0.25
+    """Share of the steps before pruning starts."""
+    roll: float = 0.125
+    """Largest random shift of the images at each step, as a share of the side."""
+    flip: bool = True
+    """Mirror the images with probability 1/2 at each step."""
+
+    def __post_init__(self) -> None:
+        _at_least("images_per_class", self.images_per_class, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("steps", self.steps, 1)
+        _positive("lr", self.lr)
+        _at_least("prior_weight", self.prior_weight, 0)
+        if self.image_size is not None:
+            _at_least("image_size", self.image_size, 1)
+        if self.prior_size is not None:
+            _at_least("prior_size", self.prior_size, 1)
+        _between("prune_from", self.prune_from, 0, 1)
+        _between("roll", self.roll, 0, 0.5)
+        for name, beta in zip(("betas[0]", "betas[1]"), self.betas, strict=True):
+            _between(name, beta, 0, 1)
+        for layer, ratio in self.prune.items():
+            if not 0 <= ratio < 1:
+                raise ValueError(f"`prune[{layer}]` must be a ratio in [0, 1), got {ratio}; no token would be left.")
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Meta-training of the meta-LoRA (Eq. 3, 4)."""
+
+    steps: int = 200
+    """Episodes, one optimiser step each."""
+    n_way: int = 5
+    """Classes of an episode."""
+    n_shot: int = 1
+    """Support images per class."""
+    n_query: int = 15
+    """Query images per class."""
+    interpolation: float = 0.5
+    """Share of episodes whose classes come from different adapters (Sec. 4.2)."""
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
+    """Distance of features to class centres (Eq. 3b)."""
+    r: int = 4
+    """Rank of the meta-LoRA."""
+    lora_alpha: float = 4.0
+    """Scaling is lora_alpha / r."""
+    sites: tuple[str, ...] = ("q", "v")
+    """Linear layers that the meta-LoRA adapts: any of q, k, v, proj, fc1, fc2."""
+    layers: tuple[int, ...] | None = None
+    """Blocks that it adapts; all when None (Tab. 10)."""
+    lr: float = 1e-3
+    """Highest learning rate of a cycle."""
+    lr_min: float = 1e-5
+    """Lowest learning rate of a cycle."""
+    cycle: int = 100
+    """Steps of a learning-rate cycle: the first quarter warms up linearly, the rest is a cosine back."""
+    flip: bool = True
+    """Mirror each image with probability 1/2."""
+    sparsity: float | None = None
+    """Share of the patch tokens left out: from the kept tokens of the inversion when None, else from its scores."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 0)
+        _at_least("n_way", self.n_way, 2)
+        _at_least("n_shot", self.n_shot, 1)
+        _at_least("n_query", self.n_query, 1)
+        _between("interpolation", self.interpolation, 0, 1)
+        _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+        _at_least("r", self.r, 1)
+        _positive("lora_alpha", self.lora_alpha)
+        _sites(self.sites)
+        _positive("lr", self.lr)
+        _positive("lr_min", self.lr_min)
+        _at_least("cycle", self.cycle, 4)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}; no token would be left.")
+
+
+@dataclass(frozen=True)
+class RecycleConfig:
+    """The whole pipeline: inversion of every adapter, then meta-training."""
+
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be in [0, 2**63), got {self.seed}.")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Tuning of one adapter and its head on labelled images (Sec. 5, implementation details)."""
+
+    epochs: int = 10
+    """Passes over the images."""
+    batch_size: int = 32
+    """Images per step."""
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+    r: int = 4
+    """Rank."""
+    lora_alpha: float = 4.0
+    """Scaling is lora_alpha / r."""
+    sites: tuple[str, ...] = ("q", "v")
+    """Linear layers that get factors: any of q, k, v, proj, fc1, fc2."""
+    layers: tuple[int, ...] | None = None
+    """Blocks that get factors; all when None."""
+    flip: bool = True
+    """Mirror each image with probability 1/2."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        _at_least("epochs", self.epochs, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        _positive("lr", self.lr)
+        _at_least("r", self.r, 1)
+        _positive("lora_alpha", self.lora_alpha)
+        _sites(self.sites)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Few-shot tasks of an evaluation (Sec. 3, testing setup)."""
+
+    n_way: int = 5
+    """Classes of a task."""
+    n_shot: int = 1
+    """Support images per class."""
+    n_query: int = 15
+    """Query images per class."""
+    n_tasks: int = 600
+    """Tasks."""
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
+    """Distance of features to class centres."""
+    seed: int = 0
+    """Seed of the task list: equal seeds, equal tasks."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_way", "n_shot", "n_query", "n_tasks"):
+            _at_least(name, getattr(self, name), 2 if name == "n_way" else 1)
+        _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready values: tuples as lists, dictionary keys as strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must be between {low} and {high}, got {value}.")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {tuple(allowed)}, got {value!r}.")
+
+
+def _sites(sites: Sequence[str]) -> None:
+    if not sites or not set(sites) <= set(SITES):
+        raise ValueError(f"`sites` must name some of {SITES}, got {tuple(sites)}.")

@@ -1,0 +1,120 @@
+"""Trainable LoRA factors, kept apart from the frozen backbone that they are worn by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Head, LoRAFactors
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+SITE_NAMES = {
+    "q": "attn.q",
+    "k": "attn.k",
+    "v": "attn.v",
+    "proj": "attn.proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_LAYERS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), **{f"{s}": (s,) for s in SITE_NAMES.values()}}
+
+
+class LoRA(nn.Module):
+    """LoRA factors as parameters; pass it to `Backbone.forward(lora=...)`.
+
+    Args:
+        factors: site -> `LoRAFactors`; the tensors are copied, in float32.
+    """
+
+    def __init__(self, factors: Mapping[str, LoRAFactors]) -> None:
+        super().__init__()
+        self.scalings = {site: f.scaling for site, f in factors.items()}
+        self.lora_A = nn.ParameterDict({_key(site): f.lora_A.detach().clone().float() for site, f in factors.items()})
+        self.lora_B = nn.ParameterDict({_key(site): f.lora_B.detach().clone().float() for site, f in factors.items()})
+
+    @classmethod
+    def random(
+        cls,
+        backbone: Backbone,
+        *,
+        r: int = 4,
+        lora_alpha: float = 4.0,
+        sites: Sequence[str] = ("q", "v"),
+        layers: Sequence[int] | None = None,
+        generator: torch.Generator,
+    ) -> LoRA:
+        """Fresh factors as PEFT starts them: `lora_A` Kaiming uniform, `lora_B` zero.
+
+        Args:
+            backbone: model that will wear them.
+            r: rank.
+            lora_alpha: scaling is `lora_alpha / r`.
+            sites: any of q, k, v, proj, fc1, fc2.
+            layers: block indices; all when None.
+            generator: randomness of `lora_A`, on the CPU.
+        """
+        factors = {}
+        for block in range(backbone.num_blocks) if layers is None else layers:
+            for name in sites:
+                site = f"blocks.{block}.{SITE_NAMES[name]}"
+                out_features, in_features = backbone.site_shape(site)
+                bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5)
+                lora_A = (torch.rand(r, in_features, generator=generator) * 2 - 1) * bound
+                factors[site] = LoRAFactors(lora_A, torch.zeros(out_features, r), lora_alpha / r)
+        return cls(factors).to(backbone.device)
+
+    @classmethod
+    def from_adapter(cls, adapter: Adapter) -> LoRA:
+        """The factors of an adapter, ready to be worn un-merged or trained on."""
+        return cls(adapter.factors)
+
+    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
+        """An `Adapter` that holds copies of the factors, for the model `like`."""
+        factors = {
+            site: LoRAFactors(
+                self.lora_A[_key(site)].detach().cpu().clone(), self.lora_B[_key(site)].detach().cpu().clone(), s
+            )
+            for site, s in self.scalings.items()
+        }
+        return Adapter(factors, head, base_model=like.name, mean=like.mean, std=like.std, name=name)
+
+    def layer(self, name: str, widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Stacked factors of one linear layer for `kernels.lora_qkv`.
+
+        Args:
+            name: "blocks.3.attn.qkv", "blocks.3.attn.proj", "blocks.3.mlp.fc1" or "blocks.3.mlp.fc2".
+            widths: (in, out of one segment).
+            dtype: of the result.
+
+        Returns:
+            `lora_A` [S, R, in] and `lora_B` [S * out, R], scaling folded in, smaller ranks and absent sites padded
+            with zeros; None where the layer carries no factors.
+        """
+        prefix, _, layer = name.partition(".attn.") if ".attn." in name else name.partition(".mlp.")
+        sites = [f"{prefix}.{site}" for site in _LAYERS[name[len(prefix) + 1 :]]]
+        ranks = [self.lora_A[_key(s)].shape[0] if s in self.scalings else 0 for s in sites]
+        R = max(ranks)
+        if R == 0:
+            return None
+        in_features, out_features = widths
+        stack_A, stack_B = [], []
+        for site, r in zip(sites, ranks, strict=True):
+            if r == 0:
+                zeros = self.lora_A[_key(sites[ranks.index(R)])]
+                stack_A.append(zeros.new_zeros(R, in_features))
+                stack_B.append(zeros.new_zeros(out_features, R))
+                continue
+            lora_A, lora_B = self.lora_A[_key(site)], self.lora_B[_key(site)] * self.scalings[site]
+            stack_A.append(nn.functional.pad(lora_A, (0, 0, 0, R - r)) if r < R else lora_A)
+            stack_B.append(nn.functional.pad(lora_B, (0, R - r)) if r < R else lora_B)
+        return torch.stack(stack_A).to(dtype), torch.cat(stack_B).to(dtype)
+
+
+def _key(site: str) -> str:
+    return site.replace(".", "_")  # parameter names hold no dots

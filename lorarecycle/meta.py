@@ -1,0 +1,204 @@
+"""Meta-training of the meta-LoRA on episodes of surrogate images (LoRA Recycle, Sec. 4.2, Eq. 3 and 4)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adapter import Adapter
+from .backbone import Backbone
+from .config import MetaConfig, as_plain
+from .episodes import Episode, EpisodeSampler
+from .files import load_tensors, save_tensors
+from .images import normalize
+from .lora import LoRA
+from .progress import track
+from .prototypes import distance_logits
+from .seeds import stream
+from .surrogate import Surrogate
+
+CHECKPOINT_EVERY = 100
+
+
+class MetaTraining(NamedTuple):
+    """What meta-training leaves."""
+
+    meta_lora: Adapter
+    """Without a head."""
+    losses: Tensor
+    """float32 [steps]: loss of every episode."""
+
+
+class Bank(NamedTuple):
+    """All surrogates side by side on the backbone's device."""
+
+    images: Tensor
+    """uint8 [n, 3, H, W]"""
+    teacher_logits: Tensor
+    """float32 [n, C], padded with zeros to the largest number of classes"""
+    kept: Tensor | None
+    """int64 [n, k]"""
+    columns: int
+    """patches in a row of the grid"""
+
+
+def meta_train(
+    backbone: Backbone,
+    surrogates: Sequence[Surrogate],
+    config: MetaConfig | None = None,
+    *,
+    seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    name: str = "meta-lora",
+    quiet: bool = False,
+) -> MetaTraining:
+    """Train a meta-LoRA so that class centres of a few images classify the rest.
+
+    Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
+    labels (cross-entropy, Eq. 4).
+
+    Args:
+        backbone: frozen; its device and dtype are used.
+        surrogates: of one image size; real images work too.
+        config: settings; `MetaConfig()` when None.
+        seed: of the first factors, the episodes and the flips.
+        checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
+        name: of the meta-LoRA.
+        quiet: show no progress bar.
+
+    Returns:
+        `MetaTraining(meta_lora, losses)`.
+
+    Raises:
+        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings.
+    """
+    config = config or MetaConfig()
+    sampler = EpisodeSampler(surrogates, config, seed)
+    bank = fill_bank(backbone, surrogates, config.sparsity)
+    lora = LoRA.random(
+        backbone,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        sites=config.sites,
+        layers=config.layers,
+        generator=stream(seed, "meta-lora"),
+    )
+    optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
+    losses = torch.zeros(config.steps, device=backbone.device)
+    run = {"config": as_plain(config), "seed": seed, "surrogates": [s.adapter_digest for s in surrogates]}
+    done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
+    for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        generator = stream(seed, "flip", step)
+        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses[step] = loss.detach()
+        if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
+            _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
+    return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu())
+
+
+def learning_rate(step: int, config: MetaConfig) -> float:
+    """Cycles: a quarter linear from `lr_min` to `lr`, the rest cosine back (Sec. 5, implementation details)."""
+    warmup = config.cycle // 4
+    phase = step % config.cycle
+    if phase < warmup:
+        return config.lr_min + (config.lr - config.lr_min) * phase / warmup
+    progress = (phase - warmup) / (config.cycle - warmup)
+    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: float | None = None) -> Bank:
+    """Put surrogates side by side.
+
+    Args:
+        backbone: model that will see them.
+        surrogates: of one image size.
+        sparsity: mask every surrogate to this share from its scores; None takes their kept tokens as they are.
+
+    Raises:
+        ValueError: sizes, patch size or numbers of kept tokens that differ.
+    """
+    if sparsity is not None:
+        surrogates = [s.masked(sparsity) for s in surrogates]
+    for what, values in (
+        ("image size", [tuple(s.images.shape[-2:]) for s in surrogates]),
+        ("patch size", [s.patch_size for s in surrogates] + [backbone.patch_size]),
+        ("number of kept tokens", [None if s.kept is None else s.kept.shape[1] for s in surrogates]),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(f"`surrogates` must share one {what}, got {sorted(set(values), key=str)}; invert them anew.")
+    width = max(s.teacher_logits.shape[1] for s in surrogates)
+    logits = [F.pad(s.teacher_logits, (0, width - s.teacher_logits.shape[1])) for s in surrogates]
+    kept = [s.kept for s in surrogates if s.kept is not None]
+    device = backbone.device
+    return Bank(
+        torch.cat([s.images for s in surrogates]).to(device),
+        torch.cat(logits).to(device),
+        torch.cat(kept).to(device) if kept else None,
+        surrogates[0].grid[1],
+    )
+
+
+def episode_loss(
+    backbone: Backbone, lora: LoRA, bank: Bank, episode: Episode, config: MetaConfig, generator: torch.Generator
+) -> Tensor:
+    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters."""
+    device = backbone.device
+    rows, labels = episode.images.to(device), episode.labels.to(device)
+    images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
+    if config.flip:
+        flip = (torch.rand(len(rows), generator=generator) < 0.5).to(device)
+        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
+    features = backbone(normalize(images, backbone.mean, backbone.std, backbone.dtype), lora=lora, kept=kept).float()
+    S = config.n_way * config.n_shot
+    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)  # support is class after class
+    logits = distance_logits(features[S:], centres, config.distance)
+    if episode.cross_task:
+        return F.cross_entropy(logits, labels[S:])
+    teacher = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)]
+    return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def mirror(kept: Tensor, columns: int) -> Tensor:
+    """Positions of kept patches after a left-right flip of the image, int64 [n, k]."""
+    return kept - 2 * (kept % columns) + columns - 1
+
+
+def _write_checkpoint(
+    path: Path, run: dict[str, object], lora: LoRA, optimizer: torch.optim.Adam, losses: Tensor, step: int
+) -> None:
+    tensors = {f"lora.{name}": value for name, value in lora.state_dict().items()}
+    for name, parameter in lora.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"adam.{name}.{key}"] = value
+    save_tensors(path, {**tensors, "losses": losses[:step]}, {"run": run, "step": step})
+
+
+def _resume(path: Path, run: dict[str, object], lora: LoRA, optimizer: torch.optim.Adam, losses: Tensor) -> int:
+    """Load a checkpoint where there is one; the number of steps done."""
+    if not path.exists():
+        return 0
+    tensors, meta = load_tensors(path)
+    if json.loads(meta.get("run", "null")) != run:
+        raise ValueError(f"checkpoint {path} must be of the same settings and surrogates; choose another file.")
+    step = int(json.loads(meta["step"]))
+    lora.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("lora.")})
+    for name, parameter in lora.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    losses[:step] = tensors["losses"].to(losses.device)
+    return step

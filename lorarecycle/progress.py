@@ -1,0 +1,23 @@
+"""Progress bars with rate and time left, which a caller can switch off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, *, quiet: bool = False, initial: int = 0) -> tqdm[T]:
+    """Iterate over `items` under a progress bar on standard error.
+
+    Args:
+        items: what to iterate over.
+        description: text in front of the bar.
+        quiet: show nothing.
+        initial: steps done by an earlier run.
+    """
+    total = len(items) + initial if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    return tqdm(items, desc=description, disable=quiet, initial=initial, total=total, dynamic_ncols=True)

@@ -1,0 +1,75 @@
+"""Nearest class centres: the classifier of LoRA Recycle (Eq. 3), in training and in use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Distance = Literal["euclidean", "sqeuclidean", "cosine"]
+
+
+def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Mean feature of each class (Eq. 3a).
+
+    Args:
+        features: [..., S, D].
+        labels: int [..., S], values 0 to `n_classes - 1`.
+        n_classes: C.
+
+    Returns:
+        [..., C, D], in float32 (float64 stays).
+
+    Raises:
+        ValueError: shapes that do not fit, a label out of range, a class without features.
+    """
+    if features.ndim < 2 or labels.shape != features.shape[:-1]:
+        raise ValueError(
+            f"`labels` must have one value per feature, got features {list(features.shape)} and labels "
+            f"{list(labels.shape)}."
+        )
+    features = _at_least_float32(features)
+    member = labels.to(features.device).unsqueeze(-1) == torch.arange(n_classes, device=features.device)
+    counts = member.sum(dim=-2)
+    if not bool((counts > 0).all() & member.any(dim=-1).all()):
+        raise ValueError(
+            f"`labels` must hold every class 0 to {n_classes - 1} and no other, got "
+            f"{labels.unique().tolist()}."
+        )
+    return member.to(features.dtype).transpose(-2, -1) @ features / counts.unsqueeze(-1)
+
+
+def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "euclidean") -> Tensor:
+    """Logits of a nearest-centre classifier: minus the distance to each class centre (Eq. 3b).
+
+    Args:
+        features: [..., Q, D].
+        prototypes: [..., C, D].
+        distance: "euclidean" (its gradient at distance zero is zero), "sqeuclidean" (the square, as the
+            authors' code has it) or "cosine" (1 - cosine similarity).
+
+    Returns:
+        [..., Q, C], in float32 (float64 stays).
+
+    Raises:
+        ValueError: unknown distance, or widths that differ.
+    """
+    if features.ndim < 2 or prototypes.ndim < 2 or features.shape[-1] != prototypes.shape[-1]:
+        raise ValueError(
+            f"`features` [Q, D] and `prototypes` [C, D] must have the same width, got {list(features.shape)} "
+            f"and {list(prototypes.shape)}."
+        )
+    features, prototypes = _at_least_float32(features), _at_least_float32(prototypes)
+    if distance == "cosine":
+        return F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1) - 1
+    if distance not in ("euclidean", "sqeuclidean"):
+        raise ValueError(f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {distance!r}.")
+    # the shortcut through a matrix product loses the digits of small distances
+    d = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+    return -d if distance == "euclidean" else -d.square()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,271 @@
+"""The pipeline: a folder of adapters in, one meta-LoRA out (LoRA Recycle, Alg. 1)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .adapter import Adapter
+from .backbone import Backbone
+from .config import InversionConfig, MetaConfig, RecycleConfig, as_plain
+from .episodes import check_episodes
+from .files import read_json, remove_leftovers, write_json, write_text
+from .hardware import resolve
+from .inversion import check_invertible, invert, load_prior
+from .meta import meta_train
+from .prior import BatchNormPrior
+from .surrogate import Surrogate
+
+logger = logging.getLogger(__name__)
+
+AdapterLike = Adapter | str | PathLike[str]
+
+
+def recycle(
+    adapters: AdapterLike | Iterable[AdapterLike],
+    *,
+    base: Backbone | str | PathLike[str] | nn.Module | None = None,
+    work_dir: str | PathLike[str] | None = None,
+    config: RecycleConfig | None = None,
+    inversion: InversionConfig | Mapping[str, Any] | None = None,
+    meta: MetaConfig | Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    prior: BatchNormPrior | nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    name: str = "meta-lora",
+    quiet: bool = False,
+) -> Adapter:
+    """Distil adapters into one meta-LoRA, without any of their training data.
+
+    Args:
+        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many; each with a head.
+        base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
+        work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
+            where it was and ends with the same bits; it repeats at most one surrogate or 100 meta-steps. The
+            meta-LoRA is also saved there, as `meta_lora`.
+        config: settings of all stages; `inversion`, `meta` and `seed` replace its parts.
+        inversion: settings of the inversion, or a mapping of those that differ from the defaults.
+        meta: settings of the meta-training, likewise.
+        seed: of everything random.
+        prior: batch-norm network in place of `inversion.prior`; its normalisation is ImageNet's unless it is a
+            `BatchNormPrior`.
+        device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
+        name: of the meta-LoRA.
+        quiet: show no progress bars.
+
+    Returns:
+        the meta-LoRA, without a head: give it to `FewShotClassifier` or `Adapter.save`.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError: before any work starts; the message names argument, rule and fix.
+        OSError: writing to `work_dir` failed; files written earlier are whole.
+    """
+    config = _merge_config(config, inversion, meta, seed)
+    pool = load_adapters(adapters)
+    resolved_device, resolved_dtype = resolve(device, dtype)
+    backbone = _load_base(base, pool).to(resolved_device)
+    heads = []
+    for adapter in pool:
+        heads.append(check_invertible(backbone, adapter, config.inversion))
+        _check_normalisation(backbone, adapter)
+    check_episodes([len(h.class_names) for h in heads], [a.name for a in pool], config.meta)
+    _check_images_per_class(config)
+    if isinstance(prior, nn.Module) and not isinstance(prior, BatchNormPrior):
+        prior = BatchNormPrior(prior, size=config.inversion.prior_size)
+    folder = (
+        None
+        if work_dir is None
+        else _open_work_dir(Path(work_dir), config, pool, backbone, resolved_dtype, prior)
+    )
+    surrogates = _invert_all(backbone, resolved_dtype, pool, config, prior, folder, quiet)
+    checkpoint = None if folder is None else folder / "meta_checkpoint.safetensors"
+    trained = meta_train(
+        backbone.to(resolved_dtype),
+        surrogates,
+        config.meta,
+        seed=config.seed,
+        checkpoint=checkpoint,
+        name=name,
+        quiet=quiet,
+    )
+    if folder is not None:
+        rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
+        write_text(folder / "losses.csv", "step,loss\n" + rows)
+        trained.meta_lora.save(folder / "meta_lora", config=as_plain(config), sources=pool)
+    return trained.meta_lora
+
+
+def load_adapters(adapters: AdapterLike | Iterable[AdapterLike]) -> list[Adapter]:
+    """Adapters from objects, PEFT folders, Hub ids, or one folder that holds many PEFT folders.
+
+    Raises:
+        ValueError: none given, or adapters for different bases.
+        FileNotFoundError: a path without an adapter.
+    """
+    if isinstance(adapters, (str, PathLike)):
+        folder = Path(adapters)
+        if folder.is_dir() and not (folder / "adapter_config.json").exists():
+            found = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+            if not found:
+                raise ValueError(
+                    f"`adapters` must be a folder of PEFT adapters, got {folder} with none in it."
+                )
+            adapters = list(found)
+        else:
+            adapters = [adapters]
+    elif isinstance(adapters, Adapter):
+        adapters = [adapters]
+    pool = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    if not pool:
+        raise ValueError("`adapters` must hold at least one adapter, got none.")
+    bases = {a.base_model: a.name for a in pool if a.base_model}
+    if len(bases) > 1:
+        raise ValueError(
+            f"`adapters` must be tuned on one base, got {len(bases)}: "
+            + ", ".join(f"{base!r} (adapter {name!r})" for base, name in sorted(bases.items()))
+            + "; recycle them apart, or set the same `base_model` if they are one model under two names."
+        )
+    return pool
+
+
+def _merge_config(
+    config: RecycleConfig | None,
+    inversion: InversionConfig | Mapping[str, Any] | None,
+    meta: MetaConfig | Mapping[str, Any] | None,
+    seed: int | None,
+) -> RecycleConfig:
+    config = config or RecycleConfig()
+    if inversion is not None:
+        config = replace(config, inversion=_override("inversion", config.inversion, inversion))
+    if meta is not None:
+        config = replace(config, meta=_override("meta", config.meta, meta))
+    return config if seed is None else replace(config, seed=seed)
+
+
+def _override(argument: str, default: Any, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    unknown = set(given) - set(default.__dataclass_fields__)
+    if unknown:
+        raise TypeError(
+            f"`{argument}` must name settings of {type(default).__name__} ({', '.join(default.__dataclass_fields__)}), "
+            f"got {', '.join(sorted(unknown))}."
+        )
+    return replace(default, **given)
+
+
+def _load_base(base: Backbone | str | PathLike[str] | nn.Module | None, pool: Sequence[Adapter]) -> Backbone:
+    """The backbone in float32 (adapters are merged before it is cast)."""
+    if isinstance(base, Backbone):
+        return base.clone().float()
+    if base is None:
+        base = next((a.base_model for a in pool if a.base_model), None)
+        if base is None:
+            raise ValueError(
+                "`base` must be given, for the adapters do not name the model they were tuned on."
+            )
+    return Backbone.load(base).float()
+
+
+def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
+    for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
+        if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
+            raise ValueError(
+                f"adapter {adapter.name!r} must be tuned under the input normalisation of the backbone, got {what} {own} "
+                f"and {theirs}; pass the right one to `Backbone.load({what}=...)`."
+            )
+
+
+def _check_images_per_class(config: RecycleConfig) -> None:
+    needed = config.meta.n_shot + config.meta.n_query
+    if config.inversion.images_per_class < needed:
+        raise ValueError(
+            f"`images_per_class` must be at least n_shot + n_query = {needed}, got {config.inversion.images_per_class}."
+        )
+
+
+def _open_work_dir(
+    folder: Path,
+    config: RecycleConfig,
+    pool: Sequence[Adapter],
+    backbone: Backbone,
+    dtype: torch.dtype,
+    prior: BatchNormPrior | None,
+) -> Path:
+    """Make or re-open a folder of this very run; refuse one of another run."""
+    run = {
+        "lorarecycle": __version__,
+        "base": backbone.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "adapters": [{"name": a.name, "sha256": a.digest()} for a in pool],
+        "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
+        "config": as_plain(config),
+    }
+    record = folder / "run.json"
+    if record.exists():
+        earlier = read_json(record)
+        if earlier != run:
+            keys = sorted(k for k in run.keys() | earlier.keys() if run.get(k) != earlier.get(k))
+            raise ValueError(
+                f"`work_dir` {folder} must be of this run, got one that differs in {', '.join(keys)} (see {record}); "
+                "choose another folder, or the settings of that run."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it."
+        )
+    (folder / "surrogates").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    remove_leftovers(folder / "surrogates")
+    write_json(record, run)
+    return folder
+
+
+def _invert_all(
+    backbone: Backbone,
+    dtype: torch.dtype,
+    pool: Sequence[Adapter],
+    config: RecycleConfig,
+    prior: BatchNormPrior | None,
+    folder: Path | None,
+    quiet: bool,
+) -> list[Surrogate]:
+    """One surrogate for each adapter, those that are on disk already read from there."""
+    surrogates: list[Surrogate] = []
+    for i, adapter in enumerate(pool):
+        path = None
+        if folder is not None:
+            path = (
+                folder
+                / "surrogates"
+                / f"{i:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', adapter.name)}.safetensors"
+            )
+            if path.exists():
+                surrogates.append(Surrogate.load(path))
+                continue
+        if prior is None:
+            prior = load_prior(backbone, config.inversion)
+        teacher_prior = None if prior is None else prior.to(backbone.device)
+        surrogate = invert(
+            backbone,
+            adapter,
+            config.inversion,
+            prior=teacher_prior,
+            seed=config.seed,
+            dtype=dtype,
+            quiet=quiet,
+        )
+        if path is not None:
+            surrogate.save(path)
+        surrogates.append(surrogate)
+    return surrogates

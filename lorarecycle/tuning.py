@@ -1,0 +1,109 @@
+"""Tune one adapter and its head on labelled images."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import Adapter, Head
+from .backbone import Backbone
+from .config import TuneConfig
+from .datasets import LabelledImages
+from .images import normalize
+from .lora import LoRA
+from .progress import track
+
+logger = logging.getLogger(__name__)
+
+
+def tune(
+    backbone: Backbone,
+    data: LabelledImages,
+    config: TuneConfig | None = None,
+    *,
+    name: str = "adapter",
+    quiet: bool = False,
+) -> Adapter:
+    """Tune LoRA factors with a linear head on the class-token feature, by Adam (Sec. 5).
+
+    Same arguments, same bits on the CPU at the same number of threads.
+
+    Args:
+        backbone: stays frozen and unchanged.
+        data: images of at least two classes; resized to `backbone.image_size`.
+        config: settings; the defaults of `TuneConfig` when None.
+        name: of the adapter.
+        quiet: no progress bar.
+
+    Returns:
+        the adapter, with its head and class names, on the CPU.
+
+    Raises:
+        ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    config = config or TuneConfig()
+    _check(data)
+    generator = torch.Generator().manual_seed(config.seed)
+    lora = LoRA.random(
+        backbone,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        sites=config.sites,
+        layers=config.layers,
+        generator=generator,
+    )
+    head = _linear(backbone.embed_dim, len(data.class_names), generator).to(backbone.device)
+    optimizer = torch.optim.Adam([*lora.parameters(), *head.parameters()], lr=config.lr)
+    data = data.resize(backbone.image_size)
+    bar = track(range(config.epochs * math.ceil(len(data) / config.batch_size)), f"tune {name}", quiet=quiet)
+    order: tuple[Tensor, ...] = ()
+    for step in bar:
+        if not order:
+            order = torch.randperm(len(data), generator=generator).split(config.batch_size)
+        index, order = order[0], order[1:]
+        labels = data.labels[index].to(backbone.device)
+        pixels = data.images[index].to(backbone.device)
+        if config.flip:
+            mirrored = torch.rand(len(index), generator=generator).to(backbone.device) < 0.5
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        features = backbone(normalize(pixels, backbone.mean, backbone.std, backbone.dtype), lora=lora)
+        logits = head(features.float())
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0 or step + 1 == bar.total:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`."
+                )
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            logger.debug("%s step %d loss %.4f", name, step, value)
+    classifier = Head(head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone(), data.class_names)
+    return lora.to_adapter(name=name, like=backbone, head=classifier)
+
+
+def _check(data: LabelledImages) -> None:
+    if len(data.class_names) < 2:
+        raise ValueError(f"`data` must have at least two classes, got {list(data.class_names)}.")
+    empty = [name for name, n in zip(data.class_names, data.counts, strict=True) if n == 0]
+    if empty:
+        raise ValueError(
+            f"`data` must have images of every class, got none of {empty}; use `select_classes`."
+        )
+
+
+def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with torch's usual start, drawn from `generator`."""
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
+    bound = 1 / math.sqrt(in_features)
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer

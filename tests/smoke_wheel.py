@@ -1,0 +1,36 @@
+"""A small job from an installed wheel, outside the checkout: package data, command line and pipeline are there."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import lorarecycle
+from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages, TuneConfig, recycle, tune
+
+checkout = Path(__file__).resolve().parent.parent
+home = Path(lorarecycle.__file__).resolve().parent
+assert home.parent != checkout, f"imported from the checkout: {home}"
+assert (home / "py.typed").exists()
+
+backbone = Backbone.load("demo")
+generator = torch.Generator().manual_seed(0)
+images = torch.randint(0, 256, (24, 3, 32, 32), generator=generator, dtype=torch.uint8)
+data = LabelledImages(images, torch.arange(24) % 2, ("even", "odd"))
+adapters = [tune(backbone, data, TuneConfig(epochs=1, seed=i), name=f"task-{i}", quiet=True) for i in range(2)]
+with tempfile.TemporaryDirectory() as folder:
+    meta_lora = recycle(
+        adapters,
+        base=backbone,
+        work_dir=Path(folder) / "work",
+        inversion={"steps": 2, "images_per_class": 4, "prior": None},
+        meta={"steps": 2, "n_way": 2, "n_query": 3},
+        quiet=True,
+    )
+    assert Adapter.load(meta_lora.save(Path(folder) / "meta-lora")).sites == meta_lora.sites
+classifier = FewShotClassifier(backbone, meta_lora).fit(images[:2], ["even", "odd"])
+assert classifier.predict_proba(images).shape == (24, 2)
+subprocess.run([sys.executable, "-m", "lorarecycle", "--help"], check=True, stdout=subprocess.DEVNULL)
+sys.stdout.write(f"wheel works: {home}, {meta_lora}\n")

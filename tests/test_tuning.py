@@ -1,0 +1,60 @@
+"""Tuning of an adapter: learns, repeats to the bit, leaves the backbone alone."""
+
+import pytest
+import torch
+
+from lorarecycle.backbone import Backbone
+from lorarecycle.config import TuneConfig
+from lorarecycle.datasets import LabelledImages
+from lorarecycle.evaluation import extract_features
+from lorarecycle.tuning import tune
+
+CONFIG = TuneConfig(epochs=6, batch_size=10, r=2, lr=5e-3)
+
+
+def test_it_learns(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    before = {name: value.clone() for name, value in tiny_backbone.state_dict().items()}
+    adapter = tune(tiny_backbone, tiny_data, CONFIG, name="kinds", quiet=True)
+    assert adapter.name == "kinds"
+    assert adapter.base_model == "tiny"
+    assert set(adapter.ranks.values()) == {2}
+    assert adapter.sites == tuple(f"blocks.{i}.attn.{s}" for i in range(3) for s in "qv")
+    assert adapter.head is not None
+    assert adapter.head.class_names == tiny_data.class_names
+    assert all(factors.lora_B.abs().max() > 0 for factors in adapter.factors.values())
+    logits = adapter.head(extract_features(tiny_backbone.merge(adapter), tiny_data.images))
+    assert (logits.argmax(dim=1) == tiny_data.labels).float().mean() > 0.95
+    for name, value in tiny_backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_it_repeats_to_the_bit(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    config = TuneConfig(epochs=2, batch_size=10, r=2, seed=4)
+    first = tune(tiny_backbone, tiny_data, config, quiet=True)
+    torch.manual_seed(123)
+    assert tune(tiny_backbone, tiny_data, config, quiet=True).digest() == first.digest()
+    other = tune(tiny_backbone, tiny_data, TuneConfig(epochs=2, batch_size=10, r=2, seed=5), quiet=True)
+    assert other.digest() != first.digest()
+
+
+def test_sites_layers_and_other_image_sizes(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    config = TuneConfig(epochs=1, r=3, lora_alpha=6, sites=("proj", "fc1"), layers=(0, 2), flip=False)
+    adapter = tune(tiny_backbone, tiny_data.resize(20), config, quiet=True)
+    assert adapter.sites == (
+        "blocks.0.attn.proj",
+        "blocks.0.mlp.fc1",
+        "blocks.2.attn.proj",
+        "blocks.2.mlp.fc1",
+    )
+    assert {factors.scaling for factors in adapter.factors.values()} == {2.0}
+
+
+def test_bad_data(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    with pytest.raises(ValueError, match="at least two classes"):
+        tune(tiny_backbone, tiny_data.select_classes([1]), quiet=True)
+    with pytest.raises(ValueError, match=r"got none of \['kind 3'\]"):
+        tune(tiny_backbone, tiny_data.subset(tiny_data.labels < 3), quiet=True)
+    with pytest.raises(ValueError, match="blocks"):
+        tune(tiny_backbone, tiny_data, TuneConfig(layers=(7,)), quiet=True)
+    with pytest.raises(FloatingPointError, match="lower `lr`"):
+        tune(tiny_backbone, tiny_data, TuneConfig(epochs=3, lr=1e30), quiet=True)
