@@ -9,10 +9,10 @@ demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/pytest benchmarks --benchmark-only
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -64,7 +64,10 @@ def main() -> None:
     unseen = load_dataset(data / "cifar_fs.npz", args.split)
     config = RecycleConfig(
         InversionConfig(
-            images_per_class=args.images_per_class, steps=args.inversion_steps, batch_size=args.batch_size, prior=None
+            images_per_class=args.images_per_class,
+            steps=args.inversion_steps,
+            batch_size=args.batch_size,
+            prior=None,
         ),
         MetaConfig(steps=args.meta_steps, n_way=args.n_way),
         seed=args.seed,
@@ -164,7 +167,12 @@ def label_by_teacher(backbone: Backbone, adapter: Adapter, task: LabelledImages)
     batches = task.images.split(100)
     logits = [head(teacher(normalize(b.to(teacher.device), teacher.mean, teacher.std))).cpu() for b in batches]
     return Surrogate(
-        task.images, task.labels, torch.cat(logits), head.class_names, backbone.patch_size, adapter=adapter.name
+        task.images,
+        task.labels,
+        torch.cat(logits),
+        head.class_names,
+        backbone.patch_size,
+        adapter=adapter.name,
     )
 
 

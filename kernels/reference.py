@@ -78,9 +78,7 @@ def gather_tokens(x: Tensor, index: Tensor, num_prefix: int = 1) -> Tensor:
     return torch.cat([x[:, :num_prefix], patches], dim=1)
 
 
-def cls_topk_gather(
-    q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int = 1
-) -> tuple[Tensor, Tensor]:
+def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int = 1) -> tuple[Tensor, Tensor]:
     """Drop the patch tokens that the class token attends to least (LoRA Recycle, Sec. 4.3).
 
     Args:

@@ -45,7 +45,7 @@ _HOMES = {
     "tune": "tuning",
 }
 
-__all__ = [  # noqa: RUF022  (the type checkers want the names spelled out)
+__all__ = [
     "Adapter",
     "Backbone",
     "BatchNormPrior",

@@ -60,9 +60,7 @@ class Head:
             raise ValueError(f"`weight` of a head must be [classes, features], got {list(weight.shape)}.")
         bias = torch.zeros(len(weight), dtype=weight.dtype) if self.bias is None else self.bias.detach()
         if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"`bias` of a head must have one value per class ({len(weight)}), got {list(bias.shape)}."
-            )
+            raise ValueError(f"`bias` of a head must have one value per class ({len(weight)}), got {list(bias.shape)}.")
         names = tuple(str(name) for name in self.class_names) or tuple(map(str, range(len(weight))))
         if len(names) != len(weight):
             raise ValueError(f"`class_names` must name the head's {len(weight)} classes, got {len(names)} names.")

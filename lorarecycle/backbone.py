@@ -9,6 +9,8 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import Attention, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -199,7 +201,7 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {self.name!r} must hold a merged adapter, got none; call `merge` first.")
         return self._unmerged[0]
 
-    def _site_weight(self, site: str) -> tuple[nn.Parameter, slice]:
+    def _site_weight(self, site: str) -> tuple[Any, slice]:
         match = SITE_PATTERN.fullmatch(site)
         if match is None or int(match[1]) >= self.num_blocks:
             raise ValueError(f"no site {site!r} among {self.num_blocks} blocks.")
@@ -333,7 +335,7 @@ class Backbone(nn.Module):
         x = torch.cat([self._prefix().expand(len(x), -1, -1), x], dim=1)
         return vit.norm_pre(x)
 
-    def _prefix(self) -> Tensor:
+    def _prefix(self) -> Any:
         """Class, distillation and register tokens with their position embeddings, [1, P, D]."""
         vit = self.vit
         tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
@@ -342,20 +344,21 @@ class Backbone(nn.Module):
             return prefix
         return prefix + vit.pos_embed[:, : self.num_prefix_tokens]
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> Any:
         side = self.image_size // self.patch_size
         return self._patch_positions if grid == (side, side) else self._resampled_positions(grid)
 
     def _resampled_positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Position embeddings of the patches for a grid (rows, columns), [1, N, D]."""
-        from timm.layers import resample_abs_pos_embed
-
         vit = self.vit
         if vit.pos_embed is None:
             return None
         patches = vit.pos_embed if vit.no_embed_class else vit.pos_embed[:, self.num_prefix_tokens :]
         return resample_abs_pos_embed(
-            patches.detach(), new_size=list(grid), old_size=list(vit.patch_embed.grid_size), num_prefix_tokens=0
+            patches.detach(),
+            new_size=list(grid),
+            old_size=list(vit.patch_embed.grid_size),
+            num_prefix_tokens=0,
         )
 
     def _qkv(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,8 +373,10 @@ class Backbone(nn.Module):
 
     def _mlp(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> Tensor:
         mlp = block.mlp
-        if lora is None or not isinstance(getattr(mlp, "fc1", None), nn.Linear):
+        if lora is None or not lora.adapts(f"blocks.{i}.mlp."):
             return mlp(x)
+        if type(mlp) is not Mlp:
+            raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
         x = mlp.norm(mlp.act(self._linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
         return self._linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)
 
@@ -392,18 +397,22 @@ def _share(module: nn.Module) -> Any:
 
 
 def _require_plain_vit(vit: nn.Module) -> None:
-    from timm.models.vision_transformer import Block, VisionTransformer
-
     kind = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
         raise TypeError(f"`base` must be a timm VisionTransformer, got a {kind}; load it by name with `Backbone.load`.")
     if vit.cls_token is None:
         raise ValueError(f"the backbone must have a class token, got a {kind} without one; choose another model.")
+    patches: Any = vit.patch_embed
+    if type(patches) is not PatchEmbed or patches.patch_size[0] != patches.patch_size[1]:
+        raise ValueError(
+            f"the backbone must cut images into square patches by one convolution, got {type(patches).__name__} with "
+            f"patches {getattr(patches, 'patch_size', None)}."
+        )
     if vit.global_pool not in ("token", "avg", ""):
         raise ValueError(f"the backbone must pool by class token, got global_pool={vit.global_pool!r}.")
     for i, block in enumerate(vit.blocks):
         attn = getattr(block, "attn", None)
-        if type(block) is not Block or getattr(attn, "gate", None) is not None or not hasattr(attn, "qkv"):
+        if type(block) is not Block or type(attn) is not Attention or getattr(attn, "gate", None) is not None:
             raise ValueError(
                 f"the backbone must be built of plain timm blocks, got {type(block).__name__} with "
                 f"{type(attn).__name__} at blocks.{i}."

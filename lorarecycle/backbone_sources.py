@@ -14,7 +14,9 @@ from .files import load_tensors, read_json
 CLASSIFIER_KEYS = ("head.", "head_dist.", "classifier.", "fc.")
 
 
-def find_vit(base: str | PathLike[str] | nn.Module, weights: str | PathLike[str] | None) -> tuple[nn.Module, dict[str, Any]]:
+def find_vit(
+    base: str | PathLike[str] | nn.Module, weights: str | PathLike[str] | None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The module, and `name`, `mean`, `std` as far as its source tells them; arguments as in `Backbone.load`."""
     if isinstance(base, nn.Module):
         name = (getattr(base, "pretrained_cfg", None) or {}).get("architecture") or type(base).__name__
@@ -30,8 +32,8 @@ def find_vit(base: str | PathLike[str] | nn.Module, weights: str | PathLike[str]
         _, meta = load_tensors(path)
         if "architecture" not in meta:
             raise ValueError(
-                f"`base` file {path} must name its timm `architecture` in its metadata, got none; pass the architecture "
-                "as `base` and the file as `weights`."
+                f"`base` file {path} must name its timm `architecture` in its metadata, got none; pass the "
+                "architecture as `base` and the file as `weights`."
             )
         vit, facts = _timm_vit(meta["architecture"], path)
         return vit, {**facts, **_normalisation(meta)}
@@ -111,7 +113,9 @@ def _fill(vit: Any, tensors: dict[str, Tensor], source: str) -> None:
     from .checkpoints import convert_state_dict
 
     own = set(vit.state_dict())
-    state = {k: v.float() for k, v in convert_state_dict(tensors).items() if k in own or not k.startswith(CLASSIFIER_KEYS)}
+    state = {
+        k: v.float() for k, v in convert_state_dict(tensors).items() if k in own or not k.startswith(CLASSIFIER_KEYS)
+    }
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None and positions.shape[1] != vit.pos_embed.shape[1]:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -122,7 +126,7 @@ def _fill(vit: Any, tensors: dict[str, Tensor], source: str) -> None:
         vit.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"weights from {source} must fit the architecture: {str(error)[:600]}; choose the architecture they are for."
+            f"weights from {source} must fit the architecture: {str(error)[:600]}; choose the one they are for."
         ) from error
 
 

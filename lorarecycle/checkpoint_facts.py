@@ -102,9 +102,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again."
-        )
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
     return content
 
 

@@ -116,9 +116,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if family == "clip":
         converted["cls_token"] = converted["cls_token"].reshape(1, 1, -1)
         converted["pos_embed"] = converted["pos_embed"].unsqueeze(0)
-    if (
-        "reg_token" in converted
-    ):  # registers come after the position embedding, between class and patch tokens
+    if "reg_token" in converted:  # registers come after the position embedding, between class and patch tokens
         positions = converted["pos_embed"]
         converted["cls_token"] = converted["cls_token"] + positions[:, :1]
         converted["pos_embed"] = positions[:, 1:]
@@ -234,9 +232,7 @@ def _fuse(weights: dict[str, Tensor], fused: str) -> None:
     for key in [key for key in weights if f".{parts[0]}." in key]:
         names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
         if any(name not in weights for name in names):
-            raise ValueError(
-                f"a checkpoint must hold {names} together, got {sorted(set(names) & set(weights))}."
-            )
+            raise ValueError(f"a checkpoint must hold {names} together, got {sorted(set(names) & set(weights))}.")
         joined = torch.cat([weights.pop(name) for name in names])
         weights[key.replace(f".{parts[0]}.", f".{fused}.")] = joined
 
@@ -279,9 +275,7 @@ def _activation(name: str) -> type[nn.Module]:
         "swish": nn.SiLU,
     }
     if name not in known:
-        raise ValueError(
-            f"`hidden_act` must be one of {sorted(known)}, got {name!r}; choose another checkpoint."
-        )
+        raise ValueError(f"`hidden_act` must be one of {sorted(known)}, got {name!r}; choose another checkpoint.")
     return known[name]
 
 
@@ -299,20 +293,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
                 "run code when it is read; where you trust it, load it with transformers and call "
                 "`save_pretrained`."
             )
-        raise FileNotFoundError(
-            f"{path} must hold model.safetensors, got no such file; fetch the checkpoint again."
-        )
+        raise FileNotFoundError(f"{path} must hold model.safetensors, got no such file; fetch the checkpoint again.")
     shards = (read_json(index) or {}).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
-        raise ValueError(
-            f"`weight_map` in {index} must map tensors to files beside it, got {str(shards)[:80]}."
-        )
+        raise ValueError(f"`weight_map` in {index} must map tensors to files beside it, got {str(shards)[:80]}.")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(shards.values())):
         tensors |= load_tensors(path / name)[0]
     absent = set(shards) - set(tensors)
     if absent:
-        raise ValueError(
-            f"{index} must name tensors that are there, got {len(absent)} missing ones ({min(absent)})."
-        )
+        raise ValueError(f"{index} must name tensors that are there, got {len(absent)} missing ones ({min(absent)}).")
     return tensors

@@ -61,9 +61,7 @@ class FewShotClassifier:
 
     def _prepare(self) -> None:
         if self.distance not in ("euclidean", "sqeuclidean", "cosine"):
-            raise ValueError(
-                f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {self.distance!r}."
-            )
+            raise ValueError(f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {self.distance!r}.")
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}.")
         model = self.backbone if isinstance(self.backbone, Backbone) else Backbone.load(self.backbone)
@@ -172,8 +170,7 @@ class FewShotClassifier:
     def _require_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():
             raise NotFittedError(
-                "the classifier must be fitted first, got no class centres; call "
-                "`fit(support_images, support_labels)`."
+                "the classifier must be fitted first, got no class centres; call `fit(support_images, support_labels)`."
             )
 
 

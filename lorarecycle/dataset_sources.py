@@ -104,9 +104,7 @@ def read_cifar_fs(split: str | None, root: Path, download: bool) -> Source:
 
     if split not in CIFAR_FS:
         raise ValueError(f"`split` of cifar-fs must be one of {tuple(CIFAR_FS)}, got {split!r}.")
-    parts = [
-        _fetch("cifar-fs", partial(CIFAR100, str(root), train=t, download=download)) for t in (True, False)
-    ]
+    parts = [_fetch("cifar-fs", partial(CIFAR100, str(root), train=t, download=download)) for t in (True, False)]
     labels = np.concatenate([part.targets for part in parts])
     names = CIFAR_FS[split]
     wanted = [parts[0].class_to_idx[name] for name in names]

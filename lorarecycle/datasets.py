@@ -58,8 +58,7 @@ class LabelledImages:
         labels = torch.as_tensor(self.labels, device=images.device)
         if labels.is_floating_point() or labels.shape != images.shape[:1]:
             raise ValueError(
-                f"`labels` must be one integer per image ({len(images)}), got {labels.dtype} "
-                f"{list(labels.shape)}."
+                f"`labels` must be one integer per image ({len(images)}), got {labels.dtype} {list(labels.shape)}."
             )
         if len(set(names)) != len(names):
             raise ValueError(f"`class_names` must all be different, got {names}.")
@@ -192,8 +191,7 @@ def load_dataset(
         found = read_npz(path, split)
     else:
         raise FileNotFoundError(
-            f"`source` must be a folder, a npz file, or one of {tuple(NAMED_SOURCES)}, got "
-            f"{fspath(source)!r}."
+            f"`source` must be a folder, a npz file, or one of {tuple(NAMED_SOURCES)}, got {fspath(source)!r}."
         )
     images = found.images
     if isinstance(images, list):

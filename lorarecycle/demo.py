@@ -24,9 +24,7 @@ TASKS = (("0", "1", "2"), ("0", "3", "4"), ("1", "3", "5"), ("2", "4", "5"))
 UNSEEN = ("6", "7", "8", "9")
 TUNE = TuneConfig(epochs=6, lr=3e-3, flip=False)
 RECYCLE = RecycleConfig(
-    InversionConfig(
-        images_per_class=10, batch_size=30, steps=60, prior=None, prune={2: 0.5}, roll=0.0625, flip=False
-    ),
+    InversionConfig(images_per_class=10, batch_size=30, steps=60, prior=None, prune={2: 0.5}, roll=0.0625, flip=False),
     MetaConfig(steps=100, n_way=3, n_query=9, flip=False),
 )
 
@@ -96,8 +94,8 @@ def _report(results: dict[str, list[Evaluation]], output: Path) -> str:
     tasks = results[next(iter(results))][0].tasks
     return "\n".join(
         [
-            f"{len(TASKS)} adapters tuned on digits 0 to 5, recycled without their images; {len(tasks)} {tasks.n_way}-way "
-            f"tasks of the digits {', '.join(UNSEEN)}:",
+            f"{len(TASKS)} adapters tuned on digits 0 to 5, recycled without their images; {len(tasks)} "
+            f"{tasks.n_way}-way tasks of the digits {', '.join(UNSEEN)}:",
             "",
             *lines,
             "",

@@ -99,8 +99,8 @@ def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: Me
         for count, name in zip(class_counts, names, strict=True):
             if count < config.n_way:
                 raise ValueError(
-                    f"`n_way` must be at most the classes of every adapter, got n_way={config.n_way} and {count} classes "
-                    f"in {name!r}; lower n_way, or set interpolation=1.0 to draw classes across adapters only."
+                    f"`n_way` must be at most the classes of every adapter, got n_way={config.n_way} and {count} "
+                    f"classes in {name!r}; lower n_way, or set interpolation=1.0 to draw classes across adapters only."
                 )
     if config.interpolation > 0:
         if len(class_counts) < 2:
@@ -110,5 +110,6 @@ def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: Me
             )
         if sum(class_counts) < config.n_way:
             raise ValueError(
-                f"`n_way` must be at most the classes of all adapters together ({sum(class_counts)}), got {config.n_way}."
+                f"`n_way` must be at most the classes of all adapters together ({sum(class_counts)}), got "
+                f"{config.n_way}."
             )

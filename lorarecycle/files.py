@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-
 LEFTOVER = ".partly-written-"
 
 
@@ -36,7 +35,9 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; an earlier file is unchanged") from error
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror or error}; an earlier file is unchanged"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -69,7 +70,9 @@ def read_json(path: str | PathLike[str]) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got text that does not parse ({error}); fetch the file again.") from error
+        raise ValueError(
+            f"{path} must be JSON, got text that does not parse ({error}); fetch the file again."
+        ) from error
 
 
 def save_tensors(

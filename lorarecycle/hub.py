@@ -27,13 +27,9 @@ def find_folder(source: str | PathLike[str], files: Sequence[str], *, what: str)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(
-            f"`source` must be the directory of {what}, got the file {folder}; give {folder.parent}."
-        )
+        raise ValueError(f"`source` must be the directory of {what}, got the file {folder}; give {folder.parent}.")
     if not (isinstance(source, str) and _HUB_ID.fullmatch(source)):
-        raise FileNotFoundError(
-            f"`source` must be the directory of {what} or a Hub id, got {source}: no such folder."
-        )
+        raise FileNotFoundError(f"`source` must be the directory of {what} or a Hub id, got {source}: no such folder.")
     from huggingface_hub import snapshot_download
 
     try:

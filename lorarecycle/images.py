@@ -156,9 +156,7 @@ def _from_pil(image: Image.Image, label: str) -> Tensor:
             return tvf.pil_to_tensor(image.convert("RGB")).unsqueeze(0)
         pixels = torch.tensor(np.asarray(image, dtype=np.float32))
     except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{label} must be readable, got {type(error).__name__}: {error}; replace it."
-        ) from error
+        raise ValueError(f"{label} must be readable, got {type(error).__name__}: {error}; replace it.") from error
     # 16 bits per pixel, or floats; Pillow's own conversion would clip them
     scaled = pixels if image.mode == "F" else pixels / 65535
     return _from_array(scaled, label.strip("`"), channels_last=False)
@@ -194,9 +192,7 @@ def _bytes(x: Tensor, name: str) -> Tensor:
     if not x.is_floating_point():
         x = x.long()
     elif not torch.isfinite(x).all():
-        raise ValueError(
-            f"`{name}` must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite pixels."
-        )
+        raise ValueError(f"`{name}` must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite pixels.")
     low, high = (value.item() for value in x.aminmax())
     if not x.is_floating_point():
         if low < 0 or high > 255:

@@ -78,11 +78,17 @@ class LoRA(nn.Module):
         """An `Adapter` that holds copies of the factors, for the model `like`."""
         factors = {
             site: LoRAFactors(
-                self.lora_A[_key(site)].detach().cpu().clone(), self.lora_B[_key(site)].detach().cpu().clone(), s
+                self.lora_A[_key(site)].detach().cpu().clone(),
+                self.lora_B[_key(site)].detach().cpu().clone(),
+                s,
             )
             for site, s in self.scalings.items()
         }
         return Adapter(factors, head, base_model=like.name, mean=like.mean, std=like.std, name=name)
+
+    def adapts(self, prefix: str) -> bool:
+        """Whether any site whose name starts so carries factors."""
+        return any(site.startswith(prefix) for site in self.scalings)
 
     def layer(self, name: str, widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Stacked factors of one linear layer for `kernels.lora_qkv`.
@@ -96,7 +102,7 @@ class LoRA(nn.Module):
             `lora_A` [S, R, in] and `lora_B` [S * out, R], scaling folded in, smaller ranks and absent sites padded
             with zeros; None where the layer carries no factors.
         """
-        prefix, _, layer = name.partition(".attn.") if ".attn." in name else name.partition(".mlp.")
+        prefix, _, _layer = name.partition(".attn.") if ".attn." in name else name.partition(".mlp.")
         sites = [f"{prefix}.{site}" for site in _LAYERS[name[len(prefix) + 1 :]]]
         ranks = [self.lora_A[_key(s)].shape[0] if s in self.scalings else 0 for s in sites]
         R = max(ranks)

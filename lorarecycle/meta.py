@@ -137,7 +137,9 @@ def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: flo
         ("number of kept tokens", [None if s.kept is None else s.kept.shape[1] for s in surrogates]),
     ):
         if len(set(values)) > 1:
-            raise ValueError(f"`surrogates` must share one {what}, got {sorted(set(values), key=str)}; invert them anew.")
+            raise ValueError(
+                f"`surrogates` must share one {what}, got {sorted(set(values), key=str)}; invert them anew."
+            )
     width = max(s.teacher_logits.shape[1] for s in surrogates)
     logits = [F.pad(s.teacher_logits, (0, width - s.teacher_logits.shape[1])) for s in surrogates]
     kept = [s.kept for s in surrogates if s.kept is not None]
@@ -151,7 +153,12 @@ def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: flo
 
 
 def episode_loss(
-    backbone: Backbone, lora: LoRA, bank: Bank, episode: Episode, config: MetaConfig, generator: torch.Generator
+    backbone: Backbone,
+    lora: LoRA,
+    bank: Bank,
+    episode: Episode,
+    config: MetaConfig,
+    generator: torch.Generator,
 ) -> Tensor:
     """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters."""
     device = backbone.device

@@ -37,10 +37,7 @@ def write_card(
     lines += [f"| {key} | {_cell(value)} |" for key, value in _facts(adapter, layout, model_class).items()]
     if sources:
         lines += ["", "## Made from", "", "| adapter | base model | SHA-256 |", "| --- | --- | --- |"]
-        lines += [
-            f"| {_cell(one.name)} | {_cell(one.base_model or 'unknown')} | `{one.digest()}` |"
-            for one in sources
-        ]
+        lines += [f"| {_cell(one.name)} | {_cell(one.base_model or 'unknown')} | `{one.digest()}` |" for one in sources]
     if config:
         lines += [
             "",
@@ -56,11 +53,7 @@ def write_card(
 
 def _summary(adapter: Adapter, sources: Sequence[Adapter]) -> str:
     origin = f", recycled from {len(sources)} adapters without their training data" if sources else ""
-    head = (
-        f"with a linear head over {len(adapter.head.class_names)} classes"
-        if adapter.head
-        else "without a head"
-    )
+    head = f"with a linear head over {len(adapter.head.class_names)} classes" if adapter.head else "without a head"
     return f"LoRA factors for a Vision Transformer ({adapter.base_model or 'base unknown'}), {head}{origin}."
 
 

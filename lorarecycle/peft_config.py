@@ -66,9 +66,7 @@ class AdapterConfig:
             )
         content = read_json(path)
         if not isinstance(content, dict):
-            raise ValueError(
-                f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again."
-            )
+            raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
         self.path = path
         self.content: dict[str, Any] = content
         self._require_plain_lora()
@@ -121,9 +119,7 @@ class AdapterConfig:
             try:
                 re.compile(name)
             except re.error as error:
-                raise ValueError(
-                    f"`{key}` in {self.path} must have regular keys, got {name!r} ({error})."
-                ) from error
+                raise ValueError(f"`{key}` in {self.path} must have regular keys, got {name!r} ({error}).") from error
         return pattern
 
     def _require_plain_lora(self) -> None:

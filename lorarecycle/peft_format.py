@@ -162,9 +162,7 @@ def _modules(adapter: Adapter, names: Names) -> tuple[dict[str, LoRAFactors], di
         _, block, layer = site.split(".", 2)
         if layer in FUSED["attn.qkv"] and "attn.qkv" in names.modules:
             qkv[block][FUSED["attn.qkv"].index(layer)] = pair
-            modules.setdefault(
-                names.modules["attn.qkv"].format(block), pair
-            )  # holds the place in model order
+            modules.setdefault(names.modules["attn.qkv"].format(block), pair)  # holds the place in model order
         else:
             _require_plain_mlp(adapter, block, layer, names)
             modules[names.modules[layer].format(block)] = pair
@@ -235,9 +233,7 @@ def _write_folder(directory: Path, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         reason = cause.strerror or cause
-        raise OSError(
-            error.errno, f"cannot write {directory}: {reason}; earlier files there are unchanged"
-        ) from error
+        raise OSError(error.errno, f"cannot write {directory}: {reason}; earlier files there are unchanged") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

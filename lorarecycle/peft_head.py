@@ -51,9 +51,7 @@ def find_head(
         )
     for tensors in keys.heads.values():
         if "weight" not in tensors:
-            raise ValueError(
-                f"{keys.path} must hold the weight of its head, got its bias only; give `head=`."
-            )
+            raise ValueError(f"{keys.path} must hold the weight of its head, got its bias only; give `head=`.")
         clip = any(layer.stack == "encoder.layers" for layer in map(find_layer, keys.pairs) if layer)
         mean = clip and config.model_class in ("", "CLIPForImageClassification")
         pool = side.head.get("pool") or ("mean" if mean else None)
@@ -99,13 +97,9 @@ def place_head(head: Head | None, layout: str, width: int) -> PlacedHead:
 
 def _head_of_file(path: Path, width: int, side: SideFile, folder: Path) -> Head:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`head` must be a safetensors file with weight and bias, got {path}: no such file."
-        )
+        raise FileNotFoundError(f"`head` must be a safetensors file with weight and bias, got {path}: no such file.")
     if path.suffix != ".safetensors":
-        raise ValueError(
-            f"`head` must be a safetensors file with weight and bias, got {path}; save it as one."
-        )
+        raise ValueError(f"`head` must be a safetensors file with weight and bias, got {path}; save it as one.")
     found, metadata = load_tensors(path)
     tensors: dict[str, Tensor] = {}
     for key, tensor in found.items():
@@ -124,9 +118,7 @@ def _head_of_file(path: Path, width: int, side: SideFile, folder: Path) -> Head:
     return _make_head(tensors, pool, names, width, f"the head in {path}")
 
 
-def _make_head(
-    tensors: Mapping[str, Tensor], pool: str | None, names: tuple[str, ...], width: int, what: str
-) -> Head:
+def _make_head(tensors: Mapping[str, Tensor], pool: str | None, names: tuple[str, ...], width: int, what: str) -> Head:
     weight, bias = tensors["weight"].float(), tensors.get("bias")
     if weight.ndim == 2 and weight.shape[1] == 2 * width:
         if pool == "token" and not weight[:, width:].any():

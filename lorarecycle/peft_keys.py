@@ -20,9 +20,7 @@ PREFIX = "base_model.model."
 HEAD_NAMES = ("classifier", "head", "score")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_HEAD = re.compile(
-    rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save\.[^.]+)?\.(?P<key>weight|bias)"
-)
+_HEAD = re.compile(rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save\.[^.]+)?\.(?P<key>weight|bias)")
 _TEXT = re.compile(r"(?:.*\.)?(?:text_model|text_projection|logit_scale)(?:\..*)?")
 
 
@@ -49,9 +47,7 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
     path = folder / WEIGHTS_FILE
     tensors = _read(folder, path)
     if "Text" in config.model_class:
-        raise ValueError(
-            f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half."
-        )
+        raise ValueError(f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half.")
     sides: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     adapters, text, unknown = set(), [], []
@@ -72,9 +68,7 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
         raise ValueError(f"{path} must hold one adapter, got {sorted(map(str, adapters))}; save them apart.")
     pairs = {module: _pair(path, module, side) for module, side in sides.items()}
     if text:
-        logger.warning(
-            "%s: %d tensors of the text tower are left out; only the vision model counts.", path, len(text)
-        )
+        logger.warning("%s: %d tensors of the text tower are left out; only the vision model counts.", path, len(text))
     if not pairs:
         raise ValueError(
             f"{path} must hold LoRA factors (lora_A, lora_B) of a vision model, got none among its "
@@ -119,9 +113,7 @@ def _require_known(path: Path, unknown: list[str]) -> None:
     else:
         what = "a tensor that is neither a LoRA factor nor a linear head"
         advice = "beside the factors only a head (classifier, head, score) may be saved; tune without it"
-    raise ValueError(
-        f"{path} must hold LoRA factors of the blocks and a head, got {what}: {name!r}{more}; {advice}."
-    )
+    raise ValueError(f"{path} must hold LoRA factors of the blocks and a head, got {what}: {name!r}{more}; {advice}.")
 
 
 def _pair(path: Path, module: str, sides: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

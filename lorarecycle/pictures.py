@@ -30,7 +30,11 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
     rows = [_chosen(s, per_class) for s in surrogates]
     columns = max(len(index) for index in rows)
     figure, axes = plt.subplots(
-        2 * len(rows), columns, figsize=(1.1 * columns + 1, 2.3 * len(rows) + 0.4), squeeze=False, layout="constrained"
+        2 * len(rows),
+        columns,
+        figsize=(1.1 * columns + 1, 2.3 * len(rows) + 0.4),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -41,7 +45,16 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
             top.imshow(surrogate.images[image].permute(1, 2, 0))
             bottom.imshow(masked[image].permute(1, 2, 0))
             top.set_title(surrogate.class_names[surrogate.labels[image]], fontsize=8)
-        axes[2 * i, 0].text(-0.15, 0.5, surrogate.adapter, fontsize=8, rotation=90, va="center", ha="right", transform=axes[2 * i, 0].transAxes)
+        axes[2 * i, 0].text(
+            -0.15,
+            0.5,
+            surrogate.adapter,
+            fontsize=8,
+            rotation=90,
+            va="center",
+            ha="right",
+            transform=axes[2 * i, 0].transAxes,
+        )
     return _save(figure, path)
 
 

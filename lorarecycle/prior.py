@@ -53,7 +53,11 @@ class BatchNormPrior(nn.Module):
 
     @classmethod
     def load(
-        cls, source: str | PathLike[str] | nn.Module, *, weights: str | PathLike[str] | None = None, size: int | None = None
+        cls,
+        source: str | PathLike[str] | nn.Module,
+        *,
+        weights: str | PathLike[str] | None = None,
+        size: int | None = None,
     ) -> BatchNormPrior:
         """Build the prior from a timm model name, a safetensors file that names its `architecture`, or a module.
 
@@ -96,7 +100,7 @@ class BatchNormPrior(nn.Module):
                 network.load_state_dict(state)
             except RuntimeError as error:
                 raise ValueError(f"`weights` must fit {name}: {error}") from error
-        cfg = network.pretrained_cfg
+        cfg: Any = network.pretrained_cfg
         return cls(network, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), size=size)
 
     def digest(self) -> str:

@@ -35,8 +35,7 @@ def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     counts = member.sum(dim=-2)
     if not bool((counts > 0).all() & member.any(dim=-1).all()):
         raise ValueError(
-            f"`labels` must hold every class 0 to {n_classes - 1} and no other, got "
-            f"{labels.unique().tolist()}."
+            f"`labels` must hold every class 0 to {n_classes - 1} and no other, got {labels.unique().tolist()}."
         )
     return member.to(features.dtype).transpose(-2, -1) @ features / counts.unsqueeze(-1)
 

@@ -82,12 +82,13 @@ def recycle(
     _check_images_per_class(config)
     if isinstance(prior, nn.Module) and not isinstance(prior, BatchNormPrior):
         prior = BatchNormPrior(prior, size=config.inversion.prior_size)
-    folder = (
-        None
-        if work_dir is None
-        else _open_work_dir(Path(work_dir), config, pool, backbone, resolved_dtype, prior)
-    )
-    surrogates = _invert_all(backbone, resolved_dtype, pool, config, prior, folder, quiet)
+    if prior is not None:
+        loaded_prior: BatchNormPrior | None = prior.to(resolved_device)
+    else:
+        finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
+        loaded_prior = None if finished else load_prior(backbone, config.inversion)
+    folder = None if work_dir is None else _open_work_dir(Path(work_dir), config, pool, backbone, resolved_dtype, prior)
+    surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, quiet)
     checkpoint = None if folder is None else folder / "meta_checkpoint.safetensors"
     trained = meta_train(
         backbone.to(resolved_dtype),
@@ -117,9 +118,7 @@ def load_adapters(adapters: AdapterLike | Iterable[AdapterLike]) -> list[Adapter
         if folder.is_dir() and not (folder / "adapter_config.json").exists():
             found = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
             if not found:
-                raise ValueError(
-                    f"`adapters` must be a folder of PEFT adapters, got {folder} with none in it."
-                )
+                raise ValueError(f"`adapters` must be a folder of PEFT adapters, got {folder} with none in it.")
             adapters = list(found)
         else:
             adapters = [adapters]
@@ -171,9 +170,7 @@ def _load_base(base: Backbone | str | PathLike[str] | nn.Module | None, pool: Se
     if base is None:
         base = next((a.base_model for a in pool if a.base_model), None)
         if base is None:
-            raise ValueError(
-                "`base` must be given, for the adapters do not name the model they were tuned on."
-            )
+            raise ValueError("`base` must be given, for the adapters do not name the model they were tuned on.")
     return Backbone.load(base).float()
 
 
@@ -181,8 +178,8 @@ def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
     for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
         if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
             raise ValueError(
-                f"adapter {adapter.name!r} must be tuned under the input normalisation of the backbone, got {what} {own} "
-                f"and {theirs}; pass the right one to `Backbone.load({what}=...)`."
+                f"adapter {adapter.name!r} must be tuned under the input normalisation of the backbone, got {what} "
+                f"{own} and {theirs}; pass the right one to `Backbone.load({what}=...)`."
             )
 
 
@@ -221,9 +218,7 @@ def _open_work_dir(
                 "choose another folder, or the settings of that run."
             )
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it."
-        )
+        raise ValueError(f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it.")
     (folder / "surrogates").mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     remove_leftovers(folder / "surrogates")
@@ -241,31 +236,21 @@ def _invert_all(
     quiet: bool,
 ) -> list[Surrogate]:
     """One surrogate for each adapter, those that are on disk already read from there."""
-    surrogates: list[Surrogate] = []
-    for i, adapter in enumerate(pool):
-        path = None
-        if folder is not None:
-            path = (
-                folder
-                / "surrogates"
-                / f"{i:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', adapter.name)}.safetensors"
-            )
-            if path.exists():
-                surrogates.append(Surrogate.load(path))
-                continue
-        if prior is None:
-            prior = load_prior(backbone, config.inversion)
-        teacher_prior = None if prior is None else prior.to(backbone.device)
-        surrogate = invert(
-            backbone,
-            adapter,
-            config.inversion,
-            prior=teacher_prior,
-            seed=config.seed,
-            dtype=dtype,
-            quiet=quiet,
-        )
+    surrogates = []
+    for adapter, path in zip(pool, _surrogate_paths(folder, pool), strict=True):
+        if path is not None and path.exists():
+            surrogates.append(Surrogate.load(path))
+            continue
+        surrogate = invert(backbone, adapter, config.inversion, prior=prior, seed=config.seed, dtype=dtype, quiet=quiet)
         if path is not None:
             surrogate.save(path)
         surrogates.append(surrogate)
     return surrogates
+
+
+def _surrogate_paths(folder: str | PathLike[str] | None, pool: Sequence[Adapter]) -> list[Path | None]:
+    """Where the surrogate of each adapter is kept; None for each without a folder."""
+    if folder is None:
+        return [None] * len(pool)
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", adapter.name) for adapter in pool]
+    return [Path(folder) / "surrogates" / f"{i:03d}-{name}.safetensors" for i, name in enumerate(names)]

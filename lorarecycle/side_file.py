@@ -47,9 +47,7 @@ class SideFile:
             )
         for key in ("head", "fused"):
             if not isinstance(content.get(key) or {}, dict):
-                raise ValueError(
-                    f"`{key}` in {path} must be a JSON object, got {content[key]!r}; save again."
-                )
+                raise ValueError(f"`{key}` in {path} must be a JSON object, got {content[key]!r}; save again.")
         return cls(content, path)
 
     @classmethod
@@ -127,8 +125,6 @@ class SideFile:
 
 
 def _triple(values: object, key: str, path: Path) -> tuple[float, ...]:
-    if not (
-        isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)
-    ):
+    if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
         raise ValueError(f"`{key}` beside {path} must be three numbers, got {values!r}.")
     return tuple(float(value) for value in values)

@@ -59,9 +59,7 @@ _LAYERS = {
 }
 """Name of the list of blocks -> name inside a block -> our layer name."""
 
-_MODULE = re.compile(
-    r"(?P<prefix>(?:.*?\.)??)(?P<stack>blocks|encoder\.layers?|layers)\.(?P<block>\d+)\.(?P<rest>.+)"
-)
+_MODULE = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<stack>blocks|encoder\.layers?|layers)\.(?P<block>\d+)\.(?P<rest>.+)")
 
 FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
 """Layer of timm -> the layers of transformers that it holds, in row order."""

@@ -53,9 +53,7 @@ class Surrogate:
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
-            raise ValueError(
-                f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}."
-            )
+            raise ValueError(f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}.")
         for name, rows in (("labels", self.labels), ("teacher_logits", self.teacher_logits)):
             if len(rows) != n:
                 raise ValueError(f"`{name}` must have one row per image ({n}), got {len(rows)}.")
@@ -85,7 +83,11 @@ class Surrogate:
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one safetensors file atomically."""
-        tensors = {"images": self.images, "labels": self.labels, "teacher_logits": self.teacher_logits.float()}
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "teacher_logits": self.teacher_logits.float(),
+        }
         if self.kept is not None:
             tensors["kept"] = self.kept.to(torch.int32)
         if self.scores is not None:

@@ -80,9 +80,7 @@ def tune(
         if step % 10 == 0 or step + 1 == bar.total:
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`."
-                )
+                raise FloatingPointError(f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`.")
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             logger.debug("%s step %d loss %.4f", name, step, value)
     classifier = Head(head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone(), data.class_names)
@@ -94,9 +92,7 @@ def _check(data: LabelledImages) -> None:
         raise ValueError(f"`data` must have at least two classes, got {list(data.class_names)}.")
     empty = [name for name, n in zip(data.class_names, data.counts, strict=True) if n == 0]
     if empty:
-        raise ValueError(
-            f"`data` must have images of every class, got none of {empty}; use `select_classes`."
-        )
+        raise ValueError(f"`data` must have images of every class, got none of {empty}; use `select_classes`.")
 
 
 def _linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:

@@ -1,8 +1,9 @@
-"""Fixtures of all tests: a tiny Vision Transformer, adapters for it, and images whose classes can be learnt."""
+"""Fixtures of all tests: a tiny Vision Transformer, its adapters, and images whose classes can be learnt."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from lorarecycle.adapter import Adapter, Head, LoRAFactors
 from lorarecycle.backbone import Backbone
 from lorarecycle.datasets import LabelledImages
+
+ROOT = Path(__file__).resolve().parents[1]
+# `python -m pytest` puts the checkout on the path, where transformers would take ./kernels for Hugging Face's package
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 SITES = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 

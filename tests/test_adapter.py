@@ -10,9 +10,7 @@ from lorarecycle.adapter import Adapter, Head, LoRAFactors
 
 def pair(r=2, out=6, width=6, scaling=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return LoRAFactors(
-        torch.randn(r, width, generator=generator), torch.randn(out, r, generator=generator), scaling
-    )
+    return LoRAFactors(torch.randn(r, width, generator=generator), torch.randn(out, r, generator=generator), scaling)
 
 
 def test_delta_is_scaling_times_B_times_A():

@@ -1,5 +1,6 @@
 """Backbone against timm's own forward pass; merging; pruning against a loop; sparse tokens."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -57,9 +58,7 @@ def test_features_of_timms_registered_models(images: Tensor) -> None:
 
 @pytest.mark.parametrize("size", [(48, 48), (24, 40), (8, 8), (64, 16)])
 @pytest.mark.parametrize("variant", ["plain", "dinov2 with registers", "clip", "distilled deit"])
-def test_other_image_sizes_are_timms(
-    build_vit: Callable[..., Any], variant: str, size: tuple[int, int]
-) -> None:
+def test_other_image_sizes_are_timms(build_vit: Callable[..., Any], variant: str, size: tuple[int, int]) -> None:
     vit = build_vit(**VARIANTS[variant], dynamic_img_size=True)
     backbone = Backbone(vit)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
@@ -143,9 +142,7 @@ def test_adapters_that_do_not_fit(
     tiny_backbone.check(adapter.with_head(Head(torch.zeros(3, 64), pool="token+mean")))
 
 
-def test_gated_mlps(
-    build_vit: Callable[..., Any], make_adapter: Callable[..., Adapter], images: Tensor
-) -> None:
+def test_gated_mlps(build_vit: Callable[..., Any], make_adapter: Callable[..., Adapter], images: Tensor) -> None:
     from timm.layers import SwiGLUPacked
 
     vit = build_vit(mlp_layer=SwiGLUPacked)  # as in the giant DINOv2
@@ -154,14 +151,16 @@ def test_gated_mlps(
     adapter = make_adapter(backbone)
     worn = backbone(images, lora=LoRA.from_adapter(adapter))
     torch.testing.assert_close(worn, backbone.merge(adapter)(images), rtol=1e-4, atol=1e-4)
+    gated = make_adapter(backbone, sites=("mlp.fc1", "mlp.fc2"))
+    assert not torch.equal(backbone.merge(gated)(images), backbone(images))
+    with pytest.raises(ValueError, match="must leave the MLPs of .* alone, which are gated; `merge` it instead"):
+        backbone(images, lora=LoRA.from_adapter(gated))
 
 
 # --- pruning ---
 
 
-def pruned_by_loop(
-    vit: VisionTransformer, image: Tensor, prune: dict[int, float]
-) -> tuple[Tensor, list[int]]:
+def pruned_by_loop(vit: VisionTransformer, image: Tensor, prune: dict[int, float]) -> tuple[Tensor, list[int]]:
     """Sec. 4.3 for one image, token by token, on timm's own modules."""
     P = vit.num_prefix_tokens
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))
@@ -169,9 +168,7 @@ def pruned_by_loop(
     for i, block in enumerate(vit.blocks):
         x_in = block.norm1(x)
         q, k, _ = (
-            block.attn.qkv(x_in)
-            .reshape(1, -1, 3, block.attn.num_heads, block.attn.head_dim)
-            .permute(2, 0, 3, 1, 4)
+            block.attn.qkv(x_in).reshape(1, -1, 3, block.attn.num_heads, block.attn.head_dim).permute(2, 0, 3, 1, 4)
         )
         q, k = block.attn.q_norm(q), block.attn.k_norm(k)
         attention = (q[0, :, 0:1] @ k[0].transpose(-1, -2) * block.attn.head_dim**-0.5).softmax(dim=-1)
@@ -188,9 +185,7 @@ def pruned_by_loop(
 
 
 @pytest.mark.parametrize("variant", ["plain", "dinov2 with registers", "clip", "distilled deit", "qk norm"])
-@pytest.mark.parametrize(
-    "prune", [{0: 0.5}, {0: 0.3, 1: 0.3}, {1: 0.25, 2: 0.5}, {2: 0.7}, {0: 0.9, 1: 0.5}, {1: 0.0}]
-)
+@pytest.mark.parametrize("prune", [{0: 0.5}, {0: 0.3, 1: 0.3}, {1: 0.25, 2: 0.5}, {2: 0.7}, {0: 0.9, 1: 0.5}, {1: 0.0}])
 def test_pruning_against_a_loop(
     build_vit: Callable[..., Any], images: Tensor, variant: str, prune: dict[int, float]
 ) -> None:
@@ -301,3 +296,10 @@ def test_patch_embeddings_of_another_kind_are_refused() -> None:
     hybrid = timm.create_model("vit_tiny_r_s16_p8_224", pretrained=False, img_size=64)
     with pytest.raises(ValueError, match="HybridEmbed"):
         Backbone(hybrid)
+
+
+def test_attention_of_another_kind_is_refused(build_vit: Callable[..., Any]) -> None:
+    if "attn_layer" not in inspect.signature(VisionTransformer).parameters:
+        pytest.skip("this timm has one kind of attention only")
+    with pytest.raises(ValueError, match="DiffAttention"):
+        Backbone(build_vit(attn_layer="diff"))

@@ -73,9 +73,7 @@ def images():
 def test_same_feature_from_the_model_and_from_its_directory(kind, images, tmp_path):
     model = make(kind)
     expected = class_feature(model, images)
-    model.save_pretrained(
-        tmp_path
-    )  # transformers 5 writes most of its files under the names of transformers 4
+    model.save_pretrained(tmp_path)  # transformers 5 writes most of its files under the names of transformers 4
     facts = read_config(tmp_path)
     torch.testing.assert_close(timm_feature(build_vit(model.state_dict(), facts), images), expected)
     vit, facts = load_vit(tmp_path)
@@ -148,12 +146,8 @@ def test_heads_text_tower_and_projections_are_left_out(images):
     vit = build_vit(clip.state_dict(), facts_of(clip.vision_model))
     expected = clip.vision_model(images).pooler_output
     torch.testing.assert_close(timm_feature(vit, images), expected)
-    classifier = randomised(
-        transformers.ViTForImageClassification(transformers.ViTConfig(**SHAPE, num_labels=5))
-    )
-    assert not any(
-        "classifier" in key or "head" in key for key in convert_state_dict(classifier.state_dict())
-    )
+    classifier = randomised(transformers.ViTForImageClassification(transformers.ViTConfig(**SHAPE, num_labels=5)))
+    assert not any("classifier" in key or "head" in key for key in convert_state_dict(classifier.state_dict()))
 
 
 def test_timm_weights_are_left_alone():
@@ -241,9 +235,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"must be safetensors, got only the pickle file pytorch_model.bin"):
         load_vit(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "../elsewhere.safetensors"}}'
-    )
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
     with pytest.raises(ValueError, match=r"must map tensors to files beside it"):
         load_vit(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x08")

@@ -76,9 +76,7 @@ def test_labels_of_any_kind(
 ) -> None:
     support, query = halves
     pick = (
-        (lambda labels: names[labels])
-        if not isinstance(names, list)
-        else (lambda labels: [names[c] for c in labels])
+        (lambda labels: names[labels]) if not isinstance(names, list) else (lambda labels: [names[c] for c in labels])
     )
     classifier = FewShotClassifier(tiny_backbone).fit(support.images, pick(support.labels))
     assert classifier.classes_.tolist() == order

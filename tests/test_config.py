@@ -12,7 +12,10 @@ from lorarecycle.config import as_plain
         (lambda: InversionConfig(steps=0), "`steps` must be at least 1, got 0"),
         (lambda: InversionConfig(lr=-1), "`lr` must be positive and finite, got -1"),
         (lambda: InversionConfig(lr=float("nan")), "`lr` must be positive"),
-        (lambda: InversionConfig(prune={3: 1.0}), r"`prune\[3\]` must be a ratio in \[0, 1\), got 1.0; no token"),
+        (
+            lambda: InversionConfig(prune={3: 1.0}),
+            r"`prune\[3\]` must be a ratio in \[0, 1\), got 1.0; no token",
+        ),
         (lambda: InversionConfig(prune_from=1.5), "`prune_from` must be between 0 and 1"),
         (lambda: InversionConfig(roll=0.6), "`roll` must be between 0 and 0.5"),
         (lambda: InversionConfig(betas=(0.5, 2.0)), r"`betas\[1\]` must be between"),

@@ -67,9 +67,7 @@ def folder(tmp_path: Path) -> Path:
         for c, name in enumerate(("cat", "dog")):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(3):
-                Image.new("RGB", (20, 20), (level + 10 * c + i,) * 3).save(
-                    tmp_path / split / name / f"{i}.png"
-                )
+                Image.new("RGB", (20, 20), (level + 10 * c + i,) * 3).save(tmp_path / split / name / f"{i}.png")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     return tmp_path
 
@@ -104,9 +102,7 @@ def test_bad_image_folder(folder: Path) -> None:
 def test_npz(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
     labels = np.array([1, 0, 1, 0], np.int16)
-    parts = {f"{s}_images": images for s in ("train", "test")} | {
-        f"{s}_labels": labels for s in ("train", "test")
-    }
+    parts = {f"{s}_images": images for s in ("train", "test")} | {f"{s}_labels": labels for s in ("train", "test")}
     np.savez(tmp_path / "two.npz", **parts, test_classes=np.array(["a", "b"]))
     data = load_dataset(tmp_path / "two.npz", "test")
     assert torch.equal(data.images.permute(0, 2, 3, 1), torch.from_numpy(images))
@@ -188,9 +184,7 @@ def test_cifar_fs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def cifar100(root: str, train: bool, download: bool) -> SimpleNamespace:
         calls.append((root, train, download))
         targets = list(range(100)) * (5 if train else 1)
-        data = (
-            np.zeros((len(targets), 32, 32, 3), np.uint8) + np.array(targets, np.uint8)[:, None, None, None]
-        )
+        data = np.zeros((len(targets), 32, 32, 3), np.uint8) + np.array(targets, np.uint8)[:, None, None, None]
         return SimpleNamespace(data=data, targets=targets, class_to_idx={n: i for i, n in enumerate(names)})
 
     monkeypatch.setattr("torchvision.datasets.CIFAR100", cifar100)
@@ -213,9 +207,7 @@ def test_flowers102(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         Image.new("RGB", (40 + i, 30), "red").save(files[split])
 
     def flowers(root: str, split: str, download: bool) -> SimpleNamespace:
-        return SimpleNamespace(
-            _image_files=[files[split]], _labels=[len(split)], classes=list(map(str, range(102)))
-        )
+        return SimpleNamespace(_image_files=[files[split]], _labels=[len(split)], classes=list(map(str, range(102))))
 
     monkeypatch.setattr("torchvision.datasets.Flowers102", flowers)
     data = load_dataset("flowers102", root=tmp_path, size=16, quiet=True)

@@ -89,9 +89,7 @@ def test_accuracies_against_a_loop(tiny_data: LabelledImages, distance: str) -> 
     torch.testing.assert_close(task_accuracies(features, tasks, distance), torch.tensor(expected))
 
 
-def test_features(
-    tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_features(tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]) -> None:
     images = tiny_data.images[:7]
     with torch.no_grad():
         expected = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
@@ -108,9 +106,7 @@ def test_features(
     assert extract_features(tiny_backbone, larger).shape == (2, 32)
 
 
-def test_evaluate(
-    tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_evaluate(tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]) -> None:
     config = EvaluateConfig(**SIZES, seed=3)
     result = evaluate(tiny_backbone, tiny_data, config=config, quiet=True)
     assert result.accuracies.shape == (20,)
@@ -133,9 +129,7 @@ def test_mean_and_interval(tiny_data: LabelledImages) -> None:
     assert str(result) == "65.00 +- 12.65 (4 3-way 2-shot tasks)"
     assert result.summary()["n_query"] == 4
     assert math.isnan(
-        Evaluation(
-            torch.tensor([50.0]), sample_tasks(tiny_data.labels, **{**SIZES, "n_tasks": 1}, seed=0)
-        ).interval
+        Evaluation(torch.tensor([50.0]), sample_tasks(tiny_data.labels, **{**SIZES, "n_tasks": 1}, seed=0)).interval
     )
 
 

@@ -13,7 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def imported_names(file: Path) -> set[str]:
     """Absolute names of everything a file imports, relative imports resolved against the package map."""
     folder = file.relative_to(ROOT).parts[0]
-    package = ["lorarecycle", *([folder] if folder != "lorarecycle" else []), *file.relative_to(ROOT).parts[1:-1]]
+    package = [
+        "lorarecycle",
+        *([folder] if folder != "lorarecycle" else []),
+        *file.relative_to(ROOT).parts[1:-1],
+    ]
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

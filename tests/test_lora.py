@@ -70,9 +70,7 @@ def test_pools_prune_and_scores_with_lora(
     torch.testing.assert_close(worn.scores, plain.scores, rtol=1e-4, atol=1e-4)
 
 
-def test_fresh_factors_change_nothing_and_follow_the_generator(
-    tiny_backbone: Backbone, images: Tensor
-) -> None:
+def test_fresh_factors_change_nothing_and_follow_the_generator(tiny_backbone: Backbone, images: Tensor) -> None:
     def fresh(seed: int) -> LoRA:
         generator = torch.Generator().manual_seed(seed)
         return LoRA.random(tiny_backbone, r=3, sites=("q", "fc2"), layers=(0, 2), generator=generator)
@@ -90,9 +88,7 @@ def test_fresh_factors_change_nothing_and_follow_the_generator(
     assert fresh(1).to_adapter(name="x", like=tiny_backbone).digest() != adapter.digest()
 
 
-def test_only_the_factors_train(
-    tiny_backbone: Backbone, make_adapter: Callable[..., Adapter], images: Tensor
-) -> None:
+def test_only_the_factors_train(tiny_backbone: Backbone, make_adapter: Callable[..., Adapter], images: Tensor) -> None:
     lora = LoRA.from_adapter(make_adapter(tiny_backbone, sites=ALL))
     tiny_backbone(images, lora=lora).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.parameters())

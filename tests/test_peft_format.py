@@ -109,9 +109,7 @@ def random_adapter(layers=LAYERS, *, r=3, scaling=2.0, head=None, seed=0, same=F
             out, width = {"mlp.fc1": (HIDDEN, D), "mlp.fc2": (D, HIDDEN)}.get(layer, (D, D))
             lora_A = 0.3 * torch.randn(rank, width, generator=generator)
             lora_B = 0.3 * torch.randn(out, rank, generator=generator)
-            factors[f"blocks.{block}.{layer}"] = LoRAFactors(
-                lora_A, lora_B, scaling if same else scaling / (1 + i)
-            )
+            factors[f"blocks.{block}.{layer}"] = LoRAFactors(lora_A, lora_B, scaling if same else scaling / (1 + i))
     return Adapter(factors, head=head, **facts)
 
 
@@ -160,9 +158,7 @@ def peft_adapter(model, folder, targets, **options):
     return tuned
 
 
-TARGETS = (
-    r".*\.\d+\..*(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|query|key|value|dense)"  # transformers 5, 4
-)
+TARGETS = r".*\.\d+\..*(q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|query|key|value|dense)"  # transformers 5, 4
 PATTERNS = {
     "plain": {"r": 4, "lora_alpha": 6},
     "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True},
@@ -230,9 +226,7 @@ def test_reads_swiglu_halves(images, tmp_path):
 def test_reads_what_peft_wrote_for_timm(options, images, tmp_path):
     model = timm_model(num_classes=3)
     backbone = backbone_of(model)
-    tuned = peft_adapter(
-        model, tmp_path, r".*blocks.*\.(qkv|proj|fc1|fc2)", modules_to_save=["head"], **options
-    )
+    tuned = peft_adapter(model, tmp_path, r".*blocks.*\.(qkv|proj|fc1|fc2)", modules_to_save=["head"], **options)
     adapter = Adapter.load(tmp_path)
     assert len(adapter.sites) == 6 * BLOCKS
     assert adapter.factors["blocks.0.attn.q"].lora_A.equal(adapter.factors["blocks.0.attn.v"].lora_A)

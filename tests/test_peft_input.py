@@ -55,9 +55,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_file_instead_of_its_folder(folder):
-    refuses(
-        folder / WEIGHTS, r"`source` must be the directory of a PEFT adapter, got the file .*give .*adapter"
-    )
+    refuses(folder / WEIGHTS, r"`source` must be the directory of a PEFT adapter, got the file .*give .*adapter")
 
 
 def test_hub_id_without_network(monkeypatch, tmp_path):
@@ -194,9 +192,7 @@ def test_weights_missing(folder):
 
 def test_pickle_only(folder):
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    refuses(
-        folder, r"must be safetensors, got only the pickle file adapter_model.bin .*safe_serialization=True"
-    )
+    refuses(folder, r"must be safetensors, got only the pickle file adapter_model.bin .*safe_serialization=True")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
@@ -227,9 +223,7 @@ def test_head_that_is_not_finite(folder):
 @pytest.mark.parametrize(("gone", "left"), [("A", "B"), ("B", "A")])
 def test_half_a_pair(folder, gone, left):
     change_weights(folder, lambda tensors: tensors.pop(f"{QKV}.lora_{gone}.weight"))
-    refuses(
-        folder, rf"must hold lora_A and lora_B of each module, got 'blocks.0.attn.qkv' without lora_{gone}"
-    )
+    refuses(folder, rf"must hold lora_A and lora_B of each module, got 'blocks.0.attn.qkv' without lora_{gone}")
 
 
 def test_pair_of_two_ranks(folder):
@@ -314,9 +308,7 @@ def test_adapter_of_a_text_model(folder):
 
 
 def test_head_of_another_width(folder):
-    change_weights(
-        folder, lambda tensors: tensors.update({"base_model.model.head.weight": torch.ones(3, D + 1)})
-    )
+    change_weights(folder, lambda tensors: tensors.update({"base_model.model.head.weight": torch.ones(3, D + 1)}))
     refuses(folder, r"the head in .* must read 6 features .* got a weight of \[3, 7\]")
     refuses(folder, r"`head` must read 6 features .* got a weight of \[2, 5\]", head=Head(torch.ones(2, 5)))
 
@@ -339,9 +331,7 @@ def test_two_heads(folder):
 
 
 def test_head_file_that_is_none(folder, tmp_path):
-    refuses(
-        folder, r"`head` must be a safetensors file .* no such file", FileNotFoundError, head=tmp_path / "x"
-    )
+    refuses(folder, r"`head` must be a safetensors file .* no such file", FileNotFoundError, head=tmp_path / "x")
     (tmp_path / "head.bin").write_bytes(b"pickle")
     refuses(
         folder,
@@ -357,9 +347,7 @@ def test_class_names_that_do_not_fit(folder):
 
 
 def test_class_names_without_a_head(folder):
-    change_weights(
-        folder, lambda tensors: [tensors.pop(f"base_model.model.head.{k}") for k in ("weight", "bias")]
-    )
+    change_weights(folder, lambda tensors: [tensors.pop(f"base_model.model.head.{k}") for k in ("weight", "bias")])
     refuses(folder, r"`class_names` must come with a head, and 'adapter' has none", class_names=["a", "b"])
 
 

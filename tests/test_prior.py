@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
+from lorarecycle.kernels import reference
 from torch import nn
 
 from lorarecycle import BatchNormPrior
 from lorarecycle.files import save_tensors
-from lorarecycle.kernels import reference
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -64,7 +64,7 @@ def test_reference_gradient():
 
 def test_local_weights_of_a_timm_network(tmp_path):
     net = timm.create_model("resnet18", pretrained=False)
-    state = {k: v for k, v in net.state_dict().items()}
+    state = dict(net.state_dict().items())
     path = save_tensors(tmp_path / "r18.safetensors", state)
     loaded = BatchNormPrior.load("resnet18", weights=path)
     images = torch.randn(2, 3, 32, 32)

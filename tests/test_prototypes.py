@@ -29,9 +29,7 @@ def test_distances() -> None:
     features, centres = torch.randn(40, 5, generator=generator), torch.randn(30, 5, generator=generator)
     difference = features[:, None] - centres[None]
     torch.testing.assert_close(distance_logits(features, centres), -difference.norm(dim=-1))
-    torch.testing.assert_close(
-        distance_logits(features, centres, "sqeuclidean"), -difference.square().sum(dim=-1)
-    )
+    torch.testing.assert_close(distance_logits(features, centres, "sqeuclidean"), -difference.square().sum(dim=-1))
     cosine = torch.nn.functional.cosine_similarity(features[:, None], centres[None], dim=-1)
     torch.testing.assert_close(distance_logits(features, centres, "cosine"), cosine - 1)
 
@@ -62,9 +60,7 @@ def test_gradients(distance: str) -> None:
 def test_small_distances_of_long_features_are_exact() -> None:
     centres = torch.full((30, 64), 1000.0)
     features = centres + 0.01
-    torch.testing.assert_close(
-        distance_logits(features, centres), torch.full((30, 30), -0.08), rtol=0.05, atol=0
-    )
+    torch.testing.assert_close(distance_logits(features, centres), torch.full((30, 30), -0.08), rtol=0.05, atol=0)
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -1,0 +1,131 @@
+"""Meta-training: the losses of Eq. 3 and 4, sparse tokens, schedule, and resuming to the bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorarecycle import MetaConfig, Surrogate, meta_train
+from lorarecycle import meta as module
+from lorarecycle.episodes import EpisodeSampler
+from lorarecycle.images import normalize
+from lorarecycle.lora import LoRA
+from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror
+
+CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False)
+
+
+def surrogates(data, n_adapters=2, kept=None) -> list[Surrogate]:
+    g = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(n_adapters):
+        n, C = len(data), len(data.class_names)
+        logits = 4 * F.one_hot(data.labels, C) + torch.randn(n, C, generator=g)
+        scores = torch.rand(n, 16, generator=g)
+        made.append(
+            Surrogate(data.images, data.labels, logits, data.class_names, 8, None, scores, f"a{i}", f"digest{i}")
+        )
+    return made if kept is None else [s.masked(kept) for s in made]
+
+
+@pytest.mark.parametrize("cross_task", [False, True])
+def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
+    config = MetaConfig(steps=1, n_way=3, n_shot=2, n_query=4, flip=False, interpolation=float(cross_task))
+    pools = surrogates(tiny_data)
+    lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
+    episode = EpisodeSampler(pools, config)(0)
+    loss = episode_loss(tiny_backbone, lora, fill_bank(tiny_backbone, pools), episode, config, torch.Generator())
+
+    images = torch.cat([s.images for s in pools])[episode.images]
+    features = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
+    support, query, labels = features[:6], features[6:], episode.labels[6:]
+    centres = torch.stack([support[episode.labels[:6] == c].mean(0) for c in range(3)])
+    distances = (query[:, None] - centres).norm(dim=-1)
+    p = torch.exp(-distances) / torch.exp(-distances).sum(1, keepdim=True)
+    if cross_task:
+        expected = -p[torch.arange(12), labels].log().mean()
+    else:
+        teacher = torch.cat([s.teacher_logits for s in pools])[episode.images[6:]][:, episode.teacher_classes].softmax(
+            1
+        )
+        expected = (teacher * (teacher.log() - p.log())).sum(1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_only_the_meta_lora_changes(tiny_backbone, make_data):
+    before = {k: v.clone() for k, v in tiny_backbone.state_dict().items()}
+    config = MetaConfig(steps=60, n_way=3, n_shot=2, n_query=4, lr=1e-2, sites=("q", "v", "fc1"), layers=(1, 2))
+    result = meta_train(tiny_backbone, surrogates(make_data(noise=120.0)), config, quiet=True)
+    assert result.losses[-15:].mean() < 0.7 * result.losses[:15].mean()
+    assert result.meta_lora.head is None
+    assert result.meta_lora.sites[:3] == ("blocks.1.attn.q", "blocks.1.attn.v", "blocks.1.mlp.fc1")
+    assert len(result.meta_lora.sites) == 6
+    for name, value in tiny_backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_sparse_tokens(tiny_backbone, tiny_data):
+    pools = surrogates(tiny_data)
+    dense = meta_train(tiny_backbone, pools, CONFIG, quiet=True)
+    everything = meta_train(tiny_backbone, [s.masked(0.0) for s in pools], CONFIG, quiet=True)
+    torch.testing.assert_close(dense.losses, everything.losses, rtol=1e-3, atol=1e-4)
+    sparse = meta_train(tiny_backbone, surrogates(tiny_data, kept=0.75), CONFIG, quiet=True)
+    asked = meta_train(tiny_backbone, pools, MetaConfig(**{**vars(CONFIG), "sparsity": 0.75}), quiet=True)
+    assert torch.equal(sparse.losses, asked.losses)
+    assert not torch.equal(sparse.losses, dense.losses)
+
+
+def test_a_flip_mirrors_the_kept_tokens(tiny_backbone, tiny_data):
+    images = tiny_data.images[:4]
+    kept = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(4)])
+    x = normalize(images, tiny_backbone.mean, tiny_backbone.std)
+    patches = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    flipped = x.flip(-1).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    for i in range(4):
+        assert torch.equal(patches[i, kept[i]].flip(-1), flipped[i, mirror(kept, 4)[i]])
+    assert torch.equal(mirror(mirror(kept, 4), 4), kept)
+
+
+def test_learning_rate_cycles():
+    config = MetaConfig()
+    rates = [learning_rate(step, config) for step in range(200)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[25] == pytest.approx(1e-3) == max(rates)
+    assert rates[12] == pytest.approx(1e-5 + (1e-3 - 1e-5) * 12 / 25)
+    assert rates[62] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.05)
+    assert rates[:100] == rates[100:]
+
+
+def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
+    pools, path = surrogates(tiny_data), tmp_path / "checkpoint.safetensors"
+    whole = meta_train(tiny_backbone, pools, CONFIG, quiet=True)
+
+    calls = 0
+    original = module.episode_loss
+
+    def stopped(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(module, "episode_loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(tiny_backbone, pools, CONFIG, checkpoint=path, quiet=True)
+    calls = 100
+    resumed = meta_train(tiny_backbone, pools, CONFIG, checkpoint=path, quiet=True)
+    assert calls == 100 + 7, "only the steps after the checkpoint at 5 were repeated"
+    assert torch.equal(whole.losses, resumed.losses)
+    assert whole.meta_lora.digest() == resumed.meta_lora.digest()
+    with pytest.raises(ValueError, match="must be of the same settings and surrogates"):
+        meta_train(tiny_backbone, pools, CONFIG, seed=1, checkpoint=path, quiet=True)
+
+
+def test_surrogates_must_go_together(tiny_backbone, tiny_data):
+    a, b = surrogates(tiny_data)
+    with pytest.raises(ValueError, match="`surrogates` must share one number of kept tokens"):
+        meta_train(tiny_backbone, [a, b.masked(0.5)], CONFIG, quiet=True)
+    small = surrogates(tiny_data.resize(16))[0]
+    with pytest.raises(ValueError, match="`surrogates` must share one image size"):
+        meta_train(tiny_backbone, [a, small], CONFIG, quiet=True)
