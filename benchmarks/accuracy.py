@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-tasks", type=int, default=600)
     parser.add_argument("--image-size", type=int, default=112)
     parser.add_argument("--tune-epochs", type=int, default=2)
-    parser.add_argument("--inversion-steps", type=int, default=100)
+    parser.add_argument("--inversion-steps", type=int, default=60)
     parser.add_argument("--images-per-class", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=20, help="of the inversion")
     parser.add_argument("--meta-steps", type=int, default=200)
