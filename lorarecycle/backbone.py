@@ -380,7 +380,7 @@ class Backbone(nn.Module):
         x = mlp.norm(mlp.act(self._linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
         return self._linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)
 
-    def _linear(self, name: str, layer: nn.Linear, x: Tensor, lora: LoRA | None) -> Tensor:
+    def _linear(self, name: str, layer: Any, x: Tensor, lora: LoRA | None) -> Tensor:
         """A linear layer, with the low-rank factors that `lora` has for it."""
         segments = 3 if name.endswith("qkv") else 1
         factors = lora and lora.layer(name, (layer.in_features, layer.out_features // segments), x.dtype)

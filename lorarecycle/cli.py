@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -165,17 +165,18 @@ class Demo:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Bad input ends with one line on standard error and status 2."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"tune": Tune, "recycle": Recycle, "evaluate": Evaluate, "predict": Predict, "demo": Demo},
-        prog="lorarecycle",
-        args=args,
-    )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    commands: dict[str, Any] = {
+        "tune": Tune,
+        "recycle": Recycle,
+        "evaluate": Evaluate,
+        "predict": Predict,
+        "demo": Demo,
+    }
     try:
+        command: Any = tyro.extras.subcommand_cli_from_dict(commands, prog="lorarecycle", args=args)
         command.run()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if logging.getLogger(__name__).isEnabledFor(logging.DEBUG):
-            raise
         print(f"lorarecycle: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -42,8 +42,8 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
         masked = masked_images(surrogate)
         for j, image in enumerate(index):
             top, bottom = axes[2 * i, j], axes[2 * i + 1, j]
-            top.imshow(surrogate.images[image].permute(1, 2, 0))
-            bottom.imshow(masked[image].permute(1, 2, 0))
+            top.imshow(surrogate.images[image].permute(1, 2, 0).numpy())
+            bottom.imshow(masked[image].permute(1, 2, 0).numpy())
             top.set_title(surrogate.class_names[surrogate.labels[image]], fontsize=8)
         axes[2 * i, 0].text(
             -0.15,
@@ -79,9 +79,10 @@ def draw_losses(losses: str | PathLike[str], path: str | PathLike[str]) -> Path:
         values = torch.tensor([float(row["loss"]) for row in csv.DictReader(file)])
     window = min(20, len(values))
     figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axis.plot(values, color="0.75", linewidth=0.8, label="episode")
+    axis.plot(values.numpy(), color="0.75", linewidth=0.8, label="episode")
     if window:
-        axis.plot(range(window - 1, len(values)), values.unfold(0, window, 1).mean(-1), label=f"mean of {window}")
+        smooth = values.unfold(0, window, 1).mean(-1).numpy()
+        axis.plot(range(window - 1, len(values)), smooth, label=f"mean of {window}")
     axis.set(xlabel="meta-training step", ylabel="loss", ylim=(0, None))
     axis.legend(frameon=False)
     return _save(figure, path)

@@ -1,0 +1,46 @@
+"""The demo, with fewer steps: its table, its files, and going on where it was."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from lorarecycle import Adapter, EvaluateConfig, demo, pictures
+
+
+def test_demo_writes_what_it_says(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "TASKS", demo.TASKS[:2])
+    monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, epochs=1))
+    inversion, meta = replace(demo.RECYCLE.inversion, steps=2), replace(demo.RECYCLE.meta, steps=2)
+    monkeypatch.setattr(demo, "RECYCLE", replace(demo.RECYCLE, inversion=inversion, meta=meta))
+    monkeypatch.setattr(demo, "EvaluateConfig", lambda **options: EvaluateConfig(n_tasks=20, **options))
+    report = demo.run_demo(tmp_path / "out", quiet=True)
+    table = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert len(table) == 3
+    for name, row in table.items():
+        assert [r["n_shot"] for r in row] == [1, 5]
+        for r in row:
+            assert f"{r['accuracy']:5.2f} ± {r['interval']:.2f}" in report, name
+            assert r["accuracy"] > 25, "better than chance"
+    assert Adapter.load(tmp_path / "out" / "meta_lora").head is None
+    for picture in ("surrogates.png", "training_curve.png"):
+        assert str(tmp_path / "out" / picture) in report
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert min(image.size) > 100
+    monkeypatch.setattr(demo, "tune", lambda *a, **k: pytest.fail("tuned again"))
+    assert demo.run_demo(tmp_path / "out", quiet=True) == report
+
+
+def test_masks_are_painted_over_the_dropped_patches():
+    import torch
+
+    from lorarecycle import Surrogate
+
+    images = torch.full((1, 3, 4, 6), 7, dtype=torch.uint8)
+    kept = torch.tensor([[0, 5]])
+    made = Surrogate(images, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), ("a",), 2, kept=kept)
+    mask = pictures.masked_images(made)[0, 0] == 7
+    assert mask.tolist() == [[True] * 2 + [False] * 4] * 2 + [[False] * 4 + [True] * 2] * 2
