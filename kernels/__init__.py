@@ -3,6 +3,18 @@
 if __name__ == "kernels":
     raise ImportError("import `lorarecycle.kernels`; the folder `kernels` is no package of its own")
 
-from .reference import cls_topk_gather, lora_qkv
+from .backend import use_backend
+from .batch_norm_prior import batch_norm_prior
+from .cls_topk_gather import cls_topk_gather
+from .lora_qkv import lora_qkv
+from .reference import prototype_head
+from .select_tokens import select_tokens
 
-__all__ = ["cls_topk_gather", "lora_qkv"]
+__all__ = [
+    "batch_norm_prior",
+    "cls_topk_gather",
+    "lora_qkv",
+    "prototype_head",
+    "select_tokens",
+    "use_backend",
+]

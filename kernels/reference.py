@@ -8,26 +8,39 @@ from torch import Tensor
 
 
 def lora_qkv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with one low-rank pair per output segment: `y = x W^T + b + s (x A_i^T) B_i^T`.
 
-    A fused qkv has S = 3 segments of N / 3 outputs, every other linear layer one. A segment without an adapter
-    has zero factors; smaller ranks are padded with zeros. LoRA (Hu et al. 2022), Sec. 4.1.
+    A fused qkv has S = 3 segments of N / 3 outputs, every other linear layer one. A segment without an
+    adapter has zero factors; smaller ranks are padded with zeros. LoRA (Hu et al. 2022), Sec. 4.1.
 
     Args:
         x: input, [..., K].
         weight: frozen weight, [N, K].
         bias: [N] or None.
-        lora_A: [S, R, K].
-        lora_B: [N, R]; rows of segment i belong to `lora_A[i]`.
+        lora_A: [S, R, K]; with `adapter_ids` [L, S, R, K].
+        lora_B: [N, R]; rows of segment i belong to `lora_A[i]`. With `adapter_ids` [L, N, R].
         scaling: factor of the low-rank product.
+        adapter_ids: int [B], the adapter each image of `x` [B, ..., K] wears, -1 for none; or None.
 
     Returns:
         [..., N], in the dtype of `x`.
     """
-    S = lora_A.shape[0]
+    S = lora_A.shape[-3]
     y = F.linear(x, weight, bias)
+    if adapter_ids is not None:
+        own = adapter_ids.long().clamp(min=0)
+        worn = (adapter_ids >= 0).to(x.dtype)[:, None, None, None]
+        h = torch.einsum("bmk,bsrk->bmsr", x.flatten(1, -2), lora_A[own] * worn)
+        low_rank = torch.einsum("bmsr,bsnr->bmsn", h, lora_B[own].unflatten(1, (S, -1)))
+        return y + scaling * low_rank.reshape(y.shape)
     h = F.linear(x, lora_A.flatten(0, 1))  # [..., S R]
     spread = torch.block_diag(*lora_B.chunk(S))  # [N, S R]: one product for all segments
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), spread.T, alpha=scaling).view_as(y)
@@ -78,6 +91,25 @@ def gather_tokens(x: Tensor, index: Tensor, num_prefix: int = 1) -> Tensor:
     return torch.cat([x[:, :num_prefix], patches], dim=1)
 
 
+def scatter_tokens(dout: Tensor, index: Tensor, num_tokens: int, num_prefix: int = 1) -> Tensor:
+    """Gradient of `gather_tokens`: rows go back to where they came from, zero elsewhere.
+
+    Args:
+        dout: [B, P + k, D].
+        index: int64 [B, k], distinct positions among the patch tokens.
+        num_tokens: P + N.
+        num_prefix: P.
+
+    Returns:
+        [B, num_tokens, D].
+    """
+    B, _, D = dout.shape
+    dx = dout.new_zeros((B, num_tokens, D))
+    dx[:, :num_prefix] = dout[:, :num_prefix]
+    rows = index.unsqueeze(-1).expand(-1, -1, D) + num_prefix
+    return dx.scatter(1, rows, dout[:, num_prefix:])
+
+
 def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int = 1) -> tuple[Tensor, Tensor]:
     """Drop the patch tokens that the class token attends to least (LoRA Recycle, Sec. 4.3).
 
@@ -89,21 +121,100 @@ def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: 
         num_prefix: class and register tokens, always kept and never ranked.
 
     Returns:
-        the shorter stream [B, num_prefix + num_keep, D] and the kept positions int64 [B, num_keep], ascending.
+        the shorter stream [B, num_prefix + num_keep, D]; the kept positions int64 [B, num_keep], ascending.
     """
     index = top_patches(cls_attention(q, k, num_prefix), num_keep)
     return gather_tokens(x, index, num_prefix), index
 
 
-def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """Distance of a feature map's statistics to those of a batch-norm layer (LoRA Recycle, Eq. 2).
+def gather_patches(images: Tensor, kept: Tensor, patch_size: int) -> Tensor:
+    """Pixels of the kept patches.
 
     Args:
-        x: input of the batch-norm layer, [B, C, H, W].
-        running_mean, running_var: [C].
+        images: [B, C, H, W].
+        kept: int64 [B, k], patch positions in row order.
+        patch_size: p.
 
     Returns:
-        `||mean - running_mean||_2 + ||var - running_var||_2`, a float32 scalar; the variance is the biased one.
+        [B, k, C * p * p], in the order of a convolution's weight.
     """
-    var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
-    return torch.linalg.vector_norm(mean - running_mean) + torch.linalg.vector_norm(var - running_var)
+    B, C, H, W = images.shape
+    p = patch_size
+    patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+    image = torch.arange(B, device=images.device)[:, None]
+    row, column = kept // (W // p), kept % (W // p)
+    return patches[image, row, column].flatten(2)
+
+
+def select_tokens(
+    images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
+) -> Tensor:
+    """Tokens of the kept patches, with their position embeddings, behind the prefix tokens.
+
+    Args:
+        images: normalised, [B, C, H, W].
+        kept: int64 [B, k], patch positions.
+        weight: of the patch convolution, [D, C, p, p].
+        bias: [D] or None.
+        pos_embed: of the patches, [H / p * W / p, D].
+        prefix: class and register tokens with their position embeddings already added, [P, D].
+
+    Returns:
+        [B, P + k, D].
+    """
+    patches = gather_patches(images, kept, weight.shape[-1])
+    tokens = F.linear(patches, weight.flatten(1), bias) + pos_embed[kept]
+    return torch.cat([prefix.expand(images.shape[0], -1, -1), tokens], dim=1)
+
+
+def select_tokens_dense(
+    images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
+) -> Tensor:
+    """`select_tokens` as a ViT would do it: embed every patch, then gather. Same arguments and result."""
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2) + pos_embed
+    tokens = torch.cat([prefix.expand(images.shape[0], -1, -1), tokens], dim=1)
+    return gather_tokens(tokens, kept, prefix.shape[0])
+
+
+def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """Distance of a feature map's statistics from those of a batch-norm layer (LoRA Recycle, Eq. 2).
+
+    `||mean - running_mean||_2 + ||var - running_var||_2`, norms over the channels, not squared.
+
+    Args:
+        x: input of the layer, [B, C, H, W].
+        running_mean: [C].
+        running_var: [C]; compared with the biased variance, which is what batch norm uses to normalise.
+
+    Returns:
+        scalar, float32 (float64 for float64 input).
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
+    mean_distance = torch.linalg.vector_norm(mean - running_mean.to(wide))
+    return mean_distance + torch.linalg.vector_norm(var - running_var.to(wide))
+
+
+def prototype_head(
+    support: Tensor, support_labels: Tensor, query: Tensor, n_way: int, distance: str = "euclidean"
+) -> Tensor:
+    """Log-probabilities of queries from their distances to the class centres (LoRA Recycle, Eq. 3b).
+
+    Args:
+        support: features, [S, D].
+        support_labels: int64 [S], 0 to n_way - 1, each class at least once.
+        query: features, [Q, D].
+        n_way: classes of the episode.
+        distance: "euclidean" (Eq. 3b) or "sqeuclidean" (the authors' code).
+
+    Returns:
+        [Q, n_way], float32 (float64 for float64 input).
+    """
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    support, query = support.to(wide), query.to(wide)
+    member = F.one_hot(support_labels, n_way).to(wide)
+    prototypes = (member / member.sum(0)).T @ support
+    squared = (query[:, None] - prototypes[None]).square().sum(-1)
+    if distance == "euclidean":
+        squared = squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+    return (-squared).log_softmax(dim=-1)

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torchvision does
+
 from timm.models.vision_transformer import VisionTransformer
 
 from lorarecycle.adapter import Adapter, Head, LoRAFactors

@@ -1,0 +1,55 @@
+"""`batch_norm_prior` at layers of a ResNet-50: against the permute-copy form and `var_mean`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lorarecycle.kernels import batch_norm_prior, reference
+
+CUDA = torch.cuda.is_available()
+LAYERS = {"layer1": (256, 56), "layer3": (1024, 14), "layer4": (2048, 7)}
+
+
+def _permute_copy(x, running_mean, running_var):
+    """As the published inversion codes compute it: a permuted copy of the map, then its variance by rows."""
+    rows = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).float()
+    mean, var = x.float().mean([0, 2, 3]), rows.var(1, unbiased=False)
+    return (mean - running_mean).norm() + (var - running_var).norm()
+
+
+FORMS = ["ours", "permute_copy", "var_mean", "permute_copy_compiled"]
+
+
+def _op(form):
+    forms = {"ours": batch_norm_prior, "permute_copy": _permute_copy, "var_mean": reference.batch_norm_prior}
+    return forms.get(form) or torch.compile(_permute_copy)
+
+
+@pytest.fixture(params=["nchw", "channels_last"])
+def layout(request):
+    return torch.channels_last if request.param == "channels_last" else torch.contiguous_format
+
+
+@pytest.fixture(params=LAYERS)
+def inputs(request, layout, device, dtype):
+    channels, size = LAYERS[request.param]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((100 if CUDA else 8, channels, size, size), generator=generator)
+    x = x.to(device, dtype).to(memory_format=layout)
+    return x, torch.zeros(channels, device=device), torch.ones(channels, device=device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def bench_forward(form, inputs, measure, benchmark):
+    benchmark.group = f"batch_norm_prior forward {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
+    op = _op(form)
+    with torch.no_grad():
+        measure(lambda: op(*inputs), bytes=inputs[0].nbytes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def bench_forward_and_backward(form, inputs, measure, benchmark, grad):
+    benchmark.group = f"batch_norm_prior forward and backward {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
+    op = _op(form)
+    x = inputs[0].requires_grad_()
+    measure(grad(lambda: op(*inputs), [x]), bytes=3 * x.nbytes)

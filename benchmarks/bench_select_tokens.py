@@ -1,0 +1,30 @@
+"""`select_tokens`, 75 % pruned: against embedding every patch and gathering, plain and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lorarecycle.kernels import reference, select_tokens
+
+
+@pytest.fixture
+def inputs(model, device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    B, D, p, N = model.batch, model.width, model.patch, model.patches
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    kept = torch.stack([torch.randperm(N, generator=generator)[: N // 4].sort().values for _ in range(B)])
+    return random(B, 3, 224, 224), kept.to(device), random(D, 3, p, p), random(D), random(N, D), random(1, D)
+
+
+@pytest.mark.parametrize("form", ["ours", "sparse", "dense", "dense_compiled"])
+def bench_forward(form, model, inputs, dtype, measure, benchmark):
+    benchmark.group = f"select_tokens forward {model.name}"
+    forms = {"ours": select_tokens, "sparse": reference.select_tokens, "dense": reference.select_tokens_dense}
+    op = forms.get(form) or torch.compile(reference.select_tokens_dense)
+    rows, width = model.batch * (model.patches // 4), 3 * model.patch**2
+    moved = dtype.itemsize * (rows * (width + 2 * model.width) + width * model.width)
+    with torch.no_grad():
+        measure(lambda: op(*inputs), bytes=moved, flops=2 * rows * width * model.width)

@@ -1,0 +1,102 @@
+"""Compiles what a launcher would launch on an absent GPU; a program that prints one JSON line a kernel.
+
+    python gpu_compiler.py lora_qkv:bfloat16:90 cls_topk_gather:float32:80 ...
+
+The launcher runs on meta tensors; every launch is compiled with exactly the arguments, tiles and alignments
+it would have, and not started. Needs triton's own ptxas, no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+
+class _AbsentGPU(DriverBase):
+    """A driver that only knows which chip it stands for."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def _count(pattern: str, log: str) -> int:
+    """Largest number that ptxas reports in this place; a kernel may hold functions it did not inline."""
+    return max((int(found) for found in re.findall(pattern, log)), default=0)
+
+
+def compile_case(case: str) -> list[dict[str, Any]]:
+    """Compile all launches of `op[/variant]:dtype:arch` and describe them."""
+    from gpu_cases import CASES
+
+    op, dtype, arch = case.split(":")
+    triton.runtime.driver.set_active(_AbsentGPU(int(arch)))
+    triton.knobs.compilation.always_compile = True  # the log of ptxas is not in the cache
+    triton.knobs.nvidia.dump_ptxas_log = True
+    found: list[dict[str, Any]] = []
+    run = triton.runtime.jit.JITFunction.run
+
+    def compile_only(self, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        log, ptx = output.getvalue(), kernel.asm["ptx"]
+        if not log:  # compiled for an earlier launch of this case
+            return kernel
+        found.append(
+            {
+                "case": case,
+                "kernel": self.__name__,
+                "shared": kernel.metadata.shared + _count(r"(\d+) bytes smem", log),
+                "registers": _count(r"Used (\d+) registers", log),
+                "spills": _count(r"(\d+) bytes spill stores", log),
+                "num_warps": kernel.metadata.num_warps,
+                "wgmma": ptx.count("wgmma.mma_async"),
+                "mma": ptx.count("mma.sync"),
+                "async_copies": ptx.count("cp.async.c"),
+                "products": kernel.asm["ttir"].count("tt.dot "),
+            }
+        )
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    try:
+        CASES[op](getattr(torch, dtype))
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+    return found
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for kernel in compile_case(name):
+            print(json.dumps(kernel), flush=True)  # noqa: T201
