@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .files import load_tensors, read_json
+from .hub import find_folder
 
 CLASSIFIER_KEYS = ("head.", "head_dist.", "classifier.", "fc.")
 
@@ -76,15 +77,7 @@ def _demo_vit() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _hub_vit(name: str, weights: str | PathLike[str] | None) -> tuple[nn.Module, dict[str, Any]]:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"no folder {name!r} here, and the Hugging Face Hub did not give a model of that name "
-            f"({type(error).__name__}: {error}); check the path, or the network."
-        ) from error
+    folder = find_folder(name, ("*.json", "*.safetensors"), what="a Vision Transformer")
     facts = read_json(folder / "config.json")
     if "architecture" in facts:  # a timm repository
         vit, found = _timm_vit(facts["architecture"], weights or folder / "model.safetensors")

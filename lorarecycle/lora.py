@@ -102,8 +102,8 @@ class LoRA(nn.Module):
             `lora_A` [S, R, in] and `lora_B` [S * out, R], scaling folded in, smaller ranks and absent sites padded
             with zeros; None where the layer carries no factors.
         """
-        prefix, _, _layer = name.partition(".attn.") if ".attn." in name else name.partition(".mlp.")
-        sites = [f"{prefix}.{site}" for site in _LAYERS[name[len(prefix) + 1 :]]]
+        _, block, layer = name.split(".", 2)
+        sites = [f"blocks.{block}.{site}" for site in _LAYERS[layer]]
         ranks = [self.lora_A[_key(s)].shape[0] if s in self.scalings else 0 for s in sites]
         R = max(ranks)
         if R == 0:
