@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, Head
 from .backbone import Backbone
+from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
 from .prior import BatchNormPrior
@@ -23,6 +26,7 @@ def invert(
     prior: BatchNormPrior | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    compile: Compile = None,
     quiet: bool = False,
 ) -> Surrogate:
     """Synthesise labelled images that an adapter and its head recognise (Eq. 1, 2).
@@ -34,6 +38,8 @@ def invert(
         prior: naturalness prior; `config.prior` is loaded when None (nothing where that is None too).
         seed: of the noise and the augmentation.
         dtype: precision of the teacher, into which it is cast once the adapter is merged; the backbone's when None.
+        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
+            works too.
         quiet: show no progress bar.
 
     Returns:
@@ -49,11 +55,12 @@ def invert(
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     digest = adapter.digest()
+    loss_of = compiled(inversion_loss, compile, backbone.device)
     images = []
     with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
         for i, batch in enumerate(batches):
             generator = stream(seed, "inversion", digest, i)
-            images.append(_optimise(teacher, head, batch, config, prior, generator, bar.update))
+            images.append(_optimise(teacher, head, batch, config, prior, generator, loss_of, bar.update))
     return _finish(teacher, adapter, head, torch.cat(images), labels, config, digest)
 
 
@@ -88,10 +95,10 @@ def _optimise(
     config: InversionConfig,
     prior: BatchNormPrior | None,
     generator: torch.Generator,
-    advance: object,
+    loss_of: Callable[..., Tensor],
+    advance: Callable[[], object],
 ) -> Tensor:
     """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
-    assert callable(advance)
     size = config.image_size or teacher.image_size
     device = teacher.device
     labels = labels.to(device)
@@ -107,7 +114,7 @@ def _optimise(
         if flips[step]:
             seen = seen.flip(-1)
         prune = config.prune if step >= prune_from else None
-        loss = inversion_loss(teacher, head, seen, labels, prune, prior, config.prior_weight)
+        loss = loss_of(teacher, head, seen, labels, prune, prior, config.prior_weight)
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():

@@ -9,7 +9,7 @@ from lorarecycle import meta as module
 from lorarecycle.episodes import EpisodeSampler
 from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
-from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror
+from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror, query_loss
 
 CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False)
 
@@ -33,7 +33,8 @@ def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
     pools = surrogates(tiny_data)
     lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
     episode = EpisodeSampler(pools, config)(0)
-    loss = episode_loss(tiny_backbone, lora, fill_bank(tiny_backbone, pools), episode, config, torch.Generator())
+    bank = fill_bank(tiny_backbone, pools)
+    loss = episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss)
 
     images = torch.cat([s.images for s in pools])[episode.images]
     features = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
