@@ -7,11 +7,13 @@ from torch import Tensor
 
 from .adapter import Adapter, Head
 from .backbone import Backbone
+from .canvas import first_canvas, step_size
 from .config import InversionConfig, as_plain
 from .images import normalize
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
+from .shapes import enlarge
 from .surrogate import Surrogate
 
 
@@ -97,17 +99,19 @@ def _optimise(
     labels = labels.to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
     low, high = -mean / std, (1 - mean) / std
-    x = torch.randn(len(labels), 3, size, size, generator=generator).to(device).requires_grad_()
+    x = first_canvas(teacher, head, labels, config, generator).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
-    shifts, flips = _augmentation(config, size, generator)
+    shifts, flips = _augmentation(config, x.shape[-1], generator)
     prune_from = round(config.prune_from * config.steps)
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
         if flips[step]:
             seen = seen.flip(-1)
+        seen = enlarge(seen, size)
         prune = config.prune if step >= prune_from else None
         loss = inversion_loss(teacher, head, seen, labels, prune, prior, config.prior_weight)
+        optimizer.param_groups[0]["lr"] = step_size(step, config)
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -118,7 +122,7 @@ def _optimise(
         with torch.no_grad():
             x.clamp_(low, high)
         advance()
-    pixels = (best.clamp(low, high) * std + mean) * 255
+    pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return pixels.round().to(torch.uint8).cpu()
 
 

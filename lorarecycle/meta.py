@@ -16,6 +16,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .backbone import Backbone
 from .config import MetaConfig, as_plain
+from .distillation import feature_targets
 from .episodes import Episode, EpisodeSampler
 from .files import load_tensors, save_tensors
 from .images import normalize
@@ -24,6 +25,7 @@ from .progress import track
 from .prototypes import distance_logits
 from .seeds import stream
 from .surrogate import Surrogate
+from .warm_start import warm_start
 
 CHECKPOINT_EVERY = 100
 
@@ -48,6 +50,8 @@ class Bank(NamedTuple):
     """int64 [n, k]"""
     columns: int
     """patches in a row of the grid"""
+    targets: Tensor | None = None
+    """float32 [n, D], features to follow"""
 
 
 def meta_train(
@@ -55,6 +59,7 @@ def meta_train(
     surrogates: Sequence[Surrogate],
     config: MetaConfig | None = None,
     *,
+    adapters: Sequence[Adapter] = (),
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
@@ -63,12 +68,14 @@ def meta_train(
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
     Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
-    labels (cross-entropy, Eq. 4).
+    labels (cross-entropy, Eq. 4). With `config.distill` its features also follow those of a guide: the warm start, or
+    the plain backbone where there is none, at a higher resolution (see `feature_targets`).
 
     Args:
         backbone: frozen; its device and dtype are used.
         surrogates: of one image size; real images work too.
         config: settings; `MetaConfig()` when None.
+        adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
@@ -78,9 +85,12 @@ def meta_train(
         `MetaTraining(meta_lora, losses)`.
 
     Raises:
-        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings.
+        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings, no
+            adapters where training starts from them.
     """
     config = config or MetaConfig()
+    if config.init == "adapters" and not adapters:
+        raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     sampler = EpisodeSampler(surrogates, config, seed)
     bank = fill_bank(backbone, surrogates, config.sparsity)
     lora = LoRA.random(
@@ -91,9 +101,20 @@ def meta_train(
         layers=config.layers,
         generator=stream(seed, "meta-lora"),
     )
+    guide = None
+    if config.init == "adapters":
+        lora = warm_start(adapters, lora, gain=config.gain)
+        guide = lora.to_adapter(name="guide", like=backbone)
+    if config.distill > 0:
+        bank = bank._replace(targets=feature_targets(backbone, guide, bank.images, image_size=config.guide_size))
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
-    run = {"config": as_plain(config), "seed": seed, "surrogates": [s.adapter_digest for s in surrogates]}
+    run = {
+        "config": as_plain(config),
+        "seed": seed,
+        "surrogates": [s.adapter_digest for s in surrogates],
+        "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
+    }
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
     for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
@@ -160,7 +181,11 @@ def episode_loss(
     config: MetaConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters."""
+    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters.
+
+    With `config.distill` it is mixed with the squared distance of the features to their targets, both centred: what
+    all features have in common is nothing to a nearest-centre classifier.
+    """
     device = backbone.device
     rows, labels = episode.images.to(device), episode.labels.to(device)
     images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
@@ -169,13 +194,21 @@ def episode_loss(
         images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
     features = backbone(normalize(images, backbone.mean, backbone.std, backbone.dtype), lora=lora, kept=kept).float()
+    follow = torch.zeros((), device=device)
+    if bank.targets is not None:
+        targets = bank.targets[rows]
+        follow = F.mse_loss(features - features.mean(dim=0), targets - targets.mean(dim=0))
+        if config.distill == 1:
+            return follow
     S = config.n_way * config.n_shot
     centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)  # support is class after class
     logits = distance_logits(features[S:], centres, config.distance)
     if episode.cross_task:
-        return F.cross_entropy(logits, labels[S:])
-    teacher = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)]
-    return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = F.cross_entropy(logits, labels[S:])
+    else:
+        teacher = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)]
+        loss = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+    return torch.lerp(loss, follow, config.distill)
 
 
 def mirror(kept: Tensor, columns: int) -> Tensor:
