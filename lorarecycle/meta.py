@@ -183,8 +183,7 @@ def episode_loss(
 ) -> Tensor:
     """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters.
 
-    With `config.distill` it is mixed with the squared distance of the features to their targets, both centred: what
-    all features have in common is nothing to a nearest-centre classifier.
+    With `config.distill` it is mixed with the mean squared distance of the features to their targets.
     """
     device = backbone.device
     rows, labels = episode.images.to(device), episode.labels.to(device)
@@ -196,8 +195,7 @@ def episode_loss(
     features = backbone(normalize(images, backbone.mean, backbone.std, backbone.dtype), lora=lora, kept=kept).float()
     follow = torch.zeros((), device=device)
     if bank.targets is not None:
-        targets = bank.targets[rows]
-        follow = F.mse_loss(features - features.mean(dim=0), targets - targets.mean(dim=0))
+        follow = F.mse_loss(features, bank.targets[rows])
         if config.distill == 1:
             return follow
     S = config.n_way * config.n_shot
