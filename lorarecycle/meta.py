@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .backbone import Backbone
+from .compiling import Compile, compiled
 from .config import MetaConfig, as_plain
 from .distillation import feature_targets
 from .episodes import Episode, EpisodeSampler
@@ -63,6 +64,7 @@ def meta_train(
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
+    compile: Compile = None,
     quiet: bool = False,
 ) -> MetaTraining:
     """Train a meta-LoRA so that class centres of a few images classify the rest.
@@ -79,6 +81,8 @@ def meta_train(
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
+        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
+            works too.
         quiet: show no progress bar.
 
     Returns:
@@ -115,11 +119,12 @@ def meta_train(
         "surrogates": [s.adapter_digest for s in surrogates],
         "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
     }
+    loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
     for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         generator = stream(seed, "flip", step)
-        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator)
+        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator, loss_of)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -180,10 +185,11 @@ def episode_loss(
     episode: Episode,
     config: MetaConfig,
     generator: torch.Generator,
+    loss_of: Callable[..., Tensor],
 ) -> Tensor:
     """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters.
 
-    With `config.distill` it is mixed with the mean squared distance of the features to their targets.
+    `loss_of` is `query_loss` or its compiled form; everything around it is gathering and drawing.
     """
     device = backbone.device
     rows, labels = episode.images.to(device), episode.labels.to(device)
@@ -192,21 +198,42 @@ def episode_loss(
         flip = (torch.rand(len(rows), generator=generator) < 0.5).to(device)
         images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
-    features = backbone(normalize(images, backbone.mean, backbone.std, backbone.dtype), lora=lora, kept=kept).float()
-    follow = torch.zeros((), device=device)
-    if bank.targets is not None:
-        follow = F.mse_loss(features, bank.targets[rows])
-        if config.distill == 1:
-            return follow
     S = config.n_way * config.n_shot
-    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)  # support is class after class
-    logits = distance_logits(features[S:], centres, config.distance)
     if episode.cross_task:
-        loss = F.cross_entropy(logits, labels[S:])
+        targets = F.one_hot(labels[S:], config.n_way).float()
     else:
-        teacher = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)]
-        loss = F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
-    return torch.lerp(loss, follow, config.distill)
+        targets = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)].softmax(-1)
+    images = normalize(images, backbone.mean, backbone.std, backbone.dtype)
+    follow = None if bank.targets is None else bank.targets[rows]
+    return loss_of(backbone, lora, images, kept, targets, config, follow)
+
+
+def query_loss(
+    backbone: Backbone,
+    lora: LoRA,
+    images: Tensor,
+    kept: Tensor | None,
+    targets: Tensor,
+    config: MetaConfig,
+    follow: Tensor | None = None,
+) -> Tensor:
+    """KL of the targets from the nearest-centre probabilities (Eq. 3); the cross-entropy of Eq. 4 for one-hot targets.
+
+    Args:
+        backbone: wears `lora`.
+        images: normalised, [n_way * (n_shot + n_query), 3, H, W]: the support, class after class, then the queries.
+        kept: int64 [images, k], patches to read; all when None.
+        targets: class probabilities of the queries, float32 [n_way * n_query, n_way].
+        config: n_way, n_shot, distance, distill.
+        follow: features that those of the images should have, float32 [images, D]: their mean squared distance has
+            the share `distill` of the loss.
+    """
+    features = backbone(images, lora=lora, kept=kept).float()
+    S = config.n_way * config.n_shot
+    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)
+    logits = distance_logits(features[S:], centres, config.distance)
+    loss = F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
+    return loss if follow is None else torch.lerp(loss, F.mse_loss(features, follow), config.distill)
 
 
 def mirror(kept: Tensor, columns: int) -> Tensor:

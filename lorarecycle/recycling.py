@@ -16,6 +16,7 @@ from torch import nn
 from . import __version__
 from .adapter import Adapter
 from .backbone import Backbone
+from .compiling import Compile
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_plain
 from .episodes import check_episodes
 from .files import read_json, remove_leftovers, write_json, write_text
@@ -43,6 +44,7 @@ def recycle(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     name: str = "meta-lora",
+    compile: Compile = None,
     quiet: bool = False,
 ) -> Adapter:
     """Distil adapters into one meta-LoRA, without any of their training data.
@@ -62,6 +64,8 @@ def recycle(
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
         name: of the meta-LoRA.
+        compile: whether the steps of both stages run through `torch.compile`; on a GPU only when None. A mode of
+            `torch.compile` works too.
         quiet: show no progress bars.
 
     Returns:
@@ -89,8 +93,10 @@ def recycle(
     else:
         finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
         loaded_prior = None if finished else load_prior(backbone, config.inversion)
-    folder = None if work_dir is None else _open_work_dir(Path(work_dir), config, everyone, backbone, resolved_dtype, prior)
-    surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, quiet)
+    folder = None
+    if work_dir is not None:
+        folder = _open_work_dir(Path(work_dir), config, everyone, backbone, resolved_dtype, prior)
+    surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, compile, quiet)
     checkpoint = None if folder is None else folder / "meta_checkpoint.safetensors"
     trained = meta_train(
         backbone.to(resolved_dtype),
@@ -100,6 +106,7 @@ def recycle(
         seed=config.seed,
         checkpoint=checkpoint,
         name=name,
+        compile=compile,
         quiet=quiet,
     )
     if folder is not None:
@@ -247,6 +254,7 @@ def _invert_all(
     config: RecycleConfig,
     prior: BatchNormPrior | None,
     folder: Path | None,
+    compile: Compile,
     quiet: bool,
 ) -> list[Surrogate]:
     """One surrogate for each adapter, those that are on disk already read from there."""
@@ -255,7 +263,16 @@ def _invert_all(
         if path is not None and path.exists():
             surrogates.append(Surrogate.load(path))
             continue
-        surrogate = invert(backbone, adapter, config.inversion, prior=prior, seed=config.seed, dtype=dtype, quiet=quiet)
+        surrogate = invert(
+            backbone,
+            adapter,
+            config.inversion,
+            prior=prior,
+            seed=config.seed,
+            dtype=dtype,
+            compile=compile,
+            quiet=quiet,
+        )
         if path is not None:
             surrogate.save(path)
         surrogates.append(surrogate)

@@ -9,7 +9,7 @@ from lorarecycle import meta as module
 from lorarecycle.episodes import EpisodeSampler
 from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
-from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror
+from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror, query_loss
 
 CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False)
 
@@ -33,7 +33,8 @@ def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
     pools = surrogates(tiny_data)
     lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
     episode = EpisodeSampler(pools, config)(0)
-    loss = episode_loss(tiny_backbone, lora, fill_bank(tiny_backbone, pools), episode, config, torch.Generator())
+    bank = fill_bank(tiny_backbone, pools)
+    loss = episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss)
 
     images = torch.cat([s.images for s in pools])[episode.images]
     features = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
@@ -159,7 +160,7 @@ def test_the_two_losses_mix(tiny_backbone, tiny_data):
     for share in (0.0, 0.25, 1.0):
         config = MetaConfig(**{**vars(CONFIG), "distill": share})
         episode = EpisodeSampler(pools, config)(0)
-        losses.append(episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator()).item())
+        losses.append(episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss).item())
     assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)
     features = tiny_backbone(normalize(bank.images[episode.images], tiny_backbone.mean, tiny_backbone.std))
     assert losses[2] == pytest.approx(F.mse_loss(features, bank.targets[episode.images]).item(), rel=1e-4)
