@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .adapter import Adapter, Head
 from .backbone import Backbone
+from .canvas import first_canvas, step_size
 from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
+from .shapes import enlarge
 from .surrogate import Surrogate
 
 
@@ -104,17 +106,18 @@ def _optimise(
     labels = labels.to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
     low, high = -mean / std, (1 - mean) / std
-    x = torch.randn(len(labels), 3, size, size, generator=generator).to(device).requires_grad_()
+    x = first_canvas(teacher, head, labels, config, generator).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
-    shifts, flips = _augmentation(config, size, generator)
+    shifts, flips = _augmentation(config, x.shape[-1], generator)
     prune_from = round(config.prune_from * config.steps)
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
         if flips[step]:
             seen = seen.flip(-1)
         prune = config.prune if step >= prune_from else None
-        loss = loss_of(teacher, head, seen, labels, prune, prior, config.prior_weight)
+        loss = loss_of(teacher, head, seen, labels, prune, prior, config.prior_weight, size)
+        optimizer.param_groups[0]["lr"] = step_size(step, config)
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -125,7 +128,7 @@ def _optimise(
         with torch.no_grad():
             x.clamp_(low, high)
         advance()
-    pixels = (best.clamp(low, high) * std + mean) * 255
+    pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return pixels.round().to(torch.uint8).cpu()
 
 
@@ -137,9 +140,13 @@ def inversion_loss(
     prune: dict[int, float] | None,
     prior: BatchNormPrior | None,
     prior_weight: float,
+    image_size: int,
 ) -> Tensor:
-    """Eq. 1: cross-entropy of the teacher plus the weighted batch-norm prior, a float32 scalar."""
-    logits = head(teacher(images, prune=prune, pool=head.pool))
+    """Eq. 1: cross-entropy of the teacher plus the weighted batch-norm prior, a float32 scalar.
+
+    The teacher sees the images enlarged to `image_size`, the prior as they are.
+    """
+    logits = head(teacher(enlarge(images, image_size), prune=prune, pool=head.pool))
     loss = torch.nn.functional.cross_entropy(logits, labels)
     return loss if prior is None else loss + prior_weight * prior(images, teacher.mean, teacher.std)
 

@@ -76,9 +76,9 @@ class LoRA(nn.Module):
         """The factors of an adapter, ready to be worn un-merged or trained on."""
         return cls(adapter.factors)
 
-    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
-        """An `Adapter` that holds copies of the factors, for the model `like`."""
-        factors = {
+    def factors(self) -> dict[str, LoRAFactors]:
+        """Copies of the factors on the CPU, site by site."""
+        return {
             site: LoRAFactors(
                 self.lora_A[_key(site)].detach().cpu().clone(),
                 self.lora_B[_key(site)].detach().cpu().clone(),
@@ -86,7 +86,10 @@ class LoRA(nn.Module):
             )
             for site, s in self.scalings.items()
         }
-        return Adapter(factors, head, base_model=like.name, mean=like.mean, std=like.std, name=name)
+
+    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
+        """An `Adapter` that holds copies of the factors, for the model `like`."""
+        return Adapter(self.factors(), head, base_model=like.name, mean=like.mean, std=like.std, name=name)
 
     def adapts(self, prefix: str) -> bool:
         """Whether any site whose name starts so carries factors."""

@@ -17,6 +17,7 @@ from .adapter import Adapter
 from .backbone import Backbone
 from .compiling import Compile, compiled
 from .config import MetaConfig, as_plain
+from .distillation import feature_targets
 from .episodes import Episode, EpisodeSampler
 from .files import load_tensors, save_tensors
 from .images import normalize
@@ -25,6 +26,7 @@ from .progress import track
 from .prototypes import distance_logits
 from .seeds import stream
 from .surrogate import Surrogate
+from .warm_start import warm_start
 
 CHECKPOINT_EVERY = 100
 
@@ -49,6 +51,8 @@ class Bank(NamedTuple):
     """int64 [n, k]"""
     columns: int
     """patches in a row of the grid"""
+    targets: Tensor | None = None
+    """float32 [n, D], features to follow"""
 
 
 def meta_train(
@@ -56,6 +60,7 @@ def meta_train(
     surrogates: Sequence[Surrogate],
     config: MetaConfig | None = None,
     *,
+    adapters: Sequence[Adapter] = (),
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
@@ -65,12 +70,14 @@ def meta_train(
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
     Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
-    labels (cross-entropy, Eq. 4).
+    labels (cross-entropy, Eq. 4). With `config.distill` its features also follow those of a guide: the warm start, or
+    the plain backbone where there is none, at a higher resolution (see `feature_targets`).
 
     Args:
         backbone: frozen; its device and dtype are used.
         surrogates: of one image size; real images work too.
         config: settings; `MetaConfig()` when None.
+        adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
@@ -82,9 +89,12 @@ def meta_train(
         `MetaTraining(meta_lora, losses)`.
 
     Raises:
-        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings.
+        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings, no
+            adapters where training starts from them.
     """
     config = config or MetaConfig()
+    if config.init == "adapters" and not adapters:
+        raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     sampler = EpisodeSampler(surrogates, config, seed)
     bank = fill_bank(backbone, surrogates, config.sparsity)
     lora = LoRA.random(
@@ -95,9 +105,20 @@ def meta_train(
         layers=config.layers,
         generator=stream(seed, "meta-lora"),
     )
+    guide = None
+    if config.init == "adapters":
+        lora = warm_start(adapters, lora, gain=config.gain)
+        guide = lora.to_adapter(name="guide", like=backbone)
+    if config.distill > 0:
+        bank = bank._replace(targets=feature_targets(backbone, guide, bank.images, image_size=config.guide_size))
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
-    run = {"config": as_plain(config), "seed": seed, "surrogates": [s.adapter_digest for s in surrogates]}
+    run = {
+        "config": as_plain(config),
+        "seed": seed,
+        "surrogates": [s.adapter_digest for s in surrogates],
+        "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
+    }
     loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
     for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
@@ -183,11 +204,18 @@ def episode_loss(
     else:
         targets = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)].softmax(-1)
     images = normalize(images, backbone.mean, backbone.std, backbone.dtype)
-    return loss_of(backbone, lora, images, kept, targets, config)
+    follow = None if bank.targets is None else bank.targets[rows]
+    return loss_of(backbone, lora, images, kept, targets, config, follow)
 
 
 def query_loss(
-    backbone: Backbone, lora: LoRA, images: Tensor, kept: Tensor | None, targets: Tensor, config: MetaConfig
+    backbone: Backbone,
+    lora: LoRA,
+    images: Tensor,
+    kept: Tensor | None,
+    targets: Tensor,
+    config: MetaConfig,
+    follow: Tensor | None = None,
 ) -> Tensor:
     """KL of the targets from the nearest-centre probabilities (Eq. 3); the cross-entropy of Eq. 4 for one-hot targets.
 
@@ -196,13 +224,16 @@ def query_loss(
         images: normalised, [n_way * (n_shot + n_query), 3, H, W]: the support, class after class, then the queries.
         kept: int64 [images, k], patches to read; all when None.
         targets: class probabilities of the queries, float32 [n_way * n_query, n_way].
-        config: n_way, n_shot, distance.
+        config: n_way, n_shot, distance, distill.
+        follow: features that those of the images should have, float32 [images, D]: their mean squared distance has
+            the share `distill` of the loss.
     """
     features = backbone(images, lora=lora, kept=kept).float()
     S = config.n_way * config.n_shot
     centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)
     logits = distance_logits(features[S:], centres, config.distance)
-    return F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
+    loss = F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
+    return loss if follow is None else torch.lerp(loss, F.mse_loss(features, follow), config.distill)
 
 
 def mirror(kept: Tensor, columns: int) -> Tensor:

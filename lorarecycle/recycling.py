@@ -50,7 +50,8 @@ def recycle(
     """Distil adapters into one meta-LoRA, without any of their training data.
 
     Args:
-        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many; each with a head.
+        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many. One without a head cannot
+            be inverted; with `meta.init="adapters"` it takes part in the warm start all the same, and is logged.
         base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
         work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits; it repeats at most one surrogate or 100 meta-steps. The
@@ -78,9 +79,10 @@ def recycle(
     pool = load_adapters(adapters)
     resolved_device, resolved_dtype = resolve(device, dtype)
     backbone = _load_base(base, pool).to(resolved_device)
-    heads = []
-    for adapter in pool:
-        heads.append(check_invertible(backbone, adapter, config.inversion))
+    everyone, pool = pool, _with_heads(pool, config.meta)
+    heads = [check_invertible(backbone, adapter, config.inversion) for adapter in pool]
+    for adapter in everyone:
+        backbone.check(adapter)
         _check_normalisation(backbone, adapter)
     check_episodes([len(h.class_names) for h in heads], [a.name for a in pool], config.meta)
     _check_images_per_class(config)
@@ -91,13 +93,16 @@ def recycle(
     else:
         finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
         loaded_prior = None if finished else load_prior(backbone, config.inversion)
-    folder = None if work_dir is None else _open_work_dir(Path(work_dir), config, pool, backbone, resolved_dtype, prior)
+    folder = None
+    if work_dir is not None:
+        folder = _open_work_dir(Path(work_dir), config, everyone, backbone, resolved_dtype, prior)
     surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, compile, quiet)
     checkpoint = None if folder is None else folder / "meta_checkpoint.safetensors"
     trained = meta_train(
         backbone.to(resolved_dtype),
         surrogates,
         config.meta,
+        adapters=everyone,
         seed=config.seed,
         checkpoint=checkpoint,
         name=name,
@@ -107,7 +112,7 @@ def recycle(
     if folder is not None:
         rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
         write_text(folder / "losses.csv", "step,loss\n" + rows)
-        trained.meta_lora.save(folder / "meta_lora", config=as_plain(config), sources=pool)
+        trained.meta_lora.save(folder / "meta_lora", config=as_plain(config), sources=everyone)
     return trained.meta_lora
 
 
@@ -177,6 +182,17 @@ def _load_base(base: Backbone | str | PathLike[str] | nn.Module | None, pool: Se
         if base is None:
             raise ValueError("`base` must be given, for the adapters do not name the model they were tuned on.")
     return Backbone.load(base).float()
+
+
+def _with_heads(pool: Sequence[Adapter], meta: MetaConfig) -> list[Adapter]:
+    """The adapters that can be inverted; all of them where a headless one would be of no use, to be refused later."""
+    chosen = [adapter for adapter in pool if adapter.head is not None]
+    if meta.init != "adapters" or not chosen:
+        return list(pool)
+    if len(chosen) < len(pool):
+        names = ", ".join(adapter.name for adapter in pool if adapter.head is None)
+        logger.warning("no head in %s: used for the warm start, not inverted", names)
+    return chosen
 
 
 def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
