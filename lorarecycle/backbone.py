@@ -332,7 +332,7 @@ class Backbone(nn.Module):
             x = x + self._positions(grid)
         if kept is not None:
             x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        x = torch.cat([self._prefix().expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self._prefix().expand(x.shape[0], -1, -1), x], dim=1)
         return vit.norm_pre(x)
 
     def _prefix(self) -> Any:
