@@ -155,7 +155,8 @@ SERVED = """
 import numpy as np
 from lorarecycle.export import FewShotSession
 image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-assert FewShotSession({folder!r}, threads={threads}).load_prototypes({folder!r} + "/centres.npz").predict(image).size == 1
+session = FewShotSession({folder!r}, threads={threads}).load_prototypes({folder!r} + "/centres.npz")
+assert session.predict(image).shape == (1,)
 """
 TORCH = """
 import numpy as np
