@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def export_aoti(
         raise ValueError(f"`path` of a package must end in {SUFFIX}, got {path.name!r}.")
     if config.dtype != "fp32":
         raise ValueError(f"`dtype` of a package must be 'fp32', got {config.dtype!r}; int8 and fp16 are for `--onnx`.")
-    config = ExportConfig(**{**vars(config), "uint8_input": True})
+    config = replace(config, uint8_input=True)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, images=images)
     with work_folder(path.parent) as folder:
         _compile(references.graph, folder / path.name, config)

@@ -44,7 +44,7 @@ class Graph:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} must be a whole ONNX file, got one that does not load ({reason}).") from error
         self.path = path
-        self.on_gpu = self.session.get_providers()[0] != PROVIDERS[-1]
+        self.on_gpu = self.session.get_providers()[0] in PROVIDERS[:2]
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
         self._to_value = ort.OrtValue.ortvalue_from_numpy
