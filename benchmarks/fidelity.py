@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from resnet20 import resnet20_prior
 
 from lorarecycle import (
     Adapter,
     Backbone,
-    EvaluateConfig,
     LabelledImages,
     RecycleConfig,
-    Surrogate,
-    TuneConfig,
-    evaluate,
     load_dataset,
     meta_train,
-    recycle,
-    tune,
 )
 from lorarecycle.baselines.average import average
-from lorarecycle.files import write_json
-from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
 from lorarecycle.seeds import stream
 from lorarecycle.warm_start import warm_start
@@ -89,7 +76,10 @@ def run_experiment(bench: Bench, experiment: Experiment, seed: int) -> dict[str,
     surrogates = inverted(bench, experiment, backbone, adapters)
     student = backbone.clone().to(bench.dtype)
     folder = bench.work_dir / "meta" / f"{experiment.name}-seed{seed}"
-    methods: dict[str, Adapter | None] = {"plain ViT, nearest class mean": None, "average of the adapters": average(adapters)}
+    methods: dict[str, Adapter | None] = {
+        "plain ViT, nearest class mean": None,
+        "average of the adapters": average(adapters),
+    }
     start = LoRA.random(backbone, r=meta.r, lora_alpha=meta.lora_alpha, sites=meta.sites, generator=stream(0, "warm"))
     methods["warm start alone"] = warm_start(adapters, start, gain=meta.gain).to_adapter(name="warm", like=backbone)
     real = [label_by_teacher(backbone, a, t, bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
@@ -102,6 +92,7 @@ def run_experiment(bench: Bench, experiment: Experiment, seed: int) -> dict[str,
     ):
         path = folder / name.replace(" ", "-").replace(":", "").replace(",", "").replace("'", "")
         methods[name] = kept(
-            path, lambda: meta_train(student, pools, settings, adapters=adapters, seed=seed).meta_lora  # noqa: B023
+            path,
+            lambda: meta_train(student, pools, settings, adapters=adapters, seed=seed).meta_lora,  # noqa: B023
         )
     return {name: accuracy(bench, experiment, backbone, adapter, seed) for name, adapter in methods.items()}

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from lorarecycle.export.real_images import handwritten_digits
 from lorarecycle.kernels import cpp
 
 import lorarecycle
@@ -37,5 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert Adapter.load(meta_lora.save(Path(folder) / "meta-lora")).sites == meta_lora.sites
 classifier = FewShotClassifier(backbone, meta_lora).fit(images[:2], ["even", "odd"])
 assert classifier.predict_proba(images).shape == (24, 2)
+assert handwritten_digits()[0].shape == (200, 8, 8, 3)
+subprocess.run([sys.executable, "-m", "lorarecycle.export", "--help"], check=True, stdout=subprocess.DEVNULL)
 subprocess.run([sys.executable, "-m", "lorarecycle", "--help"], check=True, stdout=subprocess.DEVNULL)
 sys.stdout.write(f"wheel works: {home}, {meta_lora}\n")

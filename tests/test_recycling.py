@@ -222,7 +222,9 @@ def test_a_config_object_and_its_parts(tiny_backbone, adapters):
     assert by_parts.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()
 
 
-def test_an_adapter_without_a_head_takes_part_in_the_warm_start(tiny_backbone, adapters, make_adapter, tmp_path, caplog):
+def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
+    tiny_backbone, adapters, make_adapter, tmp_path, caplog
+):
     fast = {**FAST, "meta": {**FAST["meta"], "init": "adapters"}}
     headless = make_adapter(tiny_backbone, seed=9, head=False, name="bare")
     without = recycle(adapters, base=tiny_backbone, **fast)
