@@ -182,9 +182,9 @@ def _trace(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}; install `lorarecycle[onnx]`.") from None
-    shapes = None
+    shapes = None  # the names of dynamic axes are given at the end: named ones may not begin at 1 or 0
     if axes is not None:
-        shapes = tuple({axis: torch.export.Dim(name) for axis, name in axes[key].items()} for key in inputs)
+        shapes = tuple(dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in inputs)
     quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
     levels = [logger.level for logger in quiet]
     try:
@@ -193,7 +193,8 @@ def _trace(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            return torch.onnx.export(
+            program = program.run_decompositions({torch.ops.aten.sort.stable: _sort_by_topk})
+            traced = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -202,9 +203,37 @@ def _trace(
                 optimize=True,
                 verbose=False,
             )
+        _name_axes(traced.model.graph, axes or {})
+        return traced
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
+
+
+def _sort_by_topk(
+    x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stable sort as TopK of everything: ONNX's gives equal values in the order of their indices."""
+    values, indices = torch.topk(x, x.shape[dim], dim=dim, largest=descending, sorted=True)
+    return values, indices
+
+
+def _name_axes(graph: Any, axes: dict[str, dict[int, str]]) -> None:
+    """Give the dynamic axes of the inputs their names, wherever they appear."""
+    import onnx_ir
+
+    names = {}
+    for value in graph.inputs:
+        for axis, name in axes.get(value.name, {}).items():
+            found = value.shape[axis]
+            if not isinstance(found, onnx_ir.SymbolicDim):
+                raise ValueError(f"axis {axis} of `{value.name}` must be dynamic, got {found} fixed by the model.")
+            names[found.value] = name
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        for axis, found in enumerate(value.shape or ()):
+            if isinstance(found, onnx_ir.SymbolicDim) and found.value in names:
+                value.shape[axis] = names[found.value]
 
 
 def _save(program: Any, path: Path, data_name: str = "") -> None:

@@ -46,7 +46,7 @@ def to_batches(images: Any, size: int, batch_size: int, *, name: str = "images")
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Scale uint8 [B, 3, H, W] to [0, 1], subtract `mean`, divide by `std`; float32."""
-    scaled = pixels.astype(np.float32) / np.float32(255)
+    scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     shape = (1, 3, 1, 1)
     return (scaled - np.array(mean, np.float32).reshape(shape)) / np.array(std, np.float32).reshape(shape)
 

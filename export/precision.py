@@ -18,12 +18,15 @@ INT8_OPS = ["MatMul", "Gemm"]
 def to_fp16(source: Path, target: Path) -> None:
     """Weights and products in float16, layer norm and softmax in float32, inputs and outputs as they were."""
     import onnx
+    import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # values below float16's smallest become that one
         model = convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT32_OPS)
-    onnx.save(model, target)
+    ordered = onnx_ir.from_proto(model)
+    ordered.graph.sort()  # the converter appends casts at the end
+    onnx_ir.save(ordered, target)
 
 
 def to_int8(source: Path, target: Path) -> None:
