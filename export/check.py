@@ -100,15 +100,10 @@ class References:
         """
         check_file(path)
         graph = Graph(path, providers=self.providers)
-        tasks = [
-            (
-                torch.arange(n_way).repeat(n_shot),
-                slice(0, n_way * n_shot),
-                slice(n_way * n_shot, n_way * n_shot + n_query),
-            )
-            for n_way, n_shot, n_query in TASKS
-        ]
-        ours = []
+        tasks, ours = [], []
+        for n_way, n_shot, n_query in TASKS:
+            n = n_way * n_shot
+            tasks.append((torch.arange(n_way).repeat(n_shot), slice(0, n), slice(n, n + n_query)))
         for labels, support, query in tasks:
             feeds = {"support_images": self.pixels[support], "query_images": self.pixels[query]}
             arrays = {name: x.numpy() for name, x in {**feeds, "support_labels": labels}.items()}

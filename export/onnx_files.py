@@ -193,7 +193,6 @@ def _trace(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            program = program.run_decompositions({torch.ops.aten.sort.stable: _sort_by_topk})
             traced = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -202,6 +201,7 @@ def _trace(
                 output_names=outputs,
                 optimize=True,
                 verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _sort_by_topk},
             )
         _name_axes(traced.model.graph, axes or {})
         return traced
@@ -210,12 +210,12 @@ def _trace(
             logger.setLevel(level)
 
 
-def _sort_by_topk(
-    x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sort_by_topk(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
     """A stable sort as TopK of everything: ONNX's gives equal values in the order of their indices."""
-    values, indices = torch.topk(x, x.shape[dim], dim=dim, largest=descending, sorted=True)
-    return values, indices
+    from onnxscript import opset18 as op
+
+    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
 
 
 def _name_axes(graph: Any, axes: dict[str, dict[int, str]]) -> None:

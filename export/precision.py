@@ -24,6 +24,7 @@ def to_fp16(source: Path, target: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # values below float16's smallest become that one
         model = convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT32_OPS)
+    del model.graph.value_info[:]  # of float32 times
     ordered = onnx_ir.from_proto(model)
     ordered.graph.sort()  # the converter appends casts at the end
     onnx_ir.save(ordered, target)
