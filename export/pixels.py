@@ -15,8 +15,8 @@ _CHANNELS = (1, 3, 4)
 def to_batches(images: Any, size: int, batch_size: int, *, name: str = "images") -> Iterator[np.ndarray]:
     """Bring images of any kind to uint8 RGB batches; the rules and errors of `lorarecycle.images.to_batches`.
 
-    Resizing is Pillow's, which agrees with torchvision's to one grey level. Pillow is imported only for files and
-    for images of another size.
+    Resizing is Pillow's, which agrees with torchvision's to one grey level (of 255) but at the hardest edges. Pillow
+    is imported only for files and for images of another size.
 
     Args:
         images: one image or many: PIL images, paths, numpy arrays, tensors, or lists of those.
