@@ -121,11 +121,16 @@ def write_encoder(
     n = 2 if dynamic else config.batch_size or 1
     axes = {"pixel_values": {0: "batch_size"}} if dynamic else None
     model = _trace(graph, (graph.example(n),), ["pixel_values"], ["embeddings"], axes, config.opset)
-    _save(model, full, data_name or f"{path.name}.data")
-    if config.dtype != "fp32":
-        {"fp16": to_fp16, "int8": to_int8}[config.dtype](full, path)
+    data_name = data_name or f"{path.name}.data"
+    full_data = data_name if full == path else f"{full.name}.data"
+    _save(model.model, full, full_data)
+    if config.dtype == "fp16":
+        _save(to_fp16(full), path, data_name)
+    elif config.dtype == "int8":
+        to_int8(full, path)
+    if full != path:
         full.unlink()
-        full.with_name(data_name or f"{path.name}.data").unlink(missing_ok=True)
+        full.with_name(full_data).unlink(missing_ok=True)
 
 
 def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
@@ -133,7 +138,7 @@ def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
     example = (torch.zeros(3, embed_dim), torch.ones(2, embed_dim))
     axes = {"embeddings": {0: "queries"}, "prototypes": {0: "classes"}}
     names = ["embeddings", "prototypes"], ["logits", "probabilities"]
-    _save(_trace(HeadGraph(config.distance), example, *names, axes, config.opset), path)
+    _save(_trace(HeadGraph(config.distance), example, *names, axes, config.opset).model, path)
 
 
 def write_episode(encoder: Path, path: Path, config: ExportConfig) -> None:
@@ -236,9 +241,9 @@ def _name_axes(graph: Any, axes: dict[str, dict[int, str]]) -> None:
                 value.shape[axis] = names[found.value]
 
 
-def _save(program: Any, path: Path, data_name: str = "") -> None:
+def _save(model: Any, path: Path, data_name: str = "") -> None:
     """Weights inside the file, or in `data_name` beside it where they are too large."""
     import onnx_ir
 
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    onnx_ir.save(program.model, path, external_data=data_name if size > MAX_INLINE_BYTES else None)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    onnx_ir.save(model, path, external_data=data_name if size > MAX_INLINE_BYTES else None)

@@ -140,9 +140,8 @@ def test_pruned_encoder_equals_the_pruned_backbone(model, tmp_path):
     np.testing.assert_allclose(run(tmp_path / "pruned.onnx", pixel_values=images)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("distance", ["sqeuclidean", "cosine"])
-def test_head_and_episode_by_themselves(model, tmp_path, distance):
-    config = ExportConfig(distance=distance)
+def test_head_and_episode_by_themselves(model, tmp_path):
+    config = ExportConfig(distance="sqeuclidean")
     assert export_head(tmp_path / "head.onnx", config, embed_dim=32).max_error < 1e-4
     assert export_episode(model.backbone, tmp_path / "episode.onnx", config=config).max_error < 1e-4
     assert {file.name for file in tmp_path.iterdir()} == {"head.onnx", "episode.onnx"}
@@ -176,8 +175,9 @@ def random_backbone(name, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_architectures(name, tmp_path):
+def test_architectures(name, tmp_path, monkeypatch):
     """ViT, CLIP and DINOv2: width 768 and all their parts, two blocks and small images."""
+    monkeypatch.setattr(check, "BATCH_SIZES", (1, 2, 14))
     backbone = random_backbone(name, depth=2, img_size=56 if "14" in name else 64)
     assert export_encoder(backbone, tmp_path / "encoder.onnx").max_error < 1e-4
 
