@@ -1,5 +1,6 @@
 """A small job from an installed wheel, outside the checkout: package data, command line and pipeline are there."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lorarecycle.export.real_images import handwritten_digits
+from lorarecycle.kernels import cpp
 
 import lorarecycle
 from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages, TuneConfig, recycle, tune
@@ -15,6 +17,9 @@ checkout = Path(__file__).resolve().parent.parent
 home = Path(lorarecycle.__file__).resolve().parent
 assert home.parent != checkout, f"imported from the checkout: {home}"
 assert (home / "py.typed").exists()
+assert not (shutil.which("g++") and shutil.which("ninja")) or cpp.available(), (
+    "the C++ kernels must build from the wheel's own sources"
+)
 
 backbone = Backbone.load("demo")
 generator = torch.Generator().manual_seed(0)
