@@ -20,7 +20,7 @@ class Export:
     """Turn a backbone and a meta-LoRA into files that answer few-shot queries without PyTorch or without Python."""
 
     output: Annotated[Path | None, tyro.conf.Positional] = None
-    """Folder to write to; named after the model and the format when left out."""
+    """Folder to write to; MODEL-export when left out."""
     onnx: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write encoder.onnx, head.onnx, episode.onnx and config.json, for ONNX Runtime."""
     aoti: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -17,6 +17,7 @@ from . import check
 from .check import Parity, References
 from .config import ExportConfig
 from .graphs import EncoderGraph, HeadGraph, PrototypeGraph, prepare_backbone
+from .operators import translations
 from .precision import to_fp16, to_int8
 from .put_in_place import put_in_place, work_folder
 
@@ -206,21 +207,13 @@ def _trace(
                 output_names=outputs,
                 optimize=True,
                 verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _sort_by_topk},
+                custom_translation_table=translations(opset),
             )
         _name_axes(traced.model.graph, axes or {})
         return traced
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
-
-
-def _sort_by_topk(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """A stable sort as TopK of everything: ONNX's gives equal values in the order of their indices."""
-    from onnxscript import opset18 as op
-
-    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
-    return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
 
 
 def _name_axes(graph: Any, axes: dict[str, dict[int, str]]) -> None:

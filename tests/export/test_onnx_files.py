@@ -129,6 +129,22 @@ def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
     assert {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.output)} == {full}
 
 
+def test_gelu_in_the_form_that_onnx_runtime_fuses(exported, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(str(exported / "encoder.onnx"), options, providers=CPU)
+    assert {"BiasGelu", "Gelu"} & op_types(tmp_path / "fused.onnx")
+    assert "Erf" not in op_types(tmp_path / "fused.onnx")
+
+
+@pytest.mark.parametrize(("approximate", "opset"), [("none", 18), ("tanh", 18), ("tanh", 20)])
+def test_gelu_equals_torch(tmp_path, approximate, opset):
+    x = torch.linspace(-8, 8, 1001)[None]
+    gelu = torch.nn.GELU(approximate)
+    onnx_files._save(onnx_files._trace(gelu, (x,), ["x"], ["y"], None, opset).model, tmp_path / "gelu.onnx")
+    np.testing.assert_allclose(run(tmp_path / "gelu.onnx", x=x)[0], gelu(x), atol=1e-6)
+
+
 def test_pruned_encoder_equals_the_pruned_backbone(model, tmp_path):
     config = ExportConfig(prune={0: 0.5, 1: 0.25}, img_size=48, uint8_input=True, opset=20)
     export_encoder(model.backbone, tmp_path / "pruned.onnx", config=config)
