@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -89,7 +89,7 @@ class Export:
         images = list(self.images) or None
         if self.onnx:
             data = None if self.data is None else load_dataset(self.data, self.split)
-            keywords = {"device": self.device, "images": images, "data": data, "force": self.force}
+            keywords: dict[str, Any] = {"device": self.device, "images": images, "data": data, "force": self.force}
             print(export_onnx(backbone, output, meta_lora, config, **keywords))
         if self.aoti:
             from .package import export_aoti
