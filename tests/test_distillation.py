@@ -30,4 +30,6 @@ def test_size_and_guide_can_be_chosen(tiny_vit, make_adapter, tiny_data):
     assert not torch.allclose(plain, feature_targets(small, None, images, image_size=16), atol=1e-2)
     assert not torch.allclose(plain, feature_targets(small, make_adapter(small), images), atol=1e-2)
     larger = tiny_data.resize(48).images[:4]  # images above the native size are taken as they are
-    torch.testing.assert_close(feature_targets(small, None, larger), feature_targets(small, None, larger, image_size=48))
+    torch.testing.assert_close(
+        feature_targets(small, None, larger), feature_targets(small, None, larger, image_size=48)
+    )
