@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         x = x if positions is None else x + positions
         if kept is not None:
             x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return vit.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1))
+        return vit.norm_pre(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
 
     def _prefix(self) -> Any:
         """Class, distillation and register tokens with their position embeddings, [1, P, D]."""
