@@ -36,8 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {
     e.name: e
     for e in (
-        Experiment("main-8", ablations=True),
+        Experiment("main-8"),
         Experiment("main-20", adapters=20),
+        Experiment("ablations", ablations=True),
         Experiment("sparse-75", sparsity=0.75),
         Experiment("mixed-ranks", ranks=(4, 8)),
         Experiment("224px", image_size=224),
@@ -57,6 +58,7 @@ def main() -> None:
             preset.inversion,
             images_per_class=args.images_per_class,
             latent_size=args.latent_size,
+            **({} if args.candidates is None else {"candidates": args.candidates}),
             **({} if args.inversion_steps is None else {"steps": args.inversion_steps}),
         ),
         meta=replace(preset.meta, **({} if args.meta_steps is None else {"steps": args.meta_steps})),
@@ -89,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of meta-training")
     parser.add_argument("--preset", choices=("default", "paper"), default="default")
     parser.add_argument("--inversion-steps", type=int, help="the preset's when left out")
+    parser.add_argument("--candidates", type=int, help="the preset's when left out")
     parser.add_argument("--meta-steps", type=int, help="the preset's when left out; the bound has as many")
     parser.add_argument("--images-per-class", type=int, default=16)
     parser.add_argument("--latent-size", type=int, default=32, help="CIFAR photographs have 32 pixels")

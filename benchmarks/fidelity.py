@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Experiment:
     sparsity: float | None = None
     """Share of the tokens that meta-training leaves out."""
     ablations: bool = False
-    """Also train on real images with our loss and on surrogates with the paper's."""
+    """Train on real images with our loss and on surrogates with the paper's instead."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,18 @@ def run_experiment(bench: Bench, experiment: Experiment, seeds: Sequence[int]) -
     meta = replace(bench.config.meta, sparsity=experiment.sparsity)
     paper = replace(RecycleConfig.paper().meta, steps=meta.steps, r=meta.r, sparsity=experiment.sparsity)
     surrogates = [inverted(bench, backbone, adapter) for adapter in adapters]
-    real = [label_by_teacher(backbone, a, t, bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
+
+    @cache
+    def real() -> list[Surrogate]:
+        return [label_by_teacher(backbone, a, t, bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
+
     untrained = replace(meta, steps=0, init="adapters", distill=0.0)
-    runs: dict[str, tuple[list[Surrogate], MetaConfig]] = {OURS: (surrogates, meta), BOUND: (real, paper)}
+    runs: dict[str, tuple[Callable[[], list[Surrogate]], MetaConfig]] = {
+        OURS: (lambda: surrogates, meta),
+        BOUND: (real, paper),
+    }
     if experiment.ablations:
-        runs |= {OURS_REAL: (real, meta), PAPER: (surrogates, paper)}
+        runs = {OURS_REAL: (real, meta), PAPER: (lambda: surrogates, paper)}
     fixed: dict[str, Callable[[], Adapter | None]] = {
         "plain ViT, nearest class mean": lambda: None,
         "average of the adapters": lambda: average(adapters),
@@ -109,7 +117,7 @@ def run_experiment(bench: Bench, experiment: Experiment, seeds: Sequence[int]) -
         for name, (pools, settings) in runs.items():
 
             def trained(pools=pools, settings=settings, seed=seed):  # type: ignore[no-untyped-def]
-                return train(bench, backbone, pools, settings, adapters, seed)
+                return train(bench, backbone, pools(), settings, adapters, seed)
 
             rows.setdefault(name, []).append(accuracy(bench, backbone, trained, folder / f"{name}-seed{seed}.json"))
     return rows
