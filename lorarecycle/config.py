@@ -35,8 +35,8 @@ class InversionConfig:
     itself when None. Best is the resolution of the photographs that the adapters were tuned on, where it is lower."""
     init: Literal["noise", "shapes"] = "shapes"
     """What the images start as: Gaussian noise, or random images of shapes, chosen by the teacher."""
-    candidates: int = 8
-    """Images of shapes that the teacher looks at for each one that it takes."""
+    candidates: int = 1
+    """Images of shapes that the teacher looks at for each one that it takes, to find the likeliest of each class."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the steps: as it is, or falling to zero along half a cosine."""
     prior: str | None = "resnet50"
