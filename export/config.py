@@ -36,8 +36,8 @@ class ExportConfig:
     uint8_input: bool = False
     """Pixels 0 to 255 go in; scaling and normalisation are part of the graph."""
     atol: float | None = None
-    """Largest absolute error against PyTorch. Left out: 1e-4 for fp32; fp16 and int8 must reach a cosine of 0.999
-    and 0.9 on every image instead."""
+    """Largest absolute error against PyTorch (in float32, or float64 where its float32 is further off). Left out:
+    1e-4 for fp32; fp16 and int8 must reach a cosine of 0.999 and 0.9 on every image instead."""
     prune: Mapping[int, float] = field(default_factory=dict)
     """Patch tokens dropped on the way, `{layer: ratio}` (LoRA Recycle, Sec. 4.3)."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"

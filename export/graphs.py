@@ -51,7 +51,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if self.uint8_input:
-            pixel_values = (pixel_values.float() / 255 - self.mean) / self.std
+            pixel_values = (pixel_values.float() * (1 / 255) - self.mean) / self.std
         return self.backbone(pixel_values, prune=self.prune)
 
     def example(self, batch_size: int) -> Tensor:

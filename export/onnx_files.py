@@ -17,6 +17,7 @@ from . import check
 from .check import Parity, References
 from .config import ExportConfig
 from .graphs import EncoderGraph, HeadGraph, PrototypeGraph, prepare_backbone
+from .operators import translations
 from .precision import to_fp16, to_int8
 from .put_in_place import put_in_place, work_folder
 
@@ -121,11 +122,16 @@ def write_encoder(
     n = 2 if dynamic else config.batch_size or 1
     axes = {"pixel_values": {0: "batch_size"}} if dynamic else None
     model = _trace(graph, (graph.example(n),), ["pixel_values"], ["embeddings"], axes, config.opset)
-    _save(model, full, data_name or f"{path.name}.data")
-    if config.dtype != "fp32":
-        {"fp16": to_fp16, "int8": to_int8}[config.dtype](full, path)
+    data_name = data_name or f"{path.name}.data"
+    full_data = data_name if full == path else f"{full.name}.data"
+    _save(model.model, full, full_data)
+    if config.dtype == "fp16":
+        _save(to_fp16(full), path, data_name)
+    elif config.dtype == "int8":
+        to_int8(full, path)
+    if full != path:
         full.unlink()
-        full.with_name(data_name or f"{path.name}.data").unlink(missing_ok=True)
+        full.with_name(full_data).unlink(missing_ok=True)
 
 
 def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
@@ -133,7 +139,7 @@ def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
     example = (torch.zeros(3, embed_dim), torch.ones(2, embed_dim))
     axes = {"embeddings": {0: "queries"}, "prototypes": {0: "classes"}}
     names = ["embeddings", "prototypes"], ["logits", "probabilities"]
-    _save(_trace(HeadGraph(config.distance), example, *names, axes, config.opset), path)
+    _save(_trace(HeadGraph(config.distance), example, *names, axes, config.opset).model, path)
 
 
 def write_episode(encoder: Path, path: Path, config: ExportConfig) -> None:
@@ -182,9 +188,9 @@ def _trace(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}; install `lorarecycle[onnx]`.") from None
-    shapes = None
+    shapes = None  # the names of dynamic axes are given at the end: named ones may not begin at 1 or 0
     if axes is not None:
-        shapes = tuple({axis: torch.export.Dim(name) for axis, name in axes[key].items()} for key in inputs)
+        shapes = tuple(dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in inputs)
     quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
     levels = [logger.level for logger in quiet]
     try:
@@ -193,7 +199,7 @@ def _trace(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            return torch.onnx.export(
+            traced = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -201,15 +207,36 @@ def _trace(
                 output_names=outputs,
                 optimize=True,
                 verbose=False,
+                custom_translation_table=translations(opset),
             )
+        _name_axes(traced.model.graph, axes or {})
+        return traced
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
 
 
-def _save(program: Any, path: Path, data_name: str = "") -> None:
+def _name_axes(graph: Any, axes: dict[str, dict[int, str]]) -> None:
+    """Give the dynamic axes of the inputs their names, wherever they appear."""
+    import onnx_ir
+
+    names = {}
+    for value in graph.inputs:
+        for axis, name in axes.get(value.name, {}).items():
+            found = value.shape[axis]
+            if not isinstance(found, onnx_ir.SymbolicDim):
+                raise ValueError(f"axis {axis} of `{value.name}` must be dynamic, got {found} fixed by the model.")
+            names[found.value] = name
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        for axis, found in enumerate(value.shape or ()):
+            if isinstance(found, onnx_ir.SymbolicDim) and found.value in names:
+                value.shape[axis] = names[found.value]
+
+
+def _save(model: Any, path: Path, data_name: str = "") -> None:
     """Weights inside the file, or in `data_name` beside it where they are too large."""
     import onnx_ir
 
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    onnx_ir.save(program.model, path, external_data=data_name if size > MAX_INLINE_BYTES else None)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    onnx_ir.save(model, path, external_data=data_name if size > MAX_INLINE_BYTES else None)

@@ -15,8 +15,8 @@ _CHANNELS = (1, 3, 4)
 def to_batches(images: Any, size: int, batch_size: int, *, name: str = "images") -> Iterator[np.ndarray]:
     """Bring images of any kind to uint8 RGB batches; the rules and errors of `lorarecycle.images.to_batches`.
 
-    Resizing is Pillow's, which agrees with torchvision's to one grey level. Pillow is imported only for files and
-    for images of another size.
+    Resizing is Pillow's, which agrees with torchvision's to one grey level (of 255) but at the hardest edges. Pillow
+    is imported only for files and for images of another size.
 
     Args:
         images: one image or many: PIL images, paths, numpy arrays, tensors, or lists of those.
@@ -46,7 +46,7 @@ def to_batches(images: Any, size: int, batch_size: int, *, name: str = "images")
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Scale uint8 [B, 3, H, W] to [0, 1], subtract `mean`, divide by `std`; float32."""
-    scaled = pixels.astype(np.float32) / np.float32(255)
+    scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     shape = (1, 3, 1, 1)
     return (scaled - np.array(mean, np.float32).reshape(shape)) / np.array(std, np.float32).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""fp16 and int8 forms of an exported encoder: files in, files out."""
+"""fp16 and int8 forms of an exported encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FLOAT32_OPS = ["LayerNormalization", "Softmax", "TopK", "Range", "Min", "Max"]
 """What stays in float32 in an fp16 graph."""
@@ -15,15 +16,18 @@ INT8_OPS = ["MatMul", "Gemm"]
 """What int8 quantises: the products with weights; the patch convolution stays in float32."""
 
 
-def to_fp16(source: Path, target: Path) -> None:
+def to_fp16(source: Path) -> Any:
     """Weights and products in float16, layer norm and softmax in float32, inputs and outputs as they were."""
-    import onnx
+    import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # values below float16's smallest become that one
-        model = convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=FLOAT32_OPS)
-    onnx.save(model, target)
+        model = convert_float_to_float16(str(source), keep_io_types=True, op_block_list=FLOAT32_OPS)
+    del model.graph.value_info[:]  # of float32 times
+    ordered = onnx_ir.from_proto(model)
+    ordered.graph.sort()  # the converter appends casts at the end
+    return ordered
 
 
 def to_int8(source: Path, target: Path) -> None:

@@ -113,7 +113,8 @@ class FewShotSession:
 
     def predict(self, query_images: Any) -> np.ndarray:
         """The label of the nearest class centre, [Q]."""
-        return self.classes_[self.decision_function(query_images).argmax(axis=-1)]
+        logits = self.decision_function(query_images)
+        return self.classes_[logits.argmax(axis=-1)]
 
     def score(self, query_images: Any, query_labels: Iterable[Hashable]) -> float:
         """Share of the images whose predicted label is the given one, 0 to 1."""

@@ -52,7 +52,7 @@ def invert(
     """
     config = config or InversionConfig()
     head = check_invertible(backbone, adapter, config)
-    prior = load_prior(backbone, config) if prior is None else prior
+    prior = load_prior(backbone, config, dtype) if prior is None else prior
     teacher = backbone.merge(adapter).to(dtype=dtype)
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
@@ -83,11 +83,11 @@ def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConf
     return adapter.head
 
 
-def load_prior(backbone: Backbone, config: InversionConfig) -> BatchNormPrior | None:
+def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype | None = None) -> BatchNormPrior | None:
     """The prior that the settings name, on the backbone's device; None where they name none."""
     if config.prior is None or config.prior_weight == 0 or config.steps == 0:
         return None
-    return BatchNormPrior.load(config.prior, size=config.prior_size).to(backbone.device)
+    return BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype).to(backbone.device)
 
 
 def _optimise(

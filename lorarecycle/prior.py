@@ -25,6 +25,7 @@ class BatchNormPrior(nn.Module):
         network: a network with `BatchNorm2d` layers; copied, frozen.
         mean, std: its input normalisation per RGB channel for pixels in [0, 1].
         size: side in pixels at which it sees the images; their own when None.
+        dtype: precision of its convolutions; batch norm and statistics stay in the network's own.
 
     Raises:
         ValueError: the network has no batch-norm layer with running statistics.
@@ -37,9 +38,10 @@ class BatchNormPrior(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         size: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.mean, self.std, self.size = mean, std, size
         layers = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         if not layers:
@@ -50,6 +52,9 @@ class BatchNormPrior(nn.Module):
         self._layers: list[Any] = layers
         for layer in layers:
             layer.register_forward_pre_hook(_measure)
+        for module in self.network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(dtype)
 
     @classmethod
     def load(
@@ -58,19 +63,20 @@ class BatchNormPrior(nn.Module):
         *,
         weights: str | PathLike[str] | None = None,
         size: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> BatchNormPrior:
         """Build the prior from a timm model name, a safetensors file that names its `architecture`, or a module.
 
         Args:
             source: e.g. "resnet50"; its weights come from the Hub unless `weights` is given.
             weights: local safetensors file with the weights of the timm model `source`.
-            size: see the class.
+            size, dtype: see the class.
 
         Raises:
             ValueError: unknown model, or its weights cannot be had; the message says how to give them.
         """
         if isinstance(source, nn.Module):
-            return cls(source, size=size)
+            return cls(source, size=size, dtype=dtype)
         import timm
 
         path = Path(source)
@@ -101,7 +107,7 @@ class BatchNormPrior(nn.Module):
             except RuntimeError as error:
                 raise ValueError(f"`weights` must fit {name}: {error}") from error
         cfg: Any = network.pretrained_cfg
-        return cls(network, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), size=size)
+        return cls(network, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), size=size, dtype=dtype)
 
     def digest(self) -> str:
         """SHA-256 (hex) over the network's weights, normalisation and size."""
@@ -123,7 +129,7 @@ class BatchNormPrior(nn.Module):
         x = images * scale + shift
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
-        self.network(x.to(next(self.network.parameters()).dtype))
+        self.network(x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last))
         losses = [layer.prior_loss for layer in self._layers]
         for layer in self._layers:
             layer.prior_loss = None

@@ -89,12 +89,12 @@ def recycle(
     check_episodes([len(h.class_names) for h in heads], [a.name for a in pool], config.meta)
     _check_images_per_class(config)
     if isinstance(prior, nn.Module) and not isinstance(prior, BatchNormPrior):
-        prior = BatchNormPrior(prior, size=config.inversion.prior_size)
+        prior = BatchNormPrior(prior, size=config.inversion.prior_size, dtype=resolved_dtype)
     if prior is not None:
         loaded_prior: BatchNormPrior | None = prior.to(resolved_device)
     else:
         finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
-        loaded_prior = None if finished else load_prior(backbone, config.inversion)
+        loaded_prior = None if finished else load_prior(backbone, config.inversion, resolved_dtype)
     folder = None
     if work_dir is not None:
         folder = _open_work_dir(Path(work_dir), config, everyone, backbone, resolved_dtype, prior)

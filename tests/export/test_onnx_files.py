@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from lorarecycle.export import ExportConfig, export_encoder, export_episode, export_head, export_onnx, onnx_files
+from lorarecycle.export import ExportConfig, check, export_encoder, export_episode, export_head, export_onnx, onnx_files
 
 from lorarecycle import Adapter, Backbone, FewShotClassifier
 from lorarecycle.adapter import LoRAFactors
@@ -47,7 +47,7 @@ def test_folder(exported):
     assert config["mean"] == [0.4, 0.5, 0.6]
     assert config["meta_lora"]["name"] == "meta"
     assert config["embed_dim"] == 32
-    assert config["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(config["versions"]["torch"])
     assert len(config["parity"]) == 3
     assert all(0 < part["max_error"] < 1e-4 for part in config["parity"])
 
@@ -70,9 +70,9 @@ def test_episode_equals_the_classifier_on_100_random_tasks(exported, model, pict
     for i in range(100):
         sizes = {"n_way": 1 + i % 6, "n_shot": 1 + i % 3, "n_query": 1 + i % 4}
         task = sample_tasks(pictures.labels, **sizes, n_tasks=1, seed=i)
-        support, query = task.support[0], task.query[0]
+        support, query = task.support[0].numpy(), task.query[0].numpy()
         labels = torch.arange(task.n_way).repeat_interleave(task.n_shot)
-        order = torch.randperm(len(support), generator=torch.Generator().manual_seed(i))
+        order = torch.randperm(len(support), generator=torch.Generator().manual_seed(i)).numpy()
         support, labels = support[order], labels[order]
         feeds = {"support_images": pixels[support], "query_images": pixels[query], "support_labels": labels.numpy()}
         logits = session.run(None, feeds)[0]
@@ -97,7 +97,7 @@ def test_int8_uint8_pruned_fixed(exported_int8, model, pictures):
     kinds = {node.op_type for node in graph.node}
     assert {"MatMulInteger", "DynamicQuantizeLinear", "TopK", "GatherElements"} <= kinds
     assert shapes(graph.input) == {"pixel_values": [4, 3, 32, 32]}
-    int8 = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    int8 = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
     scales = [t for t in graph.initializer if t.name.endswith("_scale")]
     assert len(int8) == 8, "four products with weights in each of two blocks"
     assert all(len(t.dims) == 1 and t.dims[0] > 1 for t in scales), "one scale per channel"
@@ -129,6 +129,22 @@ def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
     assert {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.output)} == {full}
 
 
+def test_gelu_in_the_form_that_onnx_runtime_fuses(exported, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(str(exported / "encoder.onnx"), options, providers=CPU)
+    assert {"BiasGelu", "Gelu"} & op_types(tmp_path / "fused.onnx")
+    assert "Erf" not in op_types(tmp_path / "fused.onnx")
+
+
+@pytest.mark.parametrize(("approximate", "opset"), [("none", 18), ("tanh", 18), ("tanh", 20)])
+def test_gelu_equals_torch(tmp_path, approximate, opset):
+    x = torch.linspace(-8, 8, 1001)[None]
+    gelu = torch.nn.GELU(approximate)
+    onnx_files._save(onnx_files._trace(gelu, (x,), ["x"], ["y"], None, opset).model, tmp_path / "gelu.onnx")
+    np.testing.assert_allclose(run(tmp_path / "gelu.onnx", x=x)[0], gelu(x), atol=1e-6)
+
+
 def test_pruned_encoder_equals_the_pruned_backbone(model, tmp_path):
     config = ExportConfig(prune={0: 0.5, 1: 0.25}, img_size=48, uint8_input=True, opset=20)
     export_encoder(model.backbone, tmp_path / "pruned.onnx", config=config)
@@ -140,9 +156,8 @@ def test_pruned_encoder_equals_the_pruned_backbone(model, tmp_path):
     np.testing.assert_allclose(run(tmp_path / "pruned.onnx", pixel_values=images)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("distance", ["sqeuclidean", "cosine"])
-def test_head_and_episode_by_themselves(model, tmp_path, distance):
-    config = ExportConfig(distance=distance)
+def test_head_and_episode_by_themselves(model, tmp_path):
+    config = ExportConfig(distance="sqeuclidean")
     assert export_head(tmp_path / "head.onnx", config, embed_dim=32).max_error < 1e-4
     assert export_episode(model.backbone, tmp_path / "episode.onnx", config=config).max_error < 1e-4
     assert {file.name for file in tmp_path.iterdir()} == {"head.onnx", "episode.onnx"}
@@ -176,8 +191,9 @@ def random_backbone(name, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_architectures(name, tmp_path):
+def test_architectures(name, tmp_path, monkeypatch):
     """ViT, CLIP and DINOv2: width 768 and all their parts, two blocks and small images."""
+    monkeypatch.setattr(check, "BATCH_SIZES", (1, 2, 14))
     backbone = random_backbone(name, depth=2, img_size=56 if "14" in name else 64)
     assert export_encoder(backbone, tmp_path / "encoder.onnx").max_error < 1e-4
 
@@ -191,13 +207,24 @@ def test_architectures_in_full_size(name, tmp_path, capsys):
     assert parity.max_error < 1e-4
 
 
-def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures):
+def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures, monkeypatch):
     weights = real_data / "vit_tiny_patch16_224.safetensors"
-    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=112)
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights)
+    monkeypatch.setattr(check, "BATCH_SIZES", (1, 8))
     parity = export_encoder(backbone, tmp_path / "encoder.onnx", images=pictures.images)
     assert parity.max_error < 1e-4
-    pixels = normalize(to_uint8(pictures.images[:3], 112), backbone.mean, backbone.std)
+    pixels = normalize(to_uint8(pictures.images[:3], 224), backbone.mean, backbone.std)
     np.testing.assert_allclose(run(tmp_path / "encoder.onnx", pixel_values=pixels)[0], backbone(pixels), atol=1e-4)
+
+
+def test_a_model_whose_float32_is_noisy_is_judged_in_float64(model, tmp_path, monkeypatch):
+    config = ExportConfig(atol=1e-4)
+    monkeypatch.setattr(check.References, "embeddings", torch.full((64, 32), 1e3))
+    assert export_encoder(model.backbone, tmp_path / "encoder.onnx", config=config).max_error < 1e-4
+    monkeypatch.setattr(check.References, "exact", torch.full((64, 32), 1e3))
+    with pytest.raises(ValueError, match="at most `atol`"):
+        export_encoder(model.backbone, tmp_path / "other.onnx", config=config)
+    assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]
 
 
 @pytest.mark.parametrize(
