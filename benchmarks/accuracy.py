@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --work-dir work                                         # 8 adapters, one seed
     python benchmarks/accuracy.py --work-dir work --experiments main-8 main-20 sparse-75 mixed-ranks --seeds 0 1 2
+    python benchmarks/accuracy.py --work-dir paper --experiments --preset paper --latent-size 0   # a picture only
 
 Adapters are tuned on 5-way tasks of CIFAR-FS train classes; every method is evaluated on the same tasks of the test
 classes (and on EuroSAT, another domain). The bound trains on the adapters' own images, with the paper's loss and as
@@ -57,7 +58,7 @@ def main() -> None:
         inversion=replace(
             preset.inversion,
             images_per_class=args.images_per_class,
-            latent_size=args.latent_size,
+            latent_size=args.latent_size or None,
             **({} if args.candidates is None else {"candidates": args.candidates}),
             **({} if args.inversion_steps is None else {"steps": args.inversion_steps}),
         ),
@@ -80,21 +81,21 @@ def main() -> None:
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), tables(report))
     backbone, (adapters, _) = bench.backbone(112), tuned_adapters(bench, Experiment("main-8"))
-    surrogates = [inverted(bench, backbone, adapter) for adapter in adapters[:4]]
+    surrogates = [inverted(bench, backbone, adapter).masked(0.75) for adapter in adapters[:2]]
     draw_surrogates(surrogates, args.output.with_name(f"surrogates_{args.preset}.png"))
     print(tables(report))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=["main-8"])
+    parser.add_argument("--experiments", nargs="*", choices=EXPERIMENTS, default=["main-8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of meta-training")
     parser.add_argument("--preset", choices=("default", "paper"), default="default")
     parser.add_argument("--inversion-steps", type=int, help="the preset's when left out")
     parser.add_argument("--candidates", type=int, help="the preset's when left out")
     parser.add_argument("--meta-steps", type=int, help="the preset's when left out; the bound has as many")
     parser.add_argument("--images-per-class", type=int, default=16)
-    parser.add_argument("--latent-size", type=int, default=32, help="CIFAR photographs have 32 pixels")
+    parser.add_argument("--latent-size", type=int, default=32, help="CIFAR photographs have 32 pixels; 0: full size")
     parser.add_argument("--epochs", type=int, default=2, help="of tuning an adapter")
     parser.add_argument("--n-shots", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--n-tasks", type=int, default=600)
