@@ -104,8 +104,6 @@ class MetaConfig:
     """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
     gain: float = 4.5
     """Largest factor on the mean of the adapters' updates in their sum."""
-    blend: float = 0.5
-    """From the adapters' warm start (0) to where training ends (1): where between the two the meta-LoRA lies."""
     r: int = 4
     """Rank of the meta-LoRA."""
     lora_alpha: float = 4.0
@@ -137,7 +135,6 @@ class MetaConfig:
             _at_least("guide_size", self.guide_size, 1)
         _one_of("init", self.init, ("adapters", "random"))
         _positive("gain", self.gain)
-        _between("blend", self.blend, 0, 1)
         _at_least("r", self.r, 1)
         _positive("lora_alpha", self.lora_alpha)
         _sites(self.sites)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -109,7 +108,6 @@ def meta_train(
     guide = None
     if config.init == "adapters":
         lora = warm_start(adapters, lora, gain=config.gain)
-        start = copy.deepcopy(lora)
         guide = lora.to_adapter(name="guide", like=backbone)
     if config.distill > 0:
         targets = feature_targets(backbone, guide, bank.images, image_size=config.guide_size, flip=config.flip)
@@ -134,10 +132,6 @@ def meta_train(
         losses[step] = loss.detach()
         if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
             _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
-    if config.init == "adapters":
-        with torch.no_grad():  # weights half way keep more of what unseen images need (Wortsman et al. 2022)
-            for first, last in zip(start.parameters(), lora.parameters(), strict=True):
-                last.copy_(torch.lerp(first, last, config.blend))
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu())
 
 

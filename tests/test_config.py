@@ -17,7 +17,6 @@ from lorarecycle.config import as_plain
         (lambda: InversionConfig(schedule="linear"), "`schedule` must be one of .*, got .linear."),
         (lambda: MetaConfig(init="warm"), "`init` must be one of .*, got .warm."),
         (lambda: MetaConfig(distill=2.0), "`distill` must be between 0 and 1, got 2.0"),
-        (lambda: MetaConfig(blend=1.5), "`blend` must be between 0 and 1, got 1.5"),
         (lambda: MetaConfig(gain=0.0), "`gain` must be positive and finite, got 0.0"),
         (lambda: MetaConfig(guide_size=0), "`guide_size` must be at least 1, got 0"),
         (lambda: RecycleConfig.preset("fast"), "`preset` must be one of .*, got .fast."),
