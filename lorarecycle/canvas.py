@@ -41,7 +41,9 @@ def first_canvas(
     chosen = torch.empty_like(labels)
     for c in labels.unique().tolist():
         where = (labels == c).nonzero()[:, 0]
-        chosen[where] = likelihood[:, c].topk(len(where)).indices.to(labels.device)
+        best = likelihood[:, c].topk(len(where)).indices
+        likelihood[best] = -torch.inf  # no image serves twice
+        chosen[where] = best.to(labels.device)
     mean, std = (torch.tensor(v, device=pool.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
     return (pool[chosen.to(pool.device)] - mean) / std
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,8 @@ class Recycle:
     """Folder to write the meta-LoRA to."""
     work_dir: Path | None = None
     """Folder for surrogates and checkpoints; a run stopped there goes on from it."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the settings start from: what did best where it was measured, or the paper's own."""
     compile: bool | None = None
     """Run the steps through torch.compile; on a GPU only when left out."""
     common: Annotated[Common, Flat] = field(default_factory=Common)
@@ -96,6 +99,14 @@ class Recycle:
             quiet=self.common.quiet,
         )
         print(meta_lora.save(self.output, config=as_plain(self.config), sources=pool))
+
+
+@dataclass(frozen=True)
+class RecycleAsPublished(Recycle):
+    """Distil a folder of adapters into one meta-LoRA, with the paper's settings."""
+
+    preset: Literal["default", "paper"] = "paper"
+    config: Annotated[RecycleConfig, Flat] = field(default_factory=RecycleConfig.paper)
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,11 @@ class Demo:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Bad input ends with one line on standard error and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    given = list(sys.argv[1:] if args is None else args)
+    as_published = "--preset=paper" in given or ("--preset", "paper") in pairwise(given)
     commands: dict[str, Any] = {
         "tune": Tune,
-        "recycle": Recycle,
+        "recycle": RecycleAsPublished if as_published else Recycle,
         "evaluate": Evaluate,
         "predict": Predict,
         "demo": Demo,

@@ -24,8 +24,8 @@ TASKS = (("0", "1", "2"), ("0", "3", "4"), ("1", "3", "5"), ("2", "4", "5"))
 UNSEEN = ("6", "7", "8", "9")
 TUNE = TuneConfig(epochs=6, lr=3e-3, flip=False)
 RECYCLE = RecycleConfig(
-    InversionConfig(images_per_class=10, batch_size=30, steps=60, prior=None, prune={2: 0.5}, roll=0.0625, flip=False),
-    MetaConfig(steps=100, n_way=3, n_query=9, flip=False),
+    InversionConfig(images_per_class=10, prune={2: 0.5}),
+    MetaConfig(n_way=3, n_query=9, flip=False),
 )
 
 

@@ -14,14 +14,19 @@ from .shapes import enlarge
 
 @torch.no_grad()
 def feature_targets(
-    backbone: Backbone, guide: Adapter | None, images: Tensor, *, image_size: int | None = None, batch_size: int = 64
+    backbone: Backbone,
+    guide: Adapter | None,
+    images: Tensor,
+    *,
+    image_size: int | None = None,
+    flip: bool = True,
+    batch_size: int = 64,
 ) -> Tensor:
     """Features of surrogates under a guide that sees them larger than the student does.
 
     A Vision Transformer loses much when it reads images at fewer patches than it was pre-trained with. The guide does
     not: it enlarges them first. A student that follows it learns from unlabelled images what no single adapter says.
-    All targets get the length of their mean, which a nearest-centre classifier then need not sort out; and each is
-    the mean over an image and its mirror image.
+    All targets get the length of their mean, which a nearest-centre classifier then need not sort out.
 
     Args:
         backbone: its device and dtype are used.
@@ -29,6 +34,7 @@ def feature_targets(
         images: uint8 [n, 3, H, W], on any device.
         image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
             is larger, when None.
+        flip: take the mean over an image and its mirror image, for students that see either.
         batch_size: images per forward pass.
 
     Returns:
@@ -39,9 +45,9 @@ def feature_targets(
     parts = []
     for part in images.split(batch_size):
         pixels = enlarge(part.to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
-        both = torch.cat([pixels, pixels.flip(-1)])
-        features = model(normalize(both, model.mean, model.std, model.dtype)).float()
-        parts.append(features.unflatten(0, (2, len(part))).mean(dim=0))
+        views = [pixels, pixels.flip(-1)] if flip else [pixels]
+        features = model(normalize(torch.cat(views), model.mean, model.std, model.dtype)).float()
+        parts.append(features.unflatten(0, (len(views), len(part))).mean(dim=0))
     targets = torch.cat(parts)
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
 

@@ -85,7 +85,7 @@ def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConf
 
 def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype | None = None) -> BatchNormPrior | None:
     """The prior that the settings name, on the backbone's device; None where they name none."""
-    if config.prior is None or config.prior_weight == 0:
+    if config.prior is None or config.prior_weight == 0 or config.steps == 0:
         return None
     return BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype).to(backbone.device)
 

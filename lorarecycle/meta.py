@@ -110,7 +110,8 @@ def meta_train(
         lora = warm_start(adapters, lora, gain=config.gain)
         guide = lora.to_adapter(name="guide", like=backbone)
     if config.distill > 0:
-        bank = bank._replace(targets=feature_targets(backbone, guide, bank.images, image_size=config.guide_size))
+        targets = feature_targets(backbone, guide, bank.images, image_size=config.guide_size, flip=config.flip)
+        bank = bank._replace(targets=targets)
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
     run = {

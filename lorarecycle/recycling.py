@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ def recycle(
     *,
     base: Backbone | str | PathLike[str] | nn.Module | None = None,
     work_dir: str | PathLike[str] | None = None,
+    preset: Literal["default", "paper"] = "default",
     config: RecycleConfig | None = None,
     inversion: InversionConfig | Mapping[str, Any] | None = None,
     meta: MetaConfig | Mapping[str, Any] | None = None,
@@ -56,7 +57,8 @@ def recycle(
         work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits; it repeats at most one surrogate or 100 meta-steps. The
             meta-LoRA is also saved there, as `meta_lora`.
-        config: settings of all stages; `inversion`, `meta` and `seed` replace its parts.
+        preset: which settings: what did best where it was measured, or the paper's own (see `RecycleConfig.preset`).
+        config: settings of all stages in place of a preset's; `inversion`, `meta` and `seed` replace its parts.
         inversion: settings of the inversion, or a mapping of those that differ from the defaults.
         meta: settings of the meta-training, likewise.
         seed: of everything random.
@@ -75,7 +77,7 @@ def recycle(
         ValueError, FileNotFoundError, TypeError: before any work starts; the message names argument, rule and fix.
         OSError: writing to `work_dir` failed; files written earlier are whole.
     """
-    config = _merge_config(config, inversion, meta, seed)
+    config = _merge_config(config or RecycleConfig.preset(preset), inversion, meta, seed)
     pool = load_adapters(adapters)
     resolved_device, resolved_dtype = resolve(device, dtype)
     backbone = _load_base(base, pool).to(resolved_device)
@@ -148,12 +150,11 @@ def load_adapters(adapters: AdapterLike | Iterable[AdapterLike]) -> list[Adapter
 
 
 def _merge_config(
-    config: RecycleConfig | None,
+    config: RecycleConfig,
     inversion: InversionConfig | Mapping[str, Any] | None,
     meta: MetaConfig | Mapping[str, Any] | None,
     seed: int | None,
 ) -> RecycleConfig:
-    config = config or RecycleConfig()
     if inversion is not None:
         config = replace(config, inversion=_override("inversion", config.inversion, inversion))
     if meta is not None:

@@ -9,7 +9,15 @@ from lorarecycle.images import normalize
 from lorarecycle.seeds import stream
 from lorarecycle.shapes import enlarge
 
-FAST = {"prior": None, "images_per_class": 4, "batch_size": 12, "steps": 20, "roll": 0.0, "flip": False}
+FAST = {
+    "prior": None,
+    "init": "noise",
+    "images_per_class": 4,
+    "batch_size": 12,
+    "steps": 20,
+    "roll": 0.0,
+    "flip": False,
+}
 LABELS = torch.arange(3).repeat(4)
 
 
@@ -36,7 +44,8 @@ def test_the_teacher_chooses_among_shapes(tiny_backbone, make_adapter):
     few = start(tiny_backbone, adapter, init="shapes", candidates=1, latent_size=16)
     many = start(tiny_backbone, adapter, init="shapes", candidates=16, latent_size=16)
     assert few.shape == many.shape == (12, 3, 16, 16)
-    assert many.min() >= -1 and many.max() <= 1
+    assert many.min() >= -1
+    assert many.max() <= 1
     assert len({tuple(x.flatten().tolist()) for x in many}) == 12  # no image twice
     assert likelihood(tiny_backbone, adapter, many) > likelihood(tiny_backbone, adapter, few) + 0.5
 
@@ -55,5 +64,8 @@ def test_smaller_images_are_optimised_and_come_back_enlarged(tiny_backbone, make
 def test_schedules():
     cosine = InversionConfig(lr=0.2, steps=10, schedule="cosine")
     rates = [step_size(i, cosine) for i in range(10)]
-    assert rates[0] == 0.2 and rates[5] == pytest.approx(0.1) and rates == sorted(rates, reverse=True) and rates[9] > 0
+    assert rates[0] == 0.2
+    assert rates[5] == pytest.approx(0.1)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[9] > 0
     assert {step_size(i, InversionConfig(lr=0.2, steps=10)) for i in range(10)} == {0.2}

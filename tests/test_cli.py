@@ -1,10 +1,12 @@
 """The command line, on the model and the digits that come along."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, load_dataset
+from lorarecycle import Adapter, RecycleConfig, load_dataset
 from lorarecycle.cli import main
 
 QUICK = ["--epochs", "1", "--device", "cpu", "--dtype", "float32", "--quiet"]
@@ -24,6 +26,16 @@ def adapters(tmp_path_factory):
         output = str(folder / "".join(classes))
         assert main(["tune", str(data), "--base", "demo", "--output", output, "--classes", *classes, *QUICK]) == 0
     return folder, data
+
+
+@pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset=paper"], []])
+def test_presets_fill_in_what_is_not_given(monkeypatch, flags):
+    seen = {}
+    monkeypatch.setattr("lorarecycle.cli.Recycle.run", lambda self: seen.update(config=self.config, preset=self.preset))
+    assert main(["recycle", "somewhere", *flags, "--meta.n-shot", "5"]) == 0
+    preset = RecycleConfig.preset("paper" if flags else "default")
+    assert seen["config"] == replace(preset, meta=replace(preset.meta, n_shot=5))
+    assert seen["preset"] == ("paper" if flags else "default")
 
 
 def test_tune_recycle_evaluate_predict(adapters, tmp_path, capsys):

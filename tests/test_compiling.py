@@ -11,8 +11,8 @@ from lorarecycle.compiling import compiled
 from lorarecycle.lora import LoRA
 from lorarecycle.meta import query_loss
 
-INVERSION = InversionConfig(images_per_class=2, batch_size=6, steps=8, prune={1: 0.5}, image_size=32)
-META = MetaConfig(steps=6, n_way=3, n_shot=1, n_query=2, sparsity=0.75)
+INVERSION = InversionConfig(init="noise", images_per_class=2, batch_size=6, steps=8, prune={1: 0.5}, image_size=32)
+META = MetaConfig(steps=6, n_way=3, n_shot=1, n_query=2, sparsity=0.75, init="random", distill=0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,17 @@ from lorarecycle.config import as_plain
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InversionConfig(steps=0), "`steps` must be at least 1, got 0"),
+        (lambda: InversionConfig(steps=-1), "`steps` must be at least 0, got -1"),
+        (lambda: InversionConfig(steps=0, init="noise"), "`steps` must be at least 1 with init=.noise., got 0"),
+        (lambda: InversionConfig(init="zeros"), "`init` must be one of .*, got .zeros."),
+        (lambda: InversionConfig(latent_size=0), "`latent_size` must be at least 1, got 0"),
+        (lambda: InversionConfig(candidates=0), "`candidates` must be at least 1, got 0"),
+        (lambda: InversionConfig(schedule="linear"), "`schedule` must be one of .*, got .linear."),
+        (lambda: MetaConfig(init="warm"), "`init` must be one of .*, got .warm."),
+        (lambda: MetaConfig(distill=2.0), "`distill` must be between 0 and 1, got 2.0"),
+        (lambda: MetaConfig(gain=0.0), "`gain` must be positive and finite, got 0.0"),
+        (lambda: MetaConfig(guide_size=0), "`guide_size` must be at least 1, got 0"),
+        (lambda: RecycleConfig.preset("fast"), "`preset` must be one of .*, got .fast."),
         (lambda: InversionConfig(lr=-1), "`lr` must be positive and finite, got -1"),
         (lambda: InversionConfig(lr=float("nan")), "`lr` must be positive"),
         (

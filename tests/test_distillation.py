@@ -27,6 +27,7 @@ def test_size_and_guide_can_be_chosen(tiny_vit, make_adapter, tiny_data):
     small = Backbone(tiny_vit, image_size=16)
     images = tiny_data.resize(16).images[:4]
     plain = feature_targets(small, None, images)
+    assert not torch.allclose(plain, feature_targets(small, None, images, flip=False), atol=1e-2)
     assert not torch.allclose(plain, feature_targets(small, None, images, image_size=16), atol=1e-2)
     assert not torch.allclose(plain, feature_targets(small, make_adapter(small), images), atol=1e-2)
     larger = tiny_data.resize(48).images[:4]  # images above the native size are taken as they are

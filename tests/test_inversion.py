@@ -9,7 +9,15 @@ from lorarecycle import BatchNormPrior, InversionConfig, invert
 from lorarecycle import inversion as module
 from lorarecycle.images import normalize
 
-FAST = {"prior": None, "images_per_class": 3, "batch_size": 6, "steps": 30, "roll": 0.0, "flip": False}
+FAST = {
+    "prior": None,
+    "init": "noise",
+    "images_per_class": 3,
+    "batch_size": 6,
+    "steps": 30,
+    "roll": 0.0,
+    "flip": False,
+}
 
 
 def make_prior() -> BatchNormPrior:

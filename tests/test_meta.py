@@ -11,7 +11,7 @@ from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
 from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror, query_loss
 
-CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False)
+CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False, init="random", distill=0.0)
 
 
 def surrogates(data, n_adapters=2, kept=None) -> list[Surrogate]:
@@ -29,7 +29,7 @@ def surrogates(data, n_adapters=2, kept=None) -> list[Surrogate]:
 
 @pytest.mark.parametrize("cross_task", [False, True])
 def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
-    config = MetaConfig(steps=1, n_way=3, n_shot=2, n_query=4, flip=False, interpolation=float(cross_task))
+    config = MetaConfig(**{**vars(CONFIG), "steps": 1, "interpolation": float(cross_task)})
     pools = surrogates(tiny_data)
     lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
     episode = EpisodeSampler(pools, config)(0)
@@ -54,7 +54,8 @@ def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
 
 def test_training_lowers_the_loss_and_only_the_meta_lora_changes(tiny_backbone, make_data):
     before = {k: v.clone() for k, v in tiny_backbone.state_dict().items()}
-    config = MetaConfig(steps=60, n_way=3, n_shot=2, n_query=4, lr=1e-2, sites=("q", "v", "fc1"), layers=(1, 2))
+    changes = {"steps": 60, "lr": 1e-2, "sites": ("q", "v", "fc1"), "layers": (1, 2), "flip": True}
+    config = MetaConfig(**{**vars(CONFIG), **changes})
     result = meta_train(tiny_backbone, surrogates(make_data(noise=120.0)), config, quiet=True)
     assert result.losses[-15:].mean() < 0.7 * result.losses[:15].mean()
     assert result.meta_lora.head is None

@@ -182,7 +182,9 @@ def test_bad_adapters(tiny_backbone, adapters, build_vit, make_adapter, tmp_path
     fails([*adapters, wide], "must fit backbone 'tiny': at blocks.0.attn.q it is for a weight")
     deep = make_adapter(Backbone(build_vit(depth=4), name="tiny"), seed=9)
     fails([*adapters, deep], "no site 'blocks.3.attn.q' among 3 blocks")
-    fails([adapters[0].with_head(None), adapters[1]], "must have a classification head")
+    random = {**FAST["meta"], "init": "random"}
+    fails([adapters[0].with_head(None), adapters[1]], "must have a classification head", meta=random)
+    fails([a.with_head(None) for a in adapters], "must have a classification head")
     fails([adapters[0], replace(adapters[1], base_model="other")], "must be tuned on one base, got 2: 'other'")
     nameless = [replace(a, base_model="") for a in adapters]
     fails(nameless, "`base` must be given", base=None)
@@ -194,7 +196,7 @@ def test_bad_adapters(tiny_backbone, adapters, build_vit, make_adapter, tmp_path
     fails(adapters, "`images_per_class` must be at least", meta={**FAST["meta"], "n_query": 15})
     fails(adapters, "no token would be left", inversion={"prune": {0: 1.0}})
     fails(adapters, "`inversion` must name settings of InversionConfig", kind=TypeError, inversion={"step": 1})
-    fails(adapters, "`prior` must be a timm model", inversion={"prior": "nonsense"})
+    fails(adapters, "`prior` must be a timm model", inversion={"prior": "nonsense", "steps": 1})
     fails([nan_adapter(tmp_path / "nan", adapters[0]), adapters[1]], "must be finite, got 1 NaN")
     truncated = adapters[0].save(tmp_path / "truncated") / "adapter_model.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-9])
