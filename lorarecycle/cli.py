@@ -1,4 +1,4 @@
-"""The command line: `lorarecycle tune | recycle | evaluate | predict | demo`."""
+"""The command line: `lorarecycle tune | recycle | evaluate | predict | task-vector | generate | demo`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,14 @@ class Tune:
         backbone = _backbone(self.common)
         if self.classes:
             data = data.select_classes(self.classes)
-        adapter = tuning.tune(backbone, data, self.config, name=self.output.name, quiet=self.common.quiet)
+        adapter = tuning.tune(
+            backbone,
+            data,
+            self.config,
+            name=self.output.name,
+            checkpoints=self.output / "checkpoints" if self.config.save_last else None,
+            quiet=self.common.quiet,
+        )
         print(adapter.save(self.output, layout=self.layout))
 
 
@@ -166,11 +173,15 @@ class Demo:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Bad input ends with one line on standard error and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from .generate.commands import Generate, TaskVector
+
     commands: dict[str, Any] = {
         "tune": Tune,
         "recycle": Recycle,
         "evaluate": Evaluate,
         "predict": Predict,
+        "task-vector": TaskVector,
+        "generate": Generate,
         "demo": Demo,
     }
     try:
