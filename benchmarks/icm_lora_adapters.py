@@ -1,4 +1,4 @@
-"""The adapters that benchmarks/icm_lora.py learns from: 5-way tasks of CIFAR-FS train classes, tuned at several ranks."""
+"""Part of benchmarks/icm_lora.py: the tasks and their adapters, tuned at several ranks; accuracies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accuracy import class_lists
 
 from lorarecycle import Adapter, Backbone, LabelledImages, TuneConfig, tune
+from lorarecycle.evaluation import extract_features
 from lorarecycle.files import read_json, write_json
 from lorarecycle.images import normalize
 from lorarecycle.seeds import stream
@@ -61,3 +62,12 @@ def head_accuracy(backbone: Backbone, adapter: Adapter, data: LabelledImages) ->
         features = model(normalize(images, model.mean, model.std, model.dtype))
         hits += int((adapter.head(features).argmax(dim=1) == labels).sum())
     return 100 * hits / len(data)
+
+
+def mean_accuracy(backbone: Backbone, adapter: Adapter | None, support: LabelledImages, data: LabelledImages) -> float:
+    """Accuracy in percent of nearest class means of the support images, under an adapter or the plain model."""
+    model = backbone if adapter is None else backbone.merge(adapter.with_head(None))
+    features, queries = extract_features(model, support.images), extract_features(model, data.images)
+    classes = range(len(data.class_names))
+    means = torch.stack([features[support.labels == c].mean(dim=0) for c in classes])
+    return 100 * (torch.cdist(queries, means).argmin(dim=1) == data.labels).float().mean().item()

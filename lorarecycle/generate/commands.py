@@ -38,7 +38,9 @@ class TaskVector:
         from . import task_vectors
 
         if (self.data is None) == (self.text is None):
-            raise ValueError("`--data` or `--text` must be given, one of the two; see `lorarecycle task-vector --help`.")
+            raise ValueError(
+                "`--data` or `--text` must be given, one of the two; see `lorarecycle task-vector --help`."
+            )
         if self.text is not None:
             if self.clip is None:
                 raise ValueError("`--clip` must name the model that reads `--text`, got none.")

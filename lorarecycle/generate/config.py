@@ -43,7 +43,7 @@ class GenerateConfig:
         _at_least("conv_layers", self.conv_layers, 1)
         if self.channels is not None and (len(self.channels) != self.conv_layers or min(self.channels) < 1):
             raise ValueError(
-                f"`channels` must be one positive number for each of the {self.conv_layers} layers, got {self.channels}."
+                f"`channels` must be one positive number for each of {self.conv_layers} layers, got {self.channels}."
             )
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise ValueError(f"`kernel` must be odd and at least 3, got {self.kernel}.")

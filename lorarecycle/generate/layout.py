@@ -135,7 +135,9 @@ def _check_alike(first: Parameters, other: Parameters) -> None:
         )
     unlike = sorted(set(first.tensors) ^ set(other.tensors))
     if unlike and unlike[0] in first.heads | other.heads:
-        raise ValueError(f"{both} must both have a head or none, got {unlike[0]} in one; leave heads out (heads=False).")
+        raise ValueError(
+            f"{both} must both have a head or none, got {unlike[0]} in one; leave heads out (heads=False)."
+        )
     if unlike:
         raise ValueError(f"{both} must adapt the same sites, got {unlike[0]} in one only; fit one generator for each.")
     for key, one, two in _meanings(first, other):

@@ -53,7 +53,9 @@ class PeftAdapter:
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"a PEFT folder must hold {name}, got none in {folder}; save it as safetensors.")
+                raise FileNotFoundError(
+                    f"a PEFT folder must hold {name}, got none in {folder}; save it as safetensors."
+                )
         config = read_json(folder / CONFIG_FILE)
         if not isinstance(config, dict):
             raise ValueError(f"{folder / CONFIG_FILE} must hold a JSON object, got {type(config).__name__}.")
@@ -165,20 +167,19 @@ def _of_vit(adapter: Adapter) -> Parameters:
 
 def _of_peft(adapter: PeftAdapter) -> Parameters:
     tensors = {key: adapter.tensors[key].float() for key in sorted(adapter.tensors)}
-    saved = adapter.config.get("modules_to_save") or []
-    heads = frozenset(key for key in tensors if set(key.split(".")) & set(map(str, saved)))
-    meaning = {k: v for k, v in adapter.config.items() if k not in _IDLE}
+    config = json.loads(json.dumps(dict(adapter.config), default=sorted))  # PEFT's own objects hold sets
+    for key in ("target_modules", "modules_to_save"):  # whose order says nothing
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    heads = frozenset(key for key in tensors if set(key.split(".")) & set(config.get("modules_to_save") or []))
+    meaning = {key: value for key, value in config.items() if key not in _IDLE}
     scalings: dict[str, float] = {}
     if _is_plain_lora(adapter, tensors, heads):
         meaning = {key: value for key, value in meaning.items() if key not in _SIZES}
         scalings = _scalings(adapter, tensors)
-    meaning = json.loads(json.dumps(meaning, sort_keys=True))
-    for key in ("target_modules", "modules_to_save"):  # PEFT writes sets, in any order
-        if isinstance(meaning.get(key), list):
-            meaning[key] = sorted(meaning[key])
     facts = {
         "kind": "peft",
-        "config": dict(adapter.config),
+        "config": config,
         "meaning": meaning,
         "dtypes": {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in adapter.tensors.items()},
     }
