@@ -41,5 +41,5 @@ def load_generator(path: str | PathLike[str]) -> Generator:
     found = read_file(path)[1]["method"]
     for method in METHODS:
         if method.method == found:
-            return method.load(path)  # type: ignore[no-any-return]
+            return method.load(path)
     raise ValueError(f"{path} must hold a generator of {[m.method for m in METHODS]}, got method {found!r}.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from .task_vectors import check_vector
 
 FORMAT = "lorarecycle adapter generator"
 FORMAT_VERSION = 1
+
+G = TypeVar("G", bound="Generator")
 
 
 class Examples(NamedTuple):
@@ -68,7 +70,7 @@ class Generator(ABC):
 
     @classmethod
     def fit(
-        cls,
+        cls: type[G],
         adapters: Iterable[AnyAdapter | str | PathLike[str]],
         task_vectors: Iterable[Any],
         config: Any = None,
@@ -77,7 +79,7 @@ class Generator(ABC):
         dtype: str | torch.dtype | None = None,
         checkpoint: str | PathLike[str] | None = None,
         quiet: bool = False,
-    ):  # type: ignore[no-untyped-def]  # Self, which Python 3.10 lacks
+    ) -> G:
         """Learn from adapters, each with the vector of its task.
 
         Args:
@@ -158,7 +160,7 @@ class Generator(ABC):
         return save_tensors(path, {"conditions": self.conditions, **self._state()}, metadata)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]):  # type: ignore[no-untyped-def]
+    def load(cls: type[G], path: str | PathLike[str]) -> G:
         """Read what `save` wrote.
 
         Raises:
@@ -263,7 +265,7 @@ def _settings(config_class: type[Any], config: Any) -> Any:
                 f"({', '.join(config_class.__dataclass_fields__)}), got {', '.join(unknown)}."
             )
         return replace(config_class(), **config)
-    if not isinstance(config, config_class):
+    if type(config) is not config_class:
         raise TypeError(f"`config` must be a {config_class.__name__} or a mapping, got {type(config).__name__}.")
     return config
 

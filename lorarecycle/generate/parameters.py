@@ -91,9 +91,12 @@ def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
 
     Raises:
         FileNotFoundError, ValueError: neither of the two.
+        TypeError: no adapter and no path.
     """
     if isinstance(source, (Adapter, PeftAdapter)):
         return source
+    if not isinstance(source, (str, PathLike)):
+        raise TypeError(f"`adapters` must hold Adapter or PeftAdapter objects or folders, got {type(source).__name__}.")
     try:
         return Adapter.load(source)
     except ValueError as error:
@@ -104,16 +107,8 @@ def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
 
 
 def read_parameters(adapter: AnyAdapter) -> Parameters:
-    """The parameters of an adapter and what it takes to put them back.
-
-    Raises:
-        TypeError: neither an `Adapter` nor a `PeftAdapter`.
-    """
-    if isinstance(adapter, Adapter):
-        return _of_vit(adapter)
-    if isinstance(adapter, PeftAdapter):
-        return _of_peft(adapter)
-    raise TypeError(f"`adapters` must hold Adapter or PeftAdapter objects or folders, got {type(adapter).__name__}.")
+    """The parameters of an adapter and what it takes to put them back."""
+    return _of_vit(adapter) if isinstance(adapter, Adapter) else _of_peft(adapter)
 
 
 def make_adapter(parameters: Parameters, class_names: tuple[str, ...] = ()) -> AnyAdapter:

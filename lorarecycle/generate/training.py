@@ -117,10 +117,11 @@ def _resume(
     step = int(json.loads(meta["step"]))
     module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
     for name, parameter in module.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        if f"adam.{name}.step" in tensors:  # a parameter that no term reaches has no state
+            optimizer.state[parameter] = {
+                key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     device = next(module.parameters()).device
     for name, value in tensors.items():
         if name.startswith("history."):
