@@ -39,7 +39,7 @@ def test_clip(tmp_path):
     words = ["<|startoftext|>", "<|endoftext|>", "c", "a", "t</w>", "d", "o", "g</w>", "t", "g"]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt").save_pretrained(tmp_path)
+    transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
         vocab_size=10, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
