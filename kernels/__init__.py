@@ -7,14 +7,12 @@ from .backend import use_backend
 from .batch_norm_prior import batch_norm_prior
 from .cls_topk_gather import cls_topk_gather
 from .lora_qkv import lora_qkv
-from .reference import prototype_head
 from .select_tokens import select_tokens
 
 __all__ = [
     "batch_norm_prior",
     "cls_topk_gather",
     "lora_qkv",
-    "prototype_head",
     "select_tokens",
     "use_backend",
 ]

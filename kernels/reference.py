@@ -193,28 +193,3 @@ def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
     var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
     mean_distance = torch.linalg.vector_norm(mean - running_mean.to(wide))
     return mean_distance + torch.linalg.vector_norm(var - running_var.to(wide))
-
-
-def prototype_head(
-    support: Tensor, support_labels: Tensor, query: Tensor, n_way: int, distance: str = "euclidean"
-) -> Tensor:
-    """Log-probabilities of queries from their distances to the class centres (LoRA Recycle, Eq. 3b).
-
-    Args:
-        support: features, [S, D].
-        support_labels: int64 [S], 0 to n_way - 1, each class at least once.
-        query: features, [Q, D].
-        n_way: classes of the episode.
-        distance: "euclidean" (Eq. 3b) or "sqeuclidean" (the authors' code).
-
-    Returns:
-        [Q, n_way], float32 (float64 for float64 input).
-    """
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    support, query = support.to(wide), query.to(wide)
-    member = F.one_hot(support_labels, n_way).to(wide)
-    prototypes = (member / member.sum(0)).T @ support
-    squared = (query[:, None] - prototypes[None]).square().sum(-1)
-    if distance == "euclidean":
-        squared = squared.clamp_min(torch.finfo(wide).tiny).sqrt()
-    return (-squared).log_softmax(dim=-1)

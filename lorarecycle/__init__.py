@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .datasets import LabelledImages, load_dataset
     from .evaluation import evaluate
     from .inversion import invert
+    from .lora_stack import LoRAStack
     from .meta import meta_train
     from .prior import BatchNormPrior
     from .recycling import recycle
@@ -33,6 +34,7 @@ _HOMES = {
     "Head": "adapter",
     "InversionConfig": "config",
     "LabelledImages": "datasets",
+    "LoRAStack": "lora_stack",
     "MetaConfig": "config",
     "RecycleConfig": "config",
     "Surrogate": "surrogate",
@@ -54,6 +56,7 @@ __all__ = [
     "Head",
     "InversionConfig",
     "LabelledImages",
+    "LoRAStack",
     "MetaConfig",
     "RecycleConfig",
     "Surrogate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from contextlib import suppress
 from os import PathLike
 from typing import Any
 
@@ -15,11 +14,8 @@ from torch import Tensor
 from .adapter import Adapter
 from .backbone import Backbone
 from .images import ImageInput, count_images, normalize, to_batches
+from .labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from .prototypes import Distance, class_centres, distance_logits
-
-
-class NotFittedError(ValueError, AttributeError):
-    """The classifier was asked before `fit`."""
 
 
 class FewShotClassifier:
@@ -85,15 +81,12 @@ class FewShotClassifier:
             TypeError: a label that is not hashable.
         """
         images = _listed(support_images)
-        labels, dtype = _label_list(support_labels, "support_labels")
-        _same_length(count_images(images), labels, "support")
-        classes: list[Hashable] = list(dict.fromkeys(labels))
-        with suppress(TypeError):  # mixed types keep their order
-            classes = sorted(classes)  # type: ignore[type-var]
-        index = {label: i for i, label in enumerate(classes)}
+        labels, dtype = label_list(support_labels, "support_labels")
+        require_same_length(count_images(images), labels, "support")
+        classes = sort_classes(labels)
         features = self._features(images, "support_images")
-        centres = class_centres(features, torch.tensor([index[label] for label in labels]), len(classes))
-        self.classes_, self.prototypes_ = _array(classes, dtype), centres.numpy()
+        centres = class_centres(features, torch.from_numpy(match_labels(labels, classes)), len(classes))
+        self.classes_, self.prototypes_ = class_array(classes, dtype), centres.numpy()
         return self
 
     def transform(self, images: ImageInput) -> np.ndarray:
@@ -119,10 +112,9 @@ class FewShotClassifier:
         """Share of the images whose predicted label is the given one, 0 to 1."""
         self._require_fitted()
         images = _listed(query_images)
-        labels, _ = _label_list(query_labels, "query_labels")
-        _same_length(count_images(images), labels, "query")
-        index = {label: i for i, label in enumerate(self.classes_.tolist())}
-        truth = np.array([index.get(label, -1) for label in labels])
+        labels, _ = label_list(query_labels, "query_labels")
+        require_same_length(count_images(images), labels, "query")
+        truth = match_labels(labels, self.classes_.tolist())
         return float(np.mean(self.decision_function(images).argmax(axis=-1) == truth))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -178,46 +170,3 @@ def _listed(images: ImageInput) -> ImageInput:
     """Iterators become lists, so that they can be counted."""
     kinds = (Tensor, np.ndarray, Image.Image, str, bytes, PathLike, Sequence)
     return images if isinstance(images, kinds) or not isinstance(images, Iterable) else list(images)
-
-
-def _label_list(labels: Any, name: str) -> tuple[list[Hashable], np.dtype | None]:
-    """Labels as plain Python values, and the dtype of the array they came in."""
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu().numpy()
-    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
-        raise TypeError(f"`{name}` must be a sequence of labels, got {labels!r}.")
-    if isinstance(labels, np.ndarray) and labels.ndim != 1:
-        raise ValueError(f"`{name}` must have one axis, got shape {list(labels.shape)}.")
-    dtype = labels.dtype if isinstance(labels, np.ndarray) else None
-    plain = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
-    for i, label in enumerate(plain):
-        if isinstance(label, Tensor) and label.ndim == 0:
-            plain[i] = label = label.item()  # tensors hash by identity
-        if not isinstance(label, Hashable):
-            raise TypeError(f"`{name}[{i}]` must be hashable, got {type(label).__name__}.")
-        if label != label:
-            raise ValueError(f"`{name}[{i}]` must be a label, got NaN.")
-    return plain, dtype
-
-
-def _array(classes: list[Hashable], dtype: np.dtype | None) -> np.ndarray:
-    kinds = {type(c) for c in classes}
-    if dtype is not None:
-        return np.array(classes, dtype=dtype) if dtype.kind != "O" else _objects(classes)
-    if len(kinds) == 1 and issubclass(kinds.pop(), (str, int, float, np.generic)):
-        return np.array(classes)
-    return _objects(classes)
-
-
-def _objects(classes: list[Hashable]) -> np.ndarray:
-    array = np.empty(len(classes), dtype=object)  # filled one by one: tuples stay tuples
-    for i, label in enumerate(classes):
-        array[i] = label
-    return array
-
-
-def _same_length(n_images: int, labels: list[Hashable], kind: str) -> None:
-    if n_images != len(labels):
-        raise ValueError(
-            f"`{kind}_labels` must have one label per image, got {len(labels)} labels for {n_images} images."
-        )

@@ -81,6 +81,8 @@ class Recycle:
     """Folder to write the meta-LoRA to."""
     work_dir: Path | None = None
     """Folder for surrogates and checkpoints; a run stopped there goes on from it."""
+    compile: bool | None = None
+    """Run the steps through torch.compile; on a GPU only when left out."""
     common: Annotated[Common, Flat] = field(default_factory=Common)
     config: Annotated[RecycleConfig, Flat] = field(default_factory=RecycleConfig)
 
@@ -97,6 +99,7 @@ class Recycle:
             device=self.common.device,
             dtype=self.common.dtype,
             name=self.output.name,
+            compile=self.compile,
             quiet=self.common.quiet,
         )
         print(meta_lora.save(self.output, config=as_plain(self.config), sources=pool))

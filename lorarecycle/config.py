@@ -26,6 +26,14 @@ class InversionConfig:
     """Adam's betas."""
     image_size: int | None = None
     """Side in pixels; the backbone's own when None."""
+    latent_size: int | None = None
+    """Side in pixels of the images while they are optimised; they are enlarged to `image_size`. That when None."""
+    init: Literal["noise", "shapes"] = "noise"
+    """What the images start as: Gaussian noise, or random images of shapes, chosen by the teacher."""
+    candidates: int = 8
+    """Images of shapes that the teacher looks at for each one that it takes."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the steps: as it is, or falling to zero along half a cosine."""
     prior: str | None = "resnet50"
     """Batch-norm network of the prior: a timm model name, a safetensors file of one, or None for no prior."""
     prior_weight: float = 0.01
@@ -51,6 +59,11 @@ class InversionConfig:
             _at_least("image_size", self.image_size, 1)
         if self.prior_size is not None:
             _at_least("prior_size", self.prior_size, 1)
+        if self.latent_size is not None:
+            _at_least("latent_size", self.latent_size, 1)
+        _one_of("init", self.init, ("noise", "shapes"))
+        _at_least("candidates", self.candidates, 1)
+        _one_of("schedule", self.schedule, ("constant", "cosine"))
         _between("prune_from", self.prune_from, 0, 1)
         _between("roll", self.roll, 0, 0.5)
         for name, beta in zip(("betas[0]", "betas[1]"), self.betas, strict=True):
@@ -76,6 +89,14 @@ class MetaConfig:
     """Share of episodes whose classes come from different adapters (Sec. 4.2)."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
     """Distance of features to class centres (Eq. 3b)."""
+    distill: float = 0.0
+    """Weight of following a guide's features, see `feature_targets`; the episodes' loss has the rest, 1 - distill."""
+    guide_size: int | None = None
+    """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
+    init: Literal["adapters", "random"] = "random"
+    """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
+    gain: float = 4.5
+    """Largest factor on the mean of the adapters' updates in their sum."""
     r: int = 4
     """Rank of the meta-LoRA."""
     lora_alpha: float = 4.0
@@ -102,6 +123,11 @@ class MetaConfig:
         _at_least("n_query", self.n_query, 1)
         _between("interpolation", self.interpolation, 0, 1)
         _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+        _between("distill", self.distill, 0, 1)
+        if self.guide_size is not None:
+            _at_least("guide_size", self.guide_size, 1)
+        _one_of("init", self.init, ("adapters", "random"))
+        _positive("gain", self.gain)
         _at_least("r", self.r, 1)
         _positive("lora_alpha", self.lora_alpha)
         _sites(self.sites)

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # the exported session writes files without torch
+    from torch import Tensor
 
 LEFTOVER = ".partly-written-"
 

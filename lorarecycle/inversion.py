@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, Head
 from .backbone import Backbone
+from .canvas import first_canvas, step_size
+from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
+from .shapes import enlarge
 from .surrogate import Surrogate
 
 
@@ -23,6 +28,7 @@ def invert(
     prior: BatchNormPrior | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    compile: Compile = None,
     quiet: bool = False,
 ) -> Surrogate:
     """Synthesise labelled images that an adapter and its head recognise (Eq. 1, 2).
@@ -34,6 +40,8 @@ def invert(
         prior: naturalness prior; `config.prior` is loaded when None (nothing where that is None too).
         seed: of the noise and the augmentation.
         dtype: precision of the teacher, into which it is cast once the adapter is merged; the backbone's when None.
+        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
+            works too.
         quiet: show no progress bar.
 
     Returns:
@@ -49,11 +57,12 @@ def invert(
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     digest = adapter.digest()
+    loss_of = compiled(inversion_loss, compile, backbone.device)
     images = []
     with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
         for i, batch in enumerate(batches):
             generator = stream(seed, "inversion", digest, i)
-            images.append(_optimise(teacher, head, batch, config, prior, generator, bar.update))
+            images.append(_optimise(teacher, head, batch, config, prior, generator, loss_of, bar.update))
     return _finish(teacher, adapter, head, torch.cat(images), labels, config, digest)
 
 
@@ -88,26 +97,27 @@ def _optimise(
     config: InversionConfig,
     prior: BatchNormPrior | None,
     generator: torch.Generator,
-    advance: object,
+    loss_of: Callable[..., Tensor],
+    advance: Callable[[], object],
 ) -> Tensor:
     """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
-    assert callable(advance)
     size = config.image_size or teacher.image_size
     device = teacher.device
     labels = labels.to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
     low, high = -mean / std, (1 - mean) / std
-    x = torch.randn(len(labels), 3, size, size, generator=generator).to(device).requires_grad_()
+    x = first_canvas(teacher, head, labels, config, generator).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
-    shifts, flips = _augmentation(config, size, generator)
+    shifts, flips = _augmentation(config, x.shape[-1], generator)
     prune_from = round(config.prune_from * config.steps)
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
         if flips[step]:
             seen = seen.flip(-1)
         prune = config.prune if step >= prune_from else None
-        loss = inversion_loss(teacher, head, seen, labels, prune, prior, config.prior_weight)
+        loss = loss_of(teacher, head, seen, labels, prune, prior, config.prior_weight, size)
+        optimizer.param_groups[0]["lr"] = step_size(step, config)
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -118,7 +128,7 @@ def _optimise(
         with torch.no_grad():
             x.clamp_(low, high)
         advance()
-    pixels = (best.clamp(low, high) * std + mean) * 255
+    pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return pixels.round().to(torch.uint8).cpu()
 
 
@@ -130,9 +140,13 @@ def inversion_loss(
     prune: dict[int, float] | None,
     prior: BatchNormPrior | None,
     prior_weight: float,
+    image_size: int,
 ) -> Tensor:
-    """Eq. 1: cross-entropy of the teacher plus the weighted batch-norm prior, a float32 scalar."""
-    logits = head(teacher(images, prune=prune, pool=head.pool))
+    """Eq. 1: cross-entropy of the teacher plus the weighted batch-norm prior, a float32 scalar.
+
+    The teacher sees the images enlarged to `image_size`, the prior as they are.
+    """
+    logits = head(teacher(enlarge(images, image_size), prune=prune, pool=head.pool))
     loss = torch.nn.functional.cross_entropy(logits, labels)
     return loss if prior is None else loss + prior_weight * prior(images, teacher.mean, teacher.std)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Head, LoRAFactors
+from .kernels import lora_qkv, reference
+from .kernels.lora_qkv import MAX_RANK
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -74,9 +76,9 @@ class LoRA(nn.Module):
         """The factors of an adapter, ready to be worn un-merged or trained on."""
         return cls(adapter.factors)
 
-    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
-        """An `Adapter` that holds copies of the factors, for the model `like`."""
-        factors = {
+    def factors(self) -> dict[str, LoRAFactors]:
+        """Copies of the factors on the CPU, site by site."""
+        return {
             site: LoRAFactors(
                 self.lora_A[_key(site)].detach().cpu().clone(),
                 self.lora_B[_key(site)].detach().cpu().clone(),
@@ -84,11 +86,18 @@ class LoRA(nn.Module):
             )
             for site, s in self.scalings.items()
         }
-        return Adapter(factors, head, base_model=like.name, mean=like.mean, std=like.std, name=name)
+
+    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
+        """An `Adapter` that holds copies of the factors, for the model `like`."""
+        return Adapter(self.factors(), head, base_model=like.name, mean=like.mean, std=like.std, name=name)
 
     def adapts(self, prefix: str) -> bool:
         """Whether any site whose name starts so carries factors."""
         return any(site.startswith(prefix) for site in self.scalings)
+
+    def linear(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A frozen linear layer plus its factors, where it carries any; x [..., in]."""
+        return linear(layer, x, self.layer(name, _widths(name, layer), x.dtype))
 
     def layer(self, name: str, widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Stacked factors of one linear layer for `kernels.lora_qkv`.
@@ -120,6 +129,26 @@ class LoRA(nn.Module):
             stack_A.append(nn.functional.pad(lora_A, (0, 0, 0, R - r)) if r < R else lora_A)
             stack_B.append(nn.functional.pad(lora_B, (0, R - r)) if r < R else lora_B)
         return torch.stack(stack_A).to(dtype), torch.cat(stack_B).to(dtype)
+
+
+def linear(
+    layer: nn.Linear, x: Tensor, factors: tuple[Tensor, Tensor] | None, adapter_ids: Tensor | None = None
+) -> Tensor:
+    """A frozen linear layer plus stacked factors (see `kernels.lora_qkv`), if any; x [..., in]."""
+    if factors is None:
+        return layer(x)
+    op = lora_qkv if factors[0].shape[-2] <= MAX_RANK else reference.lora_qkv
+    return op(x, layer.weight, layer.bias, *factors, adapter_ids=adapter_ids)
+
+
+def layer_of(site: str) -> str:
+    """The linear layer that holds a site: "blocks.3.attn.qkv" for "blocks.3.attn.q"."""
+    prefix, _, name = site.rpartition(".")
+    return f"{prefix}.qkv" if name in ("q", "k", "v") else site
+
+
+def _widths(name: str, layer: nn.Linear) -> tuple[int, int]:
+    return layer.in_features, layer.out_features // (3 if name.endswith(".qkv") else 1)
 
 
 def _key(site: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .backbone import Backbone
+from .compiling import Compile, compiled
 from .config import MetaConfig, as_plain
+from .distillation import feature_targets
 from .episodes import Episode, EpisodeSampler
 from .files import load_tensors, save_tensors
 from .images import normalize
@@ -24,6 +26,7 @@ from .progress import track
 from .prototypes import distance_logits
 from .seeds import stream
 from .surrogate import Surrogate
+from .warm_start import warm_start
 
 CHECKPOINT_EVERY = 100
 
@@ -48,6 +51,8 @@ class Bank(NamedTuple):
     """int64 [n, k]"""
     columns: int
     """patches in a row of the grid"""
+    targets: Tensor | None = None
+    """float32 [n, D], features to follow"""
 
 
 def meta_train(
@@ -55,32 +60,41 @@ def meta_train(
     surrogates: Sequence[Surrogate],
     config: MetaConfig | None = None,
     *,
+    adapters: Sequence[Adapter] = (),
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
+    compile: Compile = None,
     quiet: bool = False,
 ) -> MetaTraining:
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
     Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
-    labels (cross-entropy, Eq. 4).
+    labels (cross-entropy, Eq. 4). With `config.distill` its features also follow those of a guide: the warm start, or
+    the plain backbone where there is none, at a higher resolution (see `feature_targets`).
 
     Args:
         backbone: frozen; its device and dtype are used.
         surrogates: of one image size; real images work too.
         config: settings; `MetaConfig()` when None.
+        adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
+        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
+            works too.
         quiet: show no progress bar.
 
     Returns:
         `MetaTraining(meta_lora, losses)`.
 
     Raises:
-        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings.
+        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings, no
+            adapters where training starts from them.
     """
     config = config or MetaConfig()
+    if config.init == "adapters" and not adapters:
+        raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     sampler = EpisodeSampler(surrogates, config, seed)
     bank = fill_bank(backbone, surrogates, config.sparsity)
     lora = LoRA.random(
@@ -91,14 +105,26 @@ def meta_train(
         layers=config.layers,
         generator=stream(seed, "meta-lora"),
     )
+    guide = None
+    if config.init == "adapters":
+        lora = warm_start(adapters, lora, gain=config.gain)
+        guide = lora.to_adapter(name="guide", like=backbone)
+    if config.distill > 0:
+        bank = bank._replace(targets=feature_targets(backbone, guide, bank.images, image_size=config.guide_size))
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
-    run = {"config": as_plain(config), "seed": seed, "surrogates": [s.adapter_digest for s in surrogates]}
+    run = {
+        "config": as_plain(config),
+        "seed": seed,
+        "surrogates": [s.adapter_digest for s in surrogates],
+        "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
+    }
+    loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
     for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         generator = stream(seed, "flip", step)
-        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator)
+        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator, loss_of)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -159,8 +185,12 @@ def episode_loss(
     episode: Episode,
     config: MetaConfig,
     generator: torch.Generator,
+    loss_of: Callable[..., Tensor],
 ) -> Tensor:
-    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters."""
+    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters.
+
+    `loss_of` is `query_loss` or its compiled form; everything around it is gathering and drawing.
+    """
     device = backbone.device
     rows, labels = episode.images.to(device), episode.labels.to(device)
     images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
@@ -168,14 +198,42 @@ def episode_loss(
         flip = (torch.rand(len(rows), generator=generator) < 0.5).to(device)
         images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
-    features = backbone(normalize(images, backbone.mean, backbone.std, backbone.dtype), lora=lora, kept=kept).float()
     S = config.n_way * config.n_shot
-    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)  # support is class after class
-    logits = distance_logits(features[S:], centres, config.distance)
     if episode.cross_task:
-        return F.cross_entropy(logits, labels[S:])
-    teacher = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)]
-    return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+        targets = F.one_hot(labels[S:], config.n_way).float()
+    else:
+        targets = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)].softmax(-1)
+    images = normalize(images, backbone.mean, backbone.std, backbone.dtype)
+    follow = None if bank.targets is None else bank.targets[rows]
+    return loss_of(backbone, lora, images, kept, targets, config, follow)
+
+
+def query_loss(
+    backbone: Backbone,
+    lora: LoRA,
+    images: Tensor,
+    kept: Tensor | None,
+    targets: Tensor,
+    config: MetaConfig,
+    follow: Tensor | None = None,
+) -> Tensor:
+    """KL of the targets from the nearest-centre probabilities (Eq. 3); the cross-entropy of Eq. 4 for one-hot targets.
+
+    Args:
+        backbone: wears `lora`.
+        images: normalised, [n_way * (n_shot + n_query), 3, H, W]: the support, class after class, then the queries.
+        kept: int64 [images, k], patches to read; all when None.
+        targets: class probabilities of the queries, float32 [n_way * n_query, n_way].
+        config: n_way, n_shot, distance, distill.
+        follow: features that those of the images should have, float32 [images, D]: their mean squared distance has
+            the share `distill` of the loss.
+    """
+    features = backbone(images, lora=lora, kept=kept).float()
+    S = config.n_way * config.n_shot
+    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)
+    logits = distance_logits(features[S:], centres, config.distance)
+    loss = F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
+    return loss if follow is None else torch.lerp(loss, F.mse_loss(features, follow), config.distill)
 
 
 def mirror(kept: Tensor, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from . import __version__
 from .adapter import Adapter
 from .backbone import Backbone
+from .compiling import Compile
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_plain
 from .episodes import check_episodes
 from .files import read_json, remove_leftovers, write_json, write_text
@@ -43,12 +44,14 @@ def recycle(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     name: str = "meta-lora",
+    compile: Compile = None,
     quiet: bool = False,
 ) -> Adapter:
     """Distil adapters into one meta-LoRA, without any of their training data.
 
     Args:
-        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many; each with a head.
+        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many. One without a head cannot
+            be inverted; with `meta.init="adapters"` it takes part in the warm start all the same, and is logged.
         base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
         work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits; it repeats at most one surrogate or 100 meta-steps. The
@@ -61,6 +64,8 @@ def recycle(
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
         name: of the meta-LoRA.
+        compile: whether the steps of both stages run through `torch.compile`; on a GPU only when None. A mode of
+            `torch.compile` works too.
         quiet: show no progress bars.
 
     Returns:
@@ -74,9 +79,10 @@ def recycle(
     pool = load_adapters(adapters)
     resolved_device, resolved_dtype = resolve(device, dtype)
     backbone = _load_base(base, pool).to(resolved_device)
-    heads = []
-    for adapter in pool:
-        heads.append(check_invertible(backbone, adapter, config.inversion))
+    everyone, pool = pool, _with_heads(pool, config.meta)
+    heads = [check_invertible(backbone, adapter, config.inversion) for adapter in pool]
+    for adapter in everyone:
+        backbone.check(adapter)
         _check_normalisation(backbone, adapter)
     check_episodes([len(h.class_names) for h in heads], [a.name for a in pool], config.meta)
     _check_images_per_class(config)
@@ -87,22 +93,26 @@ def recycle(
     else:
         finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
         loaded_prior = None if finished else load_prior(backbone, config.inversion)
-    folder = None if work_dir is None else _open_work_dir(Path(work_dir), config, pool, backbone, resolved_dtype, prior)
-    surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, quiet)
+    folder = None
+    if work_dir is not None:
+        folder = _open_work_dir(Path(work_dir), config, everyone, backbone, resolved_dtype, prior)
+    surrogates = _invert_all(backbone, resolved_dtype, pool, config, loaded_prior, folder, compile, quiet)
     checkpoint = None if folder is None else folder / "meta_checkpoint.safetensors"
     trained = meta_train(
         backbone.to(resolved_dtype),
         surrogates,
         config.meta,
+        adapters=everyone,
         seed=config.seed,
         checkpoint=checkpoint,
         name=name,
+        compile=compile,
         quiet=quiet,
     )
     if folder is not None:
         rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
         write_text(folder / "losses.csv", "step,loss\n" + rows)
-        trained.meta_lora.save(folder / "meta_lora", config=as_plain(config), sources=pool)
+        trained.meta_lora.save(folder / "meta_lora", config=as_plain(config), sources=everyone)
     return trained.meta_lora
 
 
@@ -174,6 +184,17 @@ def _load_base(base: Backbone | str | PathLike[str] | nn.Module | None, pool: Se
     return Backbone.load(base).float()
 
 
+def _with_heads(pool: Sequence[Adapter], meta: MetaConfig) -> list[Adapter]:
+    """The adapters that can be inverted; all of them where a headless one would be of no use, to be refused later."""
+    chosen = [adapter for adapter in pool if adapter.head is not None]
+    if meta.init != "adapters" or not chosen:
+        return list(pool)
+    if len(chosen) < len(pool):
+        names = ", ".join(adapter.name for adapter in pool if adapter.head is None)
+        logger.warning("no head in %s: used for the warm start, not inverted", names)
+    return chosen
+
+
 def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
     for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
         if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
@@ -233,6 +254,7 @@ def _invert_all(
     config: RecycleConfig,
     prior: BatchNormPrior | None,
     folder: Path | None,
+    compile: Compile,
     quiet: bool,
 ) -> list[Surrogate]:
     """One surrogate for each adapter, those that are on disk already read from there."""
@@ -241,7 +263,16 @@ def _invert_all(
         if path is not None and path.exists():
             surrogates.append(Surrogate.load(path))
             continue
-        surrogate = invert(backbone, adapter, config.inversion, prior=prior, seed=config.seed, dtype=dtype, quiet=quiet)
+        surrogate = invert(
+            backbone,
+            adapter,
+            config.inversion,
+            prior=prior,
+            seed=config.seed,
+            dtype=dtype,
+            compile=compile,
+            quiet=quiet,
+        )
         if path is not None:
             surrogate.save(path)
         surrogates.append(surrogate)

@@ -9,7 +9,7 @@ from lorarecycle import meta as module
 from lorarecycle.episodes import EpisodeSampler
 from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
-from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror
+from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror, query_loss
 
 CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False)
 
@@ -33,7 +33,8 @@ def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
     pools = surrogates(tiny_data)
     lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
     episode = EpisodeSampler(pools, config)(0)
-    loss = episode_loss(tiny_backbone, lora, fill_bank(tiny_backbone, pools), episode, config, torch.Generator())
+    bank = fill_bank(tiny_backbone, pools)
+    loss = episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss)
 
     images = torch.cat([s.images for s in pools])[episode.images]
     features = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
@@ -129,3 +130,37 @@ def test_surrogates_must_go_together(tiny_backbone, tiny_data):
     small = surrogates(tiny_data.resize(16))[0]
     with pytest.raises(ValueError, match="`surrogates` must share one image size"):
         meta_train(tiny_backbone, [a, small], CONFIG, quiet=True)
+
+
+def test_training_starts_from_the_adapters(tiny_backbone, tiny_data, make_adapter):
+    adapters = [make_adapter(tiny_backbone, seed=i, head=False) for i in range(2)]
+    config = MetaConfig(**{**vars(CONFIG), "steps": 0, "init": "adapters", "r": 8})
+    untrained = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=adapters, quiet=True).meta_lora
+    for site in adapters[0].sites:
+        both = adapters[0].delta(site) + adapters[1].delta(site)
+        torch.testing.assert_close(untrained.delta(site), both, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="`adapters` must be given to start from them, got none"):
+        meta_train(tiny_backbone, surrogates(tiny_data), config, quiet=True)
+
+
+def test_features_follow_the_guide(tiny_backbone, tiny_data, make_adapter):
+    adapters = [make_adapter(tiny_backbone, seed=i, size=0.15) for i in range(2)]
+    settings = {"steps": 60, "init": "adapters", "r": 8, "lr": 5e-3, "guide_size": 48, "distill": 1.0}
+    pools = surrogates(tiny_data)
+    result = meta_train(tiny_backbone, pools, MetaConfig(**{**vars(CONFIG), **settings}), adapters=adapters, quiet=True)
+    assert result.losses[-10:].mean() < 0.6 * result.losses[:10].mean()
+
+
+def test_the_two_losses_mix(tiny_backbone, tiny_data):
+    pools = surrogates(tiny_data)
+    lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
+    bank = fill_bank(tiny_backbone, pools)
+    bank = bank._replace(targets=torch.randn(len(bank.images), 32, generator=torch.Generator().manual_seed(1)))
+    losses = []
+    for share in (0.0, 0.25, 1.0):
+        config = MetaConfig(**{**vars(CONFIG), "distill": share})
+        episode = EpisodeSampler(pools, config)(0)
+        losses.append(episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss).item())
+    assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)
+    features = tiny_backbone(normalize(bank.images[episode.images], tiny_backbone.mean, tiny_backbone.std))
+    assert losses[2] == pytest.approx(F.mse_loss(features, bank.targets[episode.images]).item(), rel=1e-4)

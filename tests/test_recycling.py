@@ -222,6 +222,21 @@ def test_a_config_object_and_its_parts(tiny_backbone, adapters):
     assert by_parts.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()
 
 
+def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
+    tiny_backbone, adapters, make_adapter, tmp_path, caplog
+):
+    fast = {**FAST, "meta": {**FAST["meta"], "init": "adapters"}}
+    headless = make_adapter(tiny_backbone, seed=9, head=False, name="bare")
+    without = recycle(adapters, base=tiny_backbone, **fast)
+    with_it = recycle([*adapters, headless], base=tiny_backbone, work_dir=tmp_path / "work", **fast)
+    assert with_it.digest() != without.digest()
+    assert "no head in bare: used for the warm start, not inverted" in caplog.text
+    assert len(list((tmp_path / "work" / "surrogates").iterdir())) == 3
+    assert headless.digest() in (tmp_path / "work" / "meta_lora" / "README.md").read_text()
+    with pytest.raises(ValueError, match="'bare' must have a classification head"):
+        recycle([*adapters, headless], base=tiny_backbone, **{**FAST, "meta": {**FAST["meta"], "init": "random"}})
+
+
 def test_a_prior_given_as_a_module(tiny_backbone, adapters):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     torch.nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(0))

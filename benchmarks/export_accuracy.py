@@ -1,0 +1,88 @@
+"""Few-shot accuracy of exported encoders beside PyTorch's: ViT-Tiny on the test classes of CIFAR-FS.
+
+    python benchmarks/export_accuracy.py
+
+600 5-way tasks, 15 queries a class, the same for every form; the plain ViT, no adapter. Needs cifar_fs.npz and
+vit_tiny_patch16_224.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise). Prints a table
+and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lorarecycle.export import ExportConfig
+from lorarecycle.export.graphs import EncoderGraph, prepare_backbone
+from lorarecycle.export.onnx_files import write_encoder
+from lorarecycle.export.runtime import Graph
+
+from lorarecycle import Backbone, load_dataset
+from lorarecycle.evaluation import Evaluation, sample_tasks, task_accuracies
+from lorarecycle.files import write_json
+from lorarecycle.images import normalize, to_uint8
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", nargs="+", default=["torch", "fp32", "fp16", "int8"])
+    parser.add_argument("--n-shots", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "export_accuracy_cifar_fs.json"
+    )
+    args = parser.parse_args()
+    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
+    weights = data / "vit_tiny_patch16_224.safetensors"
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=args.image_size)
+    images = load_dataset(data / "cifar_fs.npz", args.split)
+    rows: dict[str, dict[str, Any]] = {}
+    for form in args.forms:
+        start = time.perf_counter()
+        features = encode_all(backbone, images.images, form)
+        rows[form] = {"seconds": round(time.perf_counter() - start, 1)}
+        for n_shot in args.n_shots:
+            tasks = sample_tasks(images.labels, n_way=5, n_shot=n_shot, n_query=15, n_tasks=600, seed=0)
+            result = Evaluation(task_accuracies(features, tasks), tasks)
+            rows[form][f"{n_shot}-shot"] = {"mean": result.accuracy, "interval": result.interval}
+        print(form, rows[form], flush=True)
+    write_json(
+        args.output,
+        {
+            "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
+            "split": args.split,
+            "image_size": args.image_size,
+            "accuracy": rows,
+        },
+    )
+
+
+@torch.no_grad()
+def encode_all(backbone: Backbone, images: torch.Tensor, form: str) -> torch.Tensor:
+    """Features of all images, float32 [n, D]."""
+    encode: Any = backbone
+    with tempfile.TemporaryDirectory() as folder:
+        if form != "torch":
+            path = Path(folder) / "encoder.onnx"
+            write_encoder(EncoderGraph(prepare_backbone(backbone, None, None)), path, ExportConfig(dtype=form))
+            graph = Graph(path, threads=torch.get_num_threads())
+            encode = lambda x: torch.from_numpy(graph.run({"pixel_values": x.numpy()})["embeddings"].numpy())  # noqa: E731
+        parts = images.split(8)
+        size = backbone.image_size
+        return torch.cat([encode(normalize(to_uint8(p, size), backbone.mean, backbone.std)) for p in parts])
+
+
+if __name__ == "__main__":
+    main()

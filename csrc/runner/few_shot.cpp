@@ -1,0 +1,95 @@
+// Nearest class centres of a compiled encoder's features (LoRA Recycle, Eq. 3).
+#include "few_shot.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "image_file.h"
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr int64_t kBatch = 16;
+
+std::string require_package(const fs::path& package) {
+  if (!fs::is_regular_file(package)) throw std::runtime_error("no package " + package.string() + ".");
+  return package.string();
+}
+
+std::vector<fs::path> sorted_entries(const fs::path& folder) {
+  std::vector<fs::path> entries;
+  for (const auto& entry : fs::directory_iterator(folder)) entries.push_back(entry.path());
+  std::sort(entries.begin(), entries.end());
+  return entries;
+}
+
+}  // namespace
+
+FewShot::FewShot(const fs::path& package) : loader_(require_package(package)) {
+  const auto facts = loader_.get_metadata();
+  for (const char* key : {"image_size", "batch_size", "distance"}) {
+    if (!facts.contains(key)) {
+      throw std::runtime_error(package.string() + " must be written by `python -m lorarecycle.export --aoti`, got a " +
+                               "package without `" + key + "`.");
+    }
+  }
+  image_size_ = std::stoll(facts.at("image_size"));
+  batch_size_ = std::stoll(facts.at("batch_size"));
+  distance_ = facts.at("distance");
+}
+
+void FewShot::fit(const fs::path& support) {
+  if (!fs::is_directory(support)) throw std::runtime_error("no support folder " + support.string() + ".");
+  std::vector<at::Tensor> centres;
+  for (const auto& folder : sorted_entries(support)) {
+    if (!fs::is_directory(folder) || folder.filename().string().starts_with(".")) continue;
+    std::vector<fs::path> files;
+    for (const auto& file : sorted_entries(folder)) {
+      if (is_image_name(file)) files.push_back(file);
+    }
+    if (files.empty()) throw std::runtime_error(folder.string() + " must hold PNG or JPEG files, got none.");
+    classes_.push_back(folder.filename().string());
+    centres.push_back(features(files).mean(0));
+  }
+  if (classes_.empty()) {
+    throw std::runtime_error(support.string() + " must hold a sub-folder of images per class, got no sub-folder.");
+  }
+  centres_ = at::stack(centres);
+}
+
+std::vector<FewShot::Answer> FewShot::predict(const std::vector<fs::path>& queries) {
+  const auto [best, index] = logits(features(queries)).softmax(-1).max(-1);
+  std::vector<Answer> answers;
+  for (int64_t i = 0; i < best.size(0); ++i) {
+    answers.push_back({classes_[index[i].item<int64_t>()], best[i].item<double>()});
+  }
+  return answers;
+}
+
+at::Tensor FewShot::features(const std::vector<fs::path>& files) {
+  const auto n = int64_t(files.size());
+  const int64_t step = batch_size_ > 0 ? batch_size_ : kBatch;
+  std::vector<at::Tensor> parts;
+  for (int64_t start = 0; start < n; start += step) {
+    std::vector<at::Tensor> batch;
+    for (int64_t i = start; i < std::min(n, start + step); ++i) {
+      batch.push_back(fit_image(read_image(files[i]), image_size_));
+    }
+    const auto count = int64_t(batch.size());
+    if (batch_size_ > 0) batch.resize(batch_size_, batch.back());  // a fixed batch is filled up
+    parts.push_back(loader_.run({at::cat(batch)}).at(0).slice(0, 0, count));
+  }
+  return at::cat(parts);
+}
+
+at::Tensor FewShot::logits(const at::Tensor& features) const {
+  if (distance_ == "cosine") {
+    const auto unit = [](const at::Tensor& x) { return x / x.norm(2, {-1}, true).clamp_min(1e-12); };
+    return unit(features).matmul(unit(centres_).t()) - 1;
+  }
+  const auto squared = (features.unsqueeze(1) - centres_.unsqueeze(0)).square().sum(-1);
+  return distance_ == "sqeuclidean" ? -squared : -squared.sqrt();
+}

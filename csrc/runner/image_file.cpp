@@ -1,0 +1,192 @@
+// PNG and JPEG files as pixels, through libpng and libjpeg.
+#include "image_file.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <csetjmp>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <jpeglib.h>
+#include <png.h>
+
+namespace {
+
+using File = std::unique_ptr<FILE, int (*)(FILE*)>;
+
+[[noreturn]] void fail(const std::filesystem::path& path, const std::string& reason) {
+  throw std::runtime_error("image file " + path.string() + " must be readable, got " + reason +
+                           "; replace or remove it.");
+}
+
+// rows of RGB bytes -> [1, 3, H, W]
+at::Tensor to_tensor(std::vector<uint8_t>& pixels, int64_t height, int64_t width) {
+  return at::from_blob(pixels.data(), {1, height, width, 3}, at::kByte).permute({0, 3, 1, 2}).contiguous();
+}
+
+struct JpegError {
+  jpeg_error_mgr base;
+  std::jmp_buf escape;
+  char message[JMSG_LENGTH_MAX];
+};
+
+void leave_jpeg(j_common_ptr info) {
+  auto* error = reinterpret_cast<JpegError*>(info->err);
+  info->err->format_message(info, error->message);
+  std::longjmp(error->escape, 1);
+}
+
+// libjpeg only warns about a file that ends early; here that is an error.
+void warn_jpeg(j_common_ptr info, int level) {
+  if (level < 0) leave_jpeg(info);
+}
+
+// The orientation tag of an EXIF block (1 to 8), 1 where there is none.
+int exif_orientation(const jpeg_decompress_struct& info) {
+  for (auto* marker = info.marker_list; marker != nullptr; marker = marker->next) {
+    const uint8_t* data = marker->data;
+    const size_t size = marker->data_length;
+    if (marker->marker != JPEG_APP0 + 1 || size < 14 || std::memcmp(data, "Exif\0\0", 6) != 0) continue;
+    const uint8_t* tiff = data + 6;
+    const size_t length = size - 6;
+    const bool little = tiff[0] == 'I';
+    auto number = [&](size_t at, int bytes) -> uint32_t {
+      if (at + bytes > length) return 0;
+      uint32_t value = 0;
+      for (int i = 0; i < bytes; ++i) value |= uint32_t(tiff[at + i]) << 8 * (little ? i : bytes - 1 - i);
+      return value;
+    };
+    const size_t directory = number(4, 4);
+    for (uint32_t i = 0, entries = number(directory, 2); i < entries; ++i) {
+      const size_t entry = directory + 2 + size_t(12) * i;
+      if (number(entry, 2) != 0x0112) continue;
+      const uint32_t value = number(entry + 8, 2);
+      return value >= 1 && value <= 8 ? int(value) : 1;
+    }
+  }
+  return 1;
+}
+
+at::Tensor turn_upright(const at::Tensor& image, int orientation) {
+  switch (orientation) {
+    case 2: return image.flip(3);
+    case 3: return image.flip({2, 3});
+    case 4: return image.flip(2);
+    case 5: return image.transpose(2, 3);
+    case 6: return image.transpose(2, 3).flip(3);
+    case 7: return image.transpose(2, 3).flip({2, 3});
+    case 8: return image.transpose(2, 3).flip(2);
+    default: return image;
+  }
+}
+
+at::Tensor read_jpeg(const std::filesystem::path& path, FILE* file) {
+  jpeg_decompress_struct info{};
+  JpegError error{};
+  std::vector<uint8_t> pixels;
+  info.err = jpeg_std_error(&error.base);
+  error.base.error_exit = leave_jpeg;
+  error.base.emit_message = warn_jpeg;
+  if (setjmp(error.escape)) {
+    jpeg_destroy_decompress(&info);
+    fail(path, error.message);
+  }
+  jpeg_create_decompress(&info);
+  jpeg_stdio_src(&info, file);
+  jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
+  jpeg_read_header(&info, TRUE);
+  if (info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK) {
+    jpeg_destroy_decompress(&info);
+    fail(path, "a CMYK picture, save it as RGB");
+  }
+  info.out_color_space = JCS_RGB;
+  jpeg_start_decompress(&info);
+  const size_t stride = size_t(info.output_width) * 3;
+  pixels.resize(stride * info.output_height);
+  while (info.output_scanline < info.output_height) {
+    JSAMPROW row = pixels.data() + stride * info.output_scanline;
+    jpeg_read_scanlines(&info, &row, 1);
+  }
+  const int orientation = exif_orientation(info);
+  const int64_t height = info.output_height, width = info.output_width;
+  jpeg_finish_decompress(&info);
+  jpeg_destroy_decompress(&info);
+  return turn_upright(to_tensor(pixels, height, width), orientation).contiguous();
+}
+
+at::Tensor read_png(const std::filesystem::path& path, FILE* file) {
+  std::string reason;
+  auto on_error = [](png_structp png, png_const_charp message) {
+    *static_cast<std::string*>(png_get_error_ptr(png)) = message;
+    std::longjmp(png_jmpbuf(png), 1);
+  };
+  auto on_warning = [](png_structp, png_const_charp) {};
+  png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &reason, on_error, on_warning);
+  png_infop info = png_create_info_struct(png);
+  std::vector<uint8_t> pixels;
+  std::vector<png_bytep> rows;
+  if (setjmp(png_jmpbuf(png))) {
+    png_destroy_read_struct(&png, &info, nullptr);
+    fail(path, reason);
+  }
+  png_init_io(png, file);
+  png_read_info(png, info);
+  const int kind = png_get_color_type(png, info);
+  if (png_get_bit_depth(png, info) == 16) {
+    // Pillow rounds 16-bit grey and keeps the high byte of 16-bit colours
+    kind == PNG_COLOR_TYPE_GRAY ? png_set_scale_16(png) : png_set_strip_16(png);
+  }
+  png_set_expand(png);
+  png_set_gray_to_rgb(png);
+  png_set_strip_alpha(png);
+  png_set_interlace_handling(png);
+  png_read_update_info(png, info);
+  const int64_t height = png_get_image_height(png, info), width = png_get_image_width(png, info);
+  pixels.resize(size_t(height) * width * 3);
+  for (int64_t y = 0; y < height; ++y) rows.push_back(pixels.data() + size_t(y) * width * 3);
+  png_read_image(png, rows.data());
+  png_read_end(png, nullptr);
+  png_destroy_read_struct(&png, &info, nullptr);
+  return to_tensor(pixels, height, width);
+}
+
+}  // namespace
+
+at::Tensor read_image(const std::filesystem::path& path) {
+  File file(std::fopen(path.c_str(), "rb"), std::fclose);
+  if (!file) throw std::runtime_error("no image file " + path.string() + ".");
+  uint8_t head[8] = {};
+  const size_t got = std::fread(head, 1, sizeof head, file.get());
+  std::rewind(file.get());
+  if (got == sizeof head && png_sig_cmp(head, 0, sizeof head) == 0) return read_png(path, file.get());
+  if (got >= 3 && head[0] == 0xFF && head[1] == 0xD8 && head[2] == 0xFF) return read_jpeg(path, file.get());
+  fail(path, "neither PNG nor JPEG");
+}
+
+bool is_image_name(const std::filesystem::path& path) {
+  std::string suffix = path.extension().string();
+  std::transform(suffix.begin(), suffix.end(), suffix.begin(), [](unsigned char c) { return std::tolower(c); });
+  return suffix == ".png" || suffix == ".jpg" || suffix == ".jpeg";
+}
+
+at::Tensor fit_image(const at::Tensor& image, int64_t size) {
+  int64_t height = image.size(2), width = image.size(3);
+  at::Tensor fitted = image;
+  if (std::min(height, width) != size) {
+    const int64_t longer = int64_t(double(size * std::max(height, width)) / double(std::min(height, width)));
+    (height <= width ? width : height) = longer;
+    (image.size(2) <= image.size(3) ? height : width) = size;
+    fitted = at::_upsample_bicubic2d_aa(image, {height, width}, /*align_corners=*/false);
+  }
+  // halves go to the even side, as Python's round
+  const int64_t top = int64_t(std::nearbyint(double(height - size) / 2));
+  const int64_t left = int64_t(std::nearbyint(double(width - size) / 2));
+  return fitted.slice(2, top, top + size).slice(3, left, left + size).contiguous();
+}

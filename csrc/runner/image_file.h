@@ -1,0 +1,16 @@
+// PNG and JPEG files as pixels, through libpng and libjpeg.
+#pragma once
+
+#include <ATen/Tensor.h>
+
+#include <filesystem>
+
+// uint8 [1, 3, H, W], upright by its EXIF tag; grey becomes RGB, an alpha channel is dropped.
+// Throws std::runtime_error that names the file when it is missing, damaged or neither PNG nor JPEG.
+at::Tensor read_image(const std::filesystem::path& path);
+
+// Whether the file name ends like one that `read_image` reads.
+bool is_image_name(const std::filesystem::path& path);
+
+// uint8 [1, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cropped; as torchvision does.
+at::Tensor fit_image(const at::Tensor& image, int64_t size);

@@ -1,0 +1,105 @@
+"""The command line of the export: `python -m lorarecycle.export --onnx | --aoti`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .config import ExportConfig, parse_batch_size, parse_prune
+
+
+@dataclass(frozen=True)
+class Export:
+    """Turn a backbone and a meta-LoRA into files that answer few-shot queries without PyTorch or without Python."""
+
+    output: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder to write to; named after the model and the format when left out."""
+    onnx: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write encoder.onnx, head.onnx, episode.onnx and config.json, for ONNX Runtime."""
+    aoti: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write encoder.pt2, compiled ahead of time for this kind of machine, for lorarecycle-predict."""
+    model: str | None = None
+    """Model: a timm name, a Hub id, a folder, a safetensors file; what the meta-LoRA names, or the demo's model."""
+    weights: Path | None = None
+    """Local safetensors weights for the architecture that --model names."""
+    meta_lora: str | None = None
+    """PEFT folder or Hub id; the plain model when left out."""
+    opset: int = 18
+    """ONNX operator set, 18 or later."""
+    dtype: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Precision of the encoder."""
+    img_size: int | None = None
+    """Side in pixels, a multiple of the patch; the model's own when left out."""
+    batch_size: str = "dynamic"
+    """"dynamic", or a number of images per call."""
+    uint8_input: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Put scaling and normalisation into the graph: pixels 0 to 255 go in."""
+    atol: float | None = None
+    """Largest absolute error against PyTorch. Left out: 1e-4 for fp32, a cosine of 0.999 for fp16 and 0.9 for int8."""
+    prune: tuple[str, ...] = ()
+    """Patch tokens to drop, layer:ratio, such as 6:0.5; several may be given."""
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
+    """Between a feature and the class centres."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the files are compared with PyTorch."""
+    images: tuple[Path, ...] = ()
+    """Image files to compare on; handwritten digits when left out."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace an earlier export in the folder."""
+
+    def run(self) -> None:
+        from ..adapter import Adapter
+        from ..backbone import Backbone
+        from .folder import export_onnx, require_free
+
+        if not (self.onnx or self.aoti):
+            raise ValueError("the format must be named, got none; pass `--onnx`, `--aoti` or both.")
+        config = ExportConfig(
+            opset=self.opset,
+            dtype=self.dtype,
+            img_size=self.img_size,
+            batch_size=parse_batch_size(self.batch_size),
+            uint8_input=self.uint8_input,
+            atol=self.atol,
+            prune=parse_prune(self.prune),
+            distance=self.distance,
+        )
+        if self.output is not None:
+            require_free(self.output, self.force)
+        meta_lora = None if self.meta_lora is None else Adapter.load(self.meta_lora)
+        base = self.model or (meta_lora.base_model if meta_lora else "demo")
+        if not base:
+            raise ValueError(f"`--model` must name the model, got none and {self.meta_lora} does not name it either.")
+        backbone = Backbone.load(base, weights=self.weights)
+        output = self.output or Path(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', backbone.name)}-export")
+        require_free(output, self.force)
+        images = list(self.images) or None
+        if self.onnx:
+            print(export_onnx(backbone, output, meta_lora, config, device=self.device, images=images, force=self.force))
+        if self.aoti:
+            from .package import export_aoti
+
+            print(export_aoti(backbone, output / "encoder.pt2", meta_lora, config, images=images))
+            print(output / "encoder.pt2")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status. Bad input ends with one line on standard error and status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        tyro.cli(Export, prog="python -m lorarecycle.export", args=args).run()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"lorarecycle.export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Few-shot accuracy of an exported encoder beside PyTorch's in float32, on the same tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..datasets import LabelledImages
+from ..evaluation import sample_tasks, task_accuracies
+from ..images import normalize, to_uint8
+from .check import check_device
+from .config import ExportConfig
+from .graphs import EncoderGraph
+from .real_images import handwritten_digits
+from .runtime import Graph
+
+N_TASKS = 600
+
+
+def compare_accuracy(
+    graph: EncoderGraph,
+    path: Path,
+    config: ExportConfig,
+    device: str = "cpu",
+    data: LabelledImages | None = None,
+    *,
+    n_shot: int = 1,
+    n_query: int = 15,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy in percent over 600 tasks, at most 5-way.
+
+    Args:
+        graph: the float32 encoder.
+        path: the exported one.
+        config: how it was exported.
+        device: where both run.
+        data: labelled images; 80 handwritten digits when None (then `n_query` is at most 7).
+        n_shot, n_query, seed: of the tasks.
+
+    Returns:
+        {"tasks": words, "float32": percent, the dtype: percent}.
+
+    Raises:
+        ValueError: too few images in a class.
+    """
+    if data is None:
+        pictures, digits = handwritten_digits()
+        keep = torch.arange(len(digits)) % 20 < 8
+        images: Any = torch.from_numpy(pictures).permute(0, 3, 1, 2)[keep]
+        labels, what, n_query = torch.from_numpy(digits)[keep], "handwritten digits", min(n_query, 8 - n_shot)
+    else:
+        images, labels, what = data.images, data.labels, "the given images"
+    n_way = min(5, int(labels.unique().numel()))
+    tasks = sample_tasks(labels, n_way=n_way, n_shot=n_shot, n_query=n_query, n_tasks=N_TASKS, seed=seed)
+    ours, plain = [], []
+    exported = Graph(path, providers=check_device(device))
+    graph = graph.to(device)
+    size = config.batch_size or 16
+    for part in images.split(size):
+        pixels = _prepare(part, graph)
+        padded = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)])
+        rows = exported.run({"pixel_values": padded.numpy()})["embeddings"].numpy()[: len(pixels)]
+        ours.append(torch.from_numpy(rows))
+        with torch.no_grad():
+            plain.append(graph(pixels.to(device)).cpu())
+    graph.to("cpu")
+    accuracy = {
+        name: task_accuracies(torch.cat(rows), tasks, config.distance).double().mean().item()
+        for name, rows in (("float32", plain), (config.dtype, ours))
+    }
+    return {"tasks": f"{N_TASKS} {n_way}-way {n_shot}-shot tasks of {what}", **accuracy}
+
+
+def _prepare(images: Tensor, graph: EncoderGraph) -> Tensor:
+    pixels = to_uint8(images, graph.backbone.image_size)
+    return pixels if graph.uint8_input else normalize(pixels, graph.backbone.mean, graph.backbone.std)

@@ -1,0 +1,201 @@
+"""The checks after writing: ONNX checker, shape inference, standard operations only, and equality with PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..images import normalize, to_uint8
+from ..prototypes import class_centres, distance_logits
+from ..seeds import stream
+from .config import ATOL, MIN_COSINE, ExportConfig
+from .graphs import EncoderGraph
+from .real_images import handwritten_digits
+from .runtime import Graph
+
+BATCH_SIZES = (1, 2, 7, 64)
+"""Sizes at which a dynamic batch is tried."""
+TASKS = ((2, 1, 1), (5, 1, 7), (3, 4, 9), (1, 1, 2))
+"""(classes, shots, queries) at which an episode is tried."""
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file is from PyTorch, over all batches tried."""
+
+    file: str
+    max_error: float
+    """Largest absolute difference; of squared distances, relative to the largest one."""
+    cosine: float
+    """Smallest cosine of a row with PyTorch's."""
+
+    def __str__(self) -> str:
+        return f"{self.file}: max error {self.max_error:.2e}, cosine error {1 - self.cosine:.2e}"
+
+
+class References:
+    """PyTorch's answers on 32 random and 32 real images, computed once for all files of an export.
+
+    Args:
+        backbone: float32, adapter merged, at the export's image size.
+        config: the export's settings.
+        device: "cpu" or "cuda".
+        images: real images, of any kind that `to_uint8` takes; handwritten digits when None.
+
+    Raises:
+        ValueError: no such device here, unreadable images.
+    """
+
+    def __init__(self, backbone: Backbone, config: ExportConfig, device: str = "cpu", images: Any = None) -> None:
+        self.providers = check_device(device)
+        self.config, self.device = config, device
+        self.graph = EncoderGraph(backbone, uint8_input=config.uint8_input, prune=config.prune)
+        real = to_uint8(handwritten_digits()[0][::6] if images is None else images, backbone.image_size)
+        real = real[torch.arange(max(BATCH_SIZES) // 2) % len(real)]
+        noise = torch.randint(0, 256, real.shape, generator=stream(0, "export check"), dtype=torch.uint8)
+        pixels = torch.stack([noise, real], dim=1).flatten(0, 1)  # every batch from 2 on has both
+        self.pixels = pixels if config.uint8_input else normalize(pixels, backbone.mean, backbone.std)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """float32 [64, D]."""
+        graph = self.graph.to(self.device)
+        with torch.no_grad():
+            rows = [graph(part.to(self.device)).cpu() for part in self.pixels.split(8)]
+        graph.to("cpu")
+        return torch.cat(rows)
+
+    def check_encoder(self, path: Path) -> Parity:
+        """All checks of an encoder; a fixed batch is tried at its size.
+
+        Raises:
+            ValueError: a check fails.
+        """
+        check_file(path)
+        graph = Graph(path, providers=self.providers)
+        batch = graph.inputs["pixel_values"].shape[0]
+        pairs = []
+        for size in BATCH_SIZES if isinstance(batch, str) else (batch,):
+            index = torch.arange(size) % len(self.pixels)
+            for shift in (0, 1) if size == 1 else (0,):  # one random, one real
+                chosen = index + shift
+                ours = graph.run({"pixel_values": self.pixels[chosen].numpy()})["embeddings"].numpy()
+                pairs.append((ours, self.embeddings[chosen].numpy()))
+        min_cosine = None if self.config.atol is not None else MIN_COSINE.get(self.config.dtype)
+        return judge(path, pairs, self._atol, min_cosine)
+
+    def check_episode(self, path: Path) -> Parity:
+        """All checks of an episode, on tasks of several shapes.
+
+        Raises:
+            ValueError: a check fails.
+        """
+        check_file(path)
+        graph = Graph(path, providers=self.providers)
+        pairs = []
+        for n_way, n_shot, n_query in TASKS:
+            n = n_way * n_shot
+            labels = torch.arange(n_way).repeat(n_shot)
+            support, query = slice(0, n), slice(n, n + n_query)
+            feeds = {"support_images": self.pixels[support], "query_images": self.pixels[query]}
+            arrays = {name: x.numpy() for name, x in {**feeds, "support_labels": labels}.items()}
+            centres = class_centres(self.embeddings[support], labels, n_way)
+            expected = distance_logits(self.embeddings[query], centres, self.config.distance)
+            pairs.append((graph.run(arrays)["logits"].numpy(), expected.numpy()))
+        return judge(path, pairs, self._atol, None, relative=self.config.distance == "sqeuclidean")
+
+    @property
+    def _atol(self) -> float | None:
+        return self.config.atol if self.config.atol is not None else ATOL.get(self.config.dtype)
+
+
+def check_head(path: Path, config: ExportConfig, embed_dim: int, device: str = "cpu") -> Parity:
+    """All checks of a head, on random features.
+
+    Raises:
+        ValueError: a check fails.
+    """
+    check_file(path)
+    graph = Graph(path, providers=check_device(device))
+    generator = stream(0, "export check", "head")
+    logits, probabilities = [], []
+    for n_query, n_way in ((1, 1), (1, 5), (75, 5), (7, 20)):
+        features = torch.randn(n_query, embed_dim, generator=generator)
+        centres = torch.randn(n_way, embed_dim, generator=generator)
+        ours = graph.run({"embeddings": features.numpy(), "prototypes": centres.numpy()})
+        expected = distance_logits(features, centres, config.distance)
+        logits.append((ours["logits"].numpy(), expected.numpy()))
+        probabilities.append((ours["probabilities"].numpy(), expected.softmax(dim=-1).numpy()))
+    atol = config.atol if config.atol is not None else ATOL["fp32"]
+    judge(path, probabilities, max(atol, 1e-3) if config.distance == "sqeuclidean" else atol, None)
+    return judge(path, logits, atol, None, relative=config.distance == "sqeuclidean")
+
+
+def check_file(path: Path) -> None:
+    """ONNX checker, strict shape inference, and no operation from outside the standard.
+
+    Raises:
+        ValueError: one of them fails.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise ValueError(f"{path.name} must pass the ONNX checker, got {str(error).strip()[:600]}.") from error
+    model = onnx.load(path, load_external_data=False)
+    foreign = sorted({f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")})
+    if foreign or model.functions:
+        raise ValueError(f"{path.name} must hold standard ONNX operations only, got {foreign or 'functions'}.")
+
+
+def check_device(device: str) -> list[str]:
+    """The providers for a device.
+
+    Raises:
+        ValueError: the device is unknown, or not there.
+    """
+    if device not in _PROVIDERS:
+        raise ValueError(f"`device` must be one of {tuple(_PROVIDERS)}, got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device` must be one that this machine has, got 'cuda' without a GPU; use 'cpu'.")
+    return _PROVIDERS[device]
+
+
+def judge(
+    path: Path,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    atol: float | None,
+    min_cosine: float | None,
+    relative: bool = False,
+) -> Parity:
+    """Compare arrays [n, D] with the expected ones.
+
+    Raises:
+        ValueError: other shapes, or further apart than allowed.
+    """
+    error, cosine = 0.0, 1.0
+    for ours, expected in pairs:
+        if ours.shape != expected.shape:
+            raise ValueError(f"{path.name} must give {list(expected.shape)}, got {list(ours.shape)}.")
+        scale = max(1.0, float(np.abs(expected).max())) if relative else 1.0
+        difference = np.abs(ours - expected).max() / scale
+        error = max(error, float(difference) if np.isfinite(difference) else float("inf"))
+        a, b = ours.astype(np.float64), expected.astype(np.float64)
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        smallest = float(((a * b).sum(axis=-1) / np.maximum(lengths, 1e-300)).min())
+        cosine = min(cosine, smallest if np.isfinite(smallest) else -1.0)
+    parity = Parity(path.name, error, cosine)
+    if atol is not None and not error <= atol:
+        raise ValueError(f"{parity}: the error must be at most `atol` {atol:g}; nothing was kept.")
+    if min_cosine is not None and not cosine >= min_cosine:
+        raise ValueError(f"{parity}: the cosine must be at least {min_cosine:g}; nothing was kept. Use dtype fp32.")
+    return parity

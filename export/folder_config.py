@@ -1,0 +1,68 @@
+"""config.json of an exported folder: how images are prepared, and the hashes of the files. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json
+
+CONFIG = "config.json"
+FORMAT_VERSION = 1
+_KEYS = ("image_size", "mean", "std", "input_dtype", "batch_size", "embed_dim", "distance", "sha256")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: damaged, of a newer format, or of a folder without the ONNX files.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`directory` must be a folder written by `python -m lorarecycle.export --onnx`, got {directory} without "
+            f"{CONFIG}."
+        )
+    content = read_json(path)
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path} must hold {', '.join(_KEYS)}, got none of {', '.join(missing)}; export again.")
+    if content.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {content['format_version']}; upgrade "
+            "lorarecycle."
+        )
+    return content
+
+
+def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
+    """Make sure that a file (and its external weights) is the one that was exported.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is not the file that config.json describes.
+    """
+    for file in (name, f"{name}.data"):
+        expected = content["sha256"].get(file)
+        path = directory / file
+        if expected is None and file != name:
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}; export the model again.")
+        if hash_file(path) != expected:
+            raise ValueError(
+                f"{path} must be the file that {CONFIG} describes, got another content (truncated, damaged or "
+                "replaced); fetch it or export the model again."
+            )
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()

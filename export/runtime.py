@@ -1,0 +1,119 @@
+"""ONNX Runtime: which providers, how many threads, outputs that stay on the device. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider")
+"""In the order in which they are tried."""
+_DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
+
+
+class Graph:
+    """One ONNX file, ready to run.
+
+    Args:
+        path: the file.
+        providers: names to try in this order; those of `PROVIDERS` that are there when None.
+        threads: threads within an operation; ONNX Runtime's choice (one per core) when None.
+
+    Raises:
+        ImportError: onnxruntime is missing; the message names the extra.
+        FileNotFoundError: no such file.
+        ValueError: a corrupt or truncated file, an unknown provider, fewer threads than one.
+    """
+
+    def __init__(self, path: Path, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+        ort = import_onnxruntime()
+        if threads is not None and threads < 1:
+            raise ValueError(f"`threads` must be at least 1, got {threads}; leave it out for one per core.")
+        chosen = _choose(ort, providers)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}; export the model again.")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=chosen)
+        except Exception as error:  # each kind of damage has its own class in onnxruntime
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} must be a whole ONNX file, got one that does not load ({reason}).") from error
+        self.path = path
+        self.on_gpu = self.session.get_providers()[0] in PROVIDERS[:2]
+        self.inputs = {node.name: node for node in self.session.get_inputs()}
+        self.outputs = [node.name for node in self.session.get_outputs()]
+        self._to_value = ort.OrtValue.ortvalue_from_numpy
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name, as OrtValues: on the GPU they stay there, for the next graph or for `.numpy()`.
+
+        Args:
+            feeds: numpy arrays (checked against the graph's shapes and dtypes), or OrtValues of an earlier run.
+
+        Raises:
+            ValueError: an array of another shape or dtype, a NaN pixel.
+        """
+        device = "cuda" if self.on_gpu else "cpu"
+        binding = self.session.io_binding()
+        kept = []  # the binding holds addresses only
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                value = np.ascontiguousarray(self._checked(name, value))
+                value = self._to_value(value, device, 0)
+            kept.append(value)
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, device, 0)
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+    def _checked(self, name: str, array: np.ndarray) -> np.ndarray:
+        node = self.inputs[name]
+        wanted = np.dtype(_DTYPES[node.type])
+        fits = len(node.shape) == array.ndim and all(
+            isinstance(want, str) or want is None or want == have
+            for want, have in zip(node.shape, array.shape, strict=True)
+        )
+        if not fits or array.dtype != wanted:
+            raise ValueError(
+                f"`{name}` must be {wanted} {list(node.shape)}, got {array.dtype} {list(array.shape)}; "
+                "prepare images as config.json says."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"`{name}` must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite values.")
+        return array
+
+
+def import_onnxruntime() -> Any:
+    """The module.
+
+    Raises:
+        ImportError: it is missing; the message names the extra.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f"`lorarecycle.export` needs onnxruntime ({error}); install `lorarecycle[onnx]` for the CPU or "
+            "`lorarecycle[onnx-gpu]` for CUDA, not both."
+        ) from None
+    return onnxruntime
+
+
+def _choose(ort: Any, providers: Sequence[str] | None) -> list[str]:
+    available = ort.get_available_providers()
+    if "CUDAExecutionProvider" in available and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries from PyTorch's or NVIDIA's packages
+    if providers is None:
+        return [name for name in PROVIDERS if name in available]
+    unknown = [name for name in providers if name not in available]
+    if unknown or not providers:
+        raise ValueError(
+            f"`providers` must be some of {available}, got {list(providers)}; CUDA comes with `lorarecycle[onnx-gpu]`."
+        )
+    return list(providers)

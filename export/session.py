@@ -1,0 +1,226 @@
+"""FewShotSession: `FewShotClassifier` on ONNX Runtime, with numpy and onnxruntime and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
+from .folder_config import check_hash, read_config
+from .pixels import count_images, list_images, normalize, to_batches
+from .prototype_files import read_prototypes, write_prototypes
+from .runtime import Graph
+
+
+class FewShotSession:
+    """Classify images from a handful of labelled ones with an exported model (Eq. 3).
+
+    `fit`, `predict`, `predict_proba` and `score` take and give what those of `FewShotClassifier` do; images may be
+    PIL images, paths, numpy arrays, tensors, or lists of those.
+
+    Args:
+        directory: written by `export_onnx` or `python -m lorarecycle.export --onnx`.
+        providers: ONNX Runtime's execution providers in the order to try; CUDA, TensorRT, CPU where present when None.
+        threads: threads within an operation; one per core when None.
+        batch_size: images per call; a model exported with a fixed batch uses that.
+        verify: compare the files' hashes with config.json.
+
+    Attributes:
+        config: the content of config.json.
+        classes_: [C], sorted where labels can be, else in order of first appearance; after `fit` or `load_prototypes`.
+        prototypes_: float32 [C, D], the class centres.
+
+    Raises:
+        ImportError: onnxruntime is missing; the message names the extra.
+        FileNotFoundError: no such folder, or a file is missing.
+        ValueError: a corrupt, truncated or replaced file, an unknown provider.
+    """
+
+    classes_: np.ndarray
+    prototypes_: np.ndarray
+
+    def __init__(
+        self,
+        directory: str | PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        batch_size: int = 8,
+        verify: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.directory = Path(directory)
+        self.config: dict[str, Any] = read_config(self.directory)
+        self._options: dict[str, Any] = {"providers": providers, "threads": threads}
+        self._verify = verify
+        fixed = self.config["batch_size"]
+        self.batch_size = batch_size if fixed == "dynamic" else int(fixed)
+        self._encoder, self._head = self._open("encoder.onnx"), self._open("head.onnx")
+
+    def fit(self, support_images: Any, support_labels: Iterable[Hashable]) -> FewShotSession:
+        """Compute the class centres.
+
+        Args:
+            support_images: S images.
+            support_labels: S labels, anything hashable.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: not one label per image, no image, an unreadable image, NaN pixels, a NaN label.
+            TypeError: a label that is not hashable.
+        """
+        images = list_images(support_images)
+        labels, dtype = label_list(support_labels, "support_labels")
+        require_same_length(count_images(images), labels, "support")
+        classes = sort_classes(labels)
+        index = match_labels(labels, classes)
+        features = self._features(images, "support_images")
+        member = (index == np.arange(len(classes))[:, None]).astype(np.float32)
+        self.prototypes_ = member @ features / member.sum(axis=1, keepdims=True)
+        self.classes_ = class_array(classes, dtype)
+        return self
+
+    def transform(self, images: Any) -> np.ndarray:
+        """Features of images, float32 [n, D]."""
+        return self._features(list_images(images), "images")
+
+    def embed(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Features of pixels that are prepared already, float32 [n, D].
+
+        Args:
+            pixel_values: [n, 3, H, W] as config.json says: float32 and normalised, or uint8.
+
+        Raises:
+            ValueError: another shape or dtype, or NaN.
+        """
+        return self._encoder.run({"pixel_values": pixel_values})["embeddings"].numpy()
+
+    def decision_function(self, query_images: Any) -> np.ndarray:
+        """Logits, float32 [Q, C]: minus the distance to each class centre, in the order of `classes_`."""
+        return self._ask(query_images, "logits")
+
+    def predict_proba(self, query_images: Any) -> np.ndarray:
+        """Softmax of the logits, float32 [Q, C], in the order of `classes_`."""
+        return self._ask(query_images, "probabilities")
+
+    def predict(self, query_images: Any) -> np.ndarray:
+        """The label of the nearest class centre, [Q]."""
+        return self.classes_[self.decision_function(query_images).argmax(axis=-1)]
+
+    def score(self, query_images: Any, query_labels: Iterable[Hashable]) -> float:
+        """Share of the images whose predicted label is the given one, 0 to 1."""
+        self._require_fitted()
+        images = list_images(query_images)
+        labels, _ = label_list(query_labels, "query_labels")
+        require_same_length(count_images(images), labels, "query")
+        truth = match_labels(labels, self.classes_.tolist())
+        return float(np.mean(self.decision_function(images).argmax(axis=-1) == truth))
+
+    def solve(self, support_images: Any, support_labels: Sequence[int], query_images: Any) -> np.ndarray:
+        """A whole task in one call of episode.onnx, which keeps no centres.
+
+        Args:
+            support_images: S images.
+            support_labels: S integers, every one of 0 to C - 1 at least once.
+            query_images: Q images.
+
+        Returns:
+            logits, float32 [Q, C].
+
+        Raises:
+            ValueError: not one label per image, or a class without support images.
+        """
+        labels = np.asarray(support_labels)
+        images = list_images(support_images)
+        require_same_length(count_images(images), list(labels), "support")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"`support_labels` must be integers [S], got {labels.dtype} {list(labels.shape)}.")
+        n_classes = int(labels.max(initial=-1)) + 1
+        empty = sorted(set(range(n_classes)) - set(labels.tolist()))
+        if empty or labels.min(initial=0) < 0:
+            raise ValueError(
+                f"`support_labels` must hold every class 0 to {n_classes - 1} and no other, got no image of "
+                f"{empty or 'a class below 0'}; number the classes without gaps."
+            )
+        feeds = {
+            "support_images": np.concatenate(list(self._pixels(images, "support_images"))),
+            "support_labels": labels.astype(np.int64),
+            "query_images": np.concatenate(list(self._pixels(list_images(query_images), "query_images"))),
+        }
+        return self._episode.run(feeds)["logits"].numpy()
+
+    def save_prototypes(self, path: str | PathLike[str]) -> Path:
+        """Write classes and centres to a .npz or .safetensors file, for `load_prototypes`.
+
+        Raises:
+            NotFittedError: there are none yet.
+            ValueError: another suffix, or labels that are neither strings nor numbers.
+        """
+        self._require_fitted()
+        return write_prototypes(path, self.prototypes_, self.classes_, self._model_hash)
+
+    def load_prototypes(self, path: str | PathLike[str]) -> FewShotSession:
+        """Take classes and centres from a file instead of `fit`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or centres of another model.
+        """
+        self.prototypes_, self.classes_ = read_prototypes(path, self._model_hash, self.config["embed_dim"])
+        return self
+
+    def __repr__(self) -> str:
+        return f"FewShotSession({str(self.directory)!r}, {self.config.get('model')!r}, {self.config.get('dtype')!r})"
+
+    @cached_property
+    def _episode(self) -> Graph:
+        return self._open("episode.onnx")
+
+    @property
+    def _model_hash(self) -> str:
+        return self.config["sha256"]["encoder.onnx"]
+
+    def _open(self, name: str) -> Graph:
+        if self._verify:
+            check_hash(self.directory, name, self.config)
+        return Graph(self.directory / name, **self._options)
+
+    def _ask(self, query_images: Any, output: str) -> np.ndarray:
+        self._require_fitted()
+        rows = []
+        for embeddings, n in self._embeddings(list_images(query_images), "query_images"):
+            answers = self._head.run({"embeddings": embeddings, "prototypes": self.prototypes_})
+            rows.append(answers[output].numpy()[:n])
+        return np.concatenate(rows)
+
+    def _features(self, images: Any, name: str) -> np.ndarray:
+        return np.concatenate([embeddings.numpy()[:n] for embeddings, n in self._embeddings(images, name)])
+
+    def _embeddings(self, images: Any, name: str) -> Iterable[tuple[Any, int]]:
+        """OrtValues [B, D] where the encoder leaves them, and how many of their rows count."""
+        fixed = self.config["batch_size"] != "dynamic"
+        for pixels in self._pixels(images, name):
+            n = len(pixels)
+            if fixed and n < self.batch_size:
+                pixels = np.concatenate([pixels, pixels[-1:].repeat(self.batch_size - n, axis=0)])
+            yield self._encoder.run({"pixel_values": pixels})["embeddings"], n
+
+    def _pixels(self, images: Any, name: str) -> Iterable[np.ndarray]:
+        config = self.config
+        for pixels in to_batches(images, config["image_size"], self.batch_size, name=name):
+            yield pixels if config["input_dtype"] == "uint8" else normalize(pixels, config["mean"], config["std"])
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "prototypes_"):
+            raise NotFittedError(
+                "the session must have class centres first, got none; call `fit(support_images, support_labels)` or "
+                "`load_prototypes(path)`."
+            )

@@ -1,0 +1,51 @@
+"""Features for the meta-LoRA to follow: those of the warm start, at the resolution that the backbone was made for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adapter import Adapter
+from .backbone import Backbone
+from .images import normalize
+from .shapes import enlarge
+
+
+@torch.no_grad()
+def feature_targets(
+    backbone: Backbone, guide: Adapter | None, images: Tensor, *, image_size: int | None = None, batch_size: int = 64
+) -> Tensor:
+    """Features of surrogates under a guide that sees them larger than the student does.
+
+    A Vision Transformer loses much when it reads images at fewer patches than it was pre-trained with. The guide does
+    not: it enlarges them first. A student that follows it learns from unlabelled images what no single adapter says.
+    All targets get the length of their mean, which a nearest-centre classifier then need not sort out; and each is
+    the mean over an image and its mirror image.
+
+    Args:
+        backbone: its device and dtype are used.
+        guide: adapter that it wears, such as the warm start; none when None.
+        images: uint8 [n, 3, H, W], on any device.
+        image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
+            is larger, when None.
+        batch_size: images per forward pass.
+
+    Returns:
+        float32 [n, D] on the backbone's device.
+    """
+    size = image_size or max(native_size(backbone), images.shape[-1])
+    model = backbone if guide is None else backbone.merge(guide)
+    parts = []
+    for part in images.split(batch_size):
+        pixels = enlarge(part.to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
+        both = torch.cat([pixels, pixels.flip(-1)])
+        features = model(normalize(both, model.mean, model.std, model.dtype)).float()
+        parts.append(features.unflatten(0, (2, len(part))).mean(dim=0))
+    targets = torch.cat(parts)
+    return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
+
+
+def native_size(backbone: Backbone) -> int:
+    """Side in pixels of the images that the backbone's position embedding was made for."""
+    return backbone.vit.patch_embed.grid_size[0] * backbone.patch_size

@@ -1,0 +1,262 @@
+"""The ONNX files: what they hold, that they equal PyTorch, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from lorarecycle.export import ExportConfig, export_encoder, export_episode, export_head, export_onnx, onnx_files
+
+from lorarecycle import Adapter, Backbone, FewShotClassifier
+from lorarecycle.adapter import LoRAFactors
+from lorarecycle.evaluation import sample_tasks
+from lorarecycle.images import normalize, to_uint8
+
+CPU = ["CPUExecutionProvider"]
+
+
+def run(path, **feeds):
+    return ort.InferenceSession(str(path), providers=CPU).run(None, {k: np.asarray(v) for k, v in feeds.items()})
+
+
+def shapes(values):
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def op_types(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_folder(exported):
+    assert {file.name for file in exported.iterdir()} == {"encoder.onnx", "head.onnx", "episode.onnx", "config.json"}
+    graphs = {name: onnx.load(exported / f"{name}.onnx").graph for name in ("encoder", "head", "episode")}
+    assert shapes(graphs["encoder"].input) == {"pixel_values": ["batch_size", 3, 32, 32]}
+    assert shapes(graphs["encoder"].output) == {"embeddings": ["batch_size", 32]}
+    assert shapes(graphs["head"].input) == {"embeddings": ["queries", 32], "prototypes": ["classes", 32]}
+    assert list(shapes(graphs["head"].output)) == ["logits", "probabilities"]
+    assert list(shapes(graphs["episode"].input)) == ["support_images", "support_labels", "query_images"]
+    assert shapes(graphs["episode"].output) == {"logits": ["queries", "classes"]}
+    for graph in graphs.values():
+        assert {node.domain for node in graph.node} <= {""}
+    assert not any("lora" in tensor.name.lower() for tensor in graphs["encoder"].initializer)
+    config = json.loads((exported / "config.json").read_text())
+    assert config["mean"] == [0.4, 0.5, 0.6]
+    assert config["meta_lora"]["name"] == "meta"
+    assert config["embed_dim"] == 32
+    assert config["versions"]["torch"] == torch.__version__
+    assert len(config["parity"]) == 3
+    assert all(0 < part["max_error"] < 1e-4 for part in config["parity"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_encoder_equals_the_worn_adapter_at_any_batch_size(exported, model, n):
+    images = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+    merged = model.backbone.merge(model.meta_lora)
+    expected = merged(images).numpy()
+    (ours,) = run(exported / "encoder.onnx", pixel_values=images)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert np.abs(model.backbone(images).numpy() - ours).max() > 0.1, "the adapter does nothing"
+
+
+def test_episode_equals_the_classifier_on_100_random_tasks(exported, model, pictures):
+    classifier = FewShotClassifier(model.backbone, model.meta_lora)
+    session = ort.InferenceSession(str(exported / "episode.onnx"), providers=CPU)
+    pixels = normalize(pictures.images, model.backbone.mean, model.backbone.std).numpy()
+    agreed = 0
+    for i in range(100):
+        sizes = {"n_way": 1 + i % 6, "n_shot": 1 + i % 3, "n_query": 1 + i % 4}
+        task = sample_tasks(pictures.labels, **sizes, n_tasks=1, seed=i)
+        support, query = task.support[0], task.query[0]
+        labels = torch.arange(task.n_way).repeat_interleave(task.n_shot)
+        order = torch.randperm(len(support), generator=torch.Generator().manual_seed(i))
+        support, labels = support[order], labels[order]
+        feeds = {"support_images": pixels[support], "query_images": pixels[query], "support_labels": labels.numpy()}
+        logits = session.run(None, feeds)[0]
+        expected = classifier.fit(pictures.images[support], labels).decision_function(pictures.images[query])
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        agreed += (logits.argmax(1) == expected.argmax(1)).all()
+    assert agreed == 100
+
+
+def test_a_class_without_support_images_is_never_chosen(exported):
+    pixels = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+    labels = np.array([0, 2])
+    (logits,) = run(
+        exported / "episode.onnx", support_images=pixels[:2], support_labels=labels, query_images=pixels[2:]
+    )
+    assert np.isneginf(logits[:, 1]).all()
+    assert np.isfinite(logits[:, [0, 2]]).all()
+
+
+def test_int8_uint8_pruned_fixed(exported_int8, model, pictures):
+    graph = onnx.load(exported_int8 / "encoder.onnx").graph
+    kinds = {node.op_type for node in graph.node}
+    assert {"MatMulInteger", "DynamicQuantizeLinear", "TopK", "GatherElements"} <= kinds
+    assert shapes(graph.input) == {"pixel_values": [4, 3, 32, 32]}
+    int8 = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    scales = [t for t in graph.initializer if t.name.endswith("_scale")]
+    assert len(int8) == 8, "four products with weights in each of two blocks"
+    assert all(len(t.dims) == 1 and t.dims[0] > 1 for t in scales), "one scale per channel"
+    (ours,) = run(exported_int8 / "encoder.onnx", pixel_values=pictures.images[:4])
+    merged = model.backbone.merge(model.meta_lora)
+    expected = merged(normalize(pictures.images[:4], merged.mean, merged.std), prune={0: 0.5}).numpy()
+    cosine = (ours * expected).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() > 0.98
+    assert np.abs(ours - expected).max() > 1e-4, "not quantised"
+    config = json.loads((exported_int8 / "config.json").read_text())
+    assert (config["batch_size"], config["input_dtype"], config["prune"]) == (4, "uint8", {"0": 0.5})
+    accuracy = config["accuracy"]
+    assert accuracy["tasks"] == "600 5-way 1-shot tasks of handwritten digits"
+    assert abs(accuracy["int8"] - accuracy["float32"]) < 3
+    assert accuracy["float32"] > 20
+
+
+def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
+    parity = export_encoder(model.backbone, tmp_path / "half.onnx", model.meta_lora, ExportConfig(dtype="fp16"))
+    assert 1e-5 < parity.max_error < 0.05
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half.onnx")).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    for node in inferred.node:
+        wanted = {"LayerNormalization": full, "Softmax": full, "MatMul": half}.get(node.op_type)
+        assert wanted is None or {kinds.get(name, wanted) for name in node.output} == {wanted}, node.op_type
+    weights = {t.data_type for t in inferred.initializer if len(t.dims) == 2 and min(t.dims) > 16}
+    assert weights == {half}
+    assert {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.output)} == {full}
+
+
+def test_pruned_encoder_equals_the_pruned_backbone(model, tmp_path):
+    config = ExportConfig(prune={0: 0.5, 1: 0.25}, img_size=48, uint8_input=True, opset=20)
+    export_encoder(model.backbone, tmp_path / "pruned.onnx", config=config)
+    assert {"TopK", "GatherElements"} <= op_types(tmp_path / "pruned.onnx")
+    assert onnx.load(tmp_path / "pruned.onnx").opset_import[0].version == 20
+    images = torch.randint(0, 256, (5, 3, 48, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    backbone = Backbone(model.backbone.vit, image_size=48, mean=model.backbone.mean, std=model.backbone.std)
+    expected = backbone(normalize(images, backbone.mean, backbone.std), prune=config.prune).numpy()
+    np.testing.assert_allclose(run(tmp_path / "pruned.onnx", pixel_values=images)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["sqeuclidean", "cosine"])
+def test_head_and_episode_by_themselves(model, tmp_path, distance):
+    config = ExportConfig(distance=distance)
+    assert export_head(tmp_path / "head.onnx", config, embed_dim=32).max_error < 1e-4
+    assert export_episode(model.backbone, tmp_path / "episode.onnx", config=config).max_error < 1e-4
+    assert {file.name for file in tmp_path.iterdir()} == {"head.onnx", "episode.onnx"}
+
+
+def test_large_weights_lie_in_one_file_beside_the_graph(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "MAX_INLINE_BYTES", 1000)
+    report = export_onnx(model.backbone, tmp_path / "big")
+    names = {file.name for file in (tmp_path / "big").iterdir()}
+    assert {"encoder.onnx", "encoder.onnx.data", "episode.onnx"} <= names
+    assert (tmp_path / "big" / "encoder.onnx").stat().st_size < 120_000
+    assert report.parities[0].max_error < 1e-4
+    images = np.zeros((2, 3, 32, 32), np.float32)
+    expected = model.backbone(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "big" / "encoder.onnx", pixel_values=images)[0], expected, atol=1e-4)
+    feeds = {"support_images": images, "support_labels": np.array([0, 1]), "query_images": images[:1]}
+    assert run(tmp_path / "big" / "episode.onnx", **feeds)[0].shape == (1, 2)
+
+
+NAMES = ["vit_base_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch14_dinov2"]
+
+
+def random_backbone(name, **options):
+    """An architecture under random weights, none of which is idle."""
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0, **options)
+    for key, parameter in vit.named_parameters():
+        if key.endswith("gamma"):
+            torch.nn.init.ones_(parameter)
+    return Backbone(vit, name=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architectures(name, tmp_path):
+    """ViT, CLIP and DINOv2: width 768 and all their parts, two blocks and small images."""
+    backbone = random_backbone(name, depth=2, img_size=56 if "14" in name else 64)
+    assert export_encoder(backbone, tmp_path / "encoder.onnx").max_error < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_architectures_in_full_size(name, tmp_path, capsys):
+    parity = export_encoder(random_backbone(name, img_size=224), tmp_path / "encoder.onnx")
+    with capsys.disabled():
+        print(f"\n{name}: {parity}")  # noqa: T201
+    assert parity.max_error < 1e-4
+
+
+def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures):
+    weights = real_data / "vit_tiny_patch16_224.safetensors"
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=112)
+    parity = export_encoder(backbone, tmp_path / "encoder.onnx", images=pictures.images)
+    assert parity.max_error < 1e-4
+    pixels = normalize(to_uint8(pictures.images[:3], 112), backbone.mean, backbone.std)
+    np.testing.assert_allclose(run(tmp_path / "encoder.onnx", pixel_values=pixels)[0], backbone(pixels), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"opset": 17}, "`opset` must be at least 18, got 17"),
+        ({"dtype": "bf16"}, "`dtype` must be one of"),
+        ({"distance": "manhattan"}, "`distance` must be one of"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"atol": 0.0}, "`atol` must be a number above 0"),
+        ({"img_size": 36}, "`img_size` must be a multiple of the patch size 8, got 36"),
+        ({"prune": {2: 0.5}}, "`prune` must name layers 0 to 1, got 2"),
+        ({"prune": {0: 1.0}}, r"`prune\[0\]` must be a ratio in"),
+    ],
+)
+def test_bad_settings(model, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model.backbone, tmp_path / "out", config=ExportConfig(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_width_is_refused(model, tmp_path):
+    foreign = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 64), torch.ones(64, 2), 1.0)}, name="wide")
+    with pytest.raises(ValueError, match=r"adapter 'wide' must fit backbone 'tiny'"):
+        export_onnx(model.backbone, tmp_path / "out", foreign)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_too_far_off_is_removed(model, tmp_path):
+    with pytest.raises(ValueError, match=r"encoder\.onnx: max error .* at most `atol` 1e-12; nothing was kept"):
+        export_onnx(model.backbone, tmp_path / "deep" / "out", config=ExportConfig(atol=1e-12))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_needs_force(model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "encoder.pt2").write_text("of an earlier export")
+    with pytest.raises(FileExistsError, match="`directory` must be empty"):
+        export_onnx(model.backbone, out)
+    with pytest.raises(FileExistsError, match="must be a folder, got the file"):
+        export_onnx(model.backbone, out / "notes.txt")
+    assert len(list(out.iterdir())) == 2
+    export_onnx(model.backbone, out, force=True)
+    names = {file.name for file in out.iterdir()}
+    assert names == {"notes.txt", "encoder.onnx", "head.onnx", "episode.onnx", "config.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(model, tmp_path):
+    with pytest.raises(ValueError, match="`device` must be one that this machine has"):
+        export_onnx(model.backbone, tmp_path / "out", device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"install `lorarecycle\[onnx\]`"):
+        export_head(Path(tmp_path) / "head.onnx", embed_dim=8)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,135 @@
+"""The package compiled ahead of time, and the C++ runner that answers from it without Python."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lorarecycle.export import ExportConfig, export_aoti
+from PIL import Image
+
+from lorarecycle import FewShotClassifier
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def package(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("aoti") / "encoder.pt2"
+    assert export_aoti(model.backbone, path, model.meta_lora).max_error < 1e-4
+    return path
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """lorarecycle-predict, built from the checkout."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no CMake on this machine")
+    build = tmp_path_factory.mktemp("runner")
+    source = ["-S", str(ROOT / "csrc" / "runner"), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = subprocess.run(["cmake", *source], capture_output=True, text=True, check=False)
+    if configured.returncode and (
+        "Could NOT find JPEG" in configured.stderr or "Could NOT find PNG" in configured.stderr
+    ):
+        pytest.skip("libjpeg or libpng headers absent")
+    assert configured.returncode == 0, configured.stderr
+    built = subprocess.run(["cmake", "--build", str(build)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return build / "lorarecycle-predict"
+
+
+@pytest.fixture(scope="module")
+def photos(pictures, tmp_path_factory):
+    """A support folder and query files of every kind that the runner reads."""
+    folder = tmp_path_factory.mktemp("photos")
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pictures.images]
+    for i in range(0, 60, 5):
+        target = folder / "support" / pictures.class_names[pictures.labels[i]]
+        target.mkdir(parents=True, exist_ok=True)
+        images[i].resize((57, 40)).save(target / f"{i}.{'png' if i % 2 else 'jpg'}", quality=92)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = images[31].quantize(32)
+    grey16 = Image.fromarray(np.asarray(images[41].convert("L")).astype(np.uint16) * 257)
+    queries = {
+        "plain.png": (images[1], {}),
+        "small.jpg": (images[11].resize((20, 31)), {"quality": 90}),
+        "turned.jpeg": (images[21].resize((64, 48)), {"exif": turned.tobytes(), "quality": 95}),
+        "palette.png": (palette, {"transparency": 3}),
+        "grey.jpg": (images[41].convert("L"), {}),
+        "grey16.png": (grey16, {}),
+        "alpha.png": (images[51].convert("RGBA"), {}),
+    }
+    for name, (image, options) in queries.items():
+        image.save(folder / name, **options)
+    return folder, [folder / name for name in queries]
+
+
+def predict(runner, *words):
+    return subprocess.run([str(runner), *map(str, words)], capture_output=True, text=True, check=False)
+
+
+@needs_compiler
+def test_the_runner_answers_as_python_does(package, runner, model, photos):
+    folder, queries = photos
+    done = predict(runner, package, "--support", folder / "support", "--query", *queries)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == [str(query) for query in queries]
+    support = sorted((folder / "support").glob("*/*"))
+    classifier = FewShotClassifier(model.backbone, model.meta_lora).fit(support, [file.parent.name for file in support])
+    for query, (_, label, probability) in zip(queries, rows, strict=True):
+        (expected,) = classifier.predict_proba(query)
+        assert label == classifier.classes_[expected.argmax()], query.name
+        assert abs(float(probability) - expected.max()) < 2e-3, query.name
+
+
+@needs_compiler
+def test_the_runner_explains_bad_input(package, runner, photos, tmp_path):
+    folder, queries = photos
+    support = folder / "support"
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(queries[1].read_bytes()[:400])
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    empty = tmp_path / "support"
+    (empty / "class").mkdir(parents=True)
+    foreign = tmp_path / "foreign.pt2"
+    foreign.write_text("no package")
+    for words, message in (
+        ([package, "--support", support], "usage: lorarecycle-predict"),
+        ([package, "--suport", support], "unknown flag --suport"),
+        ([tmp_path / "no.pt2", "--support", support, "--query", text], "no package"),
+        ([foreign, "--support", support, "--query", text], "lorarecycle-predict: error: "),
+        ([package, "--support", tmp_path / "no", "--query", text], "no support folder"),
+        ([package, "--support", empty, "--query", text], "must hold PNG or JPEG files, got none"),
+        ([package, "--support", support, "--query", text], "got neither PNG nor JPEG"),
+        ([package, "--support", support, "--query", damaged], "damaged.jpg must be readable"),
+        ([package, "--support", support, "--query", tmp_path / "no.png"], "no image file"),
+    ):
+        done = predict(runner, *words)
+        assert done.returncode == 2, words
+        assert done.stderr.startswith("lorarecycle-predict: error: ")
+        assert message in done.stderr
+        assert done.stdout == ""
+
+
+@needs_compiler
+def test_the_package_in_python(package, model, pictures):
+    encoder = torch._inductor.aoti_load_package(str(package))
+    expected = FewShotClassifier(model.backbone, model.meta_lora).transform(pictures.images[:5])
+    np.testing.assert_allclose(encoder(pictures.images[:5]).numpy(), expected, atol=1e-4)
+
+
+def test_bad_settings(model, tmp_path):
+    with pytest.raises(ValueError, match=r"`path` of a package must end in \.pt2"):
+        export_aoti(model.backbone, tmp_path / "encoder.so")
+    with pytest.raises(ValueError, match="`dtype` of a package must be 'fp32', got 'fp16'"):
+        export_aoti(model.backbone, tmp_path / "encoder.pt2", config=ExportConfig(dtype="fp16"))
+    assert not list(tmp_path.iterdir())

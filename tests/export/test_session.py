@@ -1,0 +1,260 @@
+"""FewShotSession: the same answers as FewShotClassifier, without torch."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lorarecycle.export import FewShotSession, pixels, runtime
+from PIL import Image
+
+from lorarecycle import FewShotClassifier
+from lorarecycle.images import normalize, to_uint8
+from lorarecycle.labels import NotFittedError
+
+
+@pytest.fixture
+def classifier(model):
+    return FewShotClassifier(model.backbone, model.meta_lora)
+
+
+@pytest.fixture
+def session(exported):
+    return FewShotSession(exported, threads=1)
+
+
+def photo(width, height, mode="RGB", seed=0):
+    """A smooth picture with some noise."""
+    grid = np.mgrid[0:height, 0:width].astype(float)
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3)) * 12
+    waves = np.stack([np.sin(grid[0] / 7), np.cos(grid[1] / 9), np.sin((grid[0] + grid[1]) / 5)], axis=-1)
+    return Image.fromarray((128 + 90 * waves + noise).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def test_same_answers_as_the_classifier(session, classifier, pictures):
+    support, query = pictures.images[::3], pictures.images[1::3]
+    names = [pictures.class_names[c] for c in pictures.labels[::3]]
+    truth = [pictures.class_names[c] for c in pictures.labels[1::3]]
+    classifier.fit(support, names)
+    assert session.fit(support, names) is session
+    assert session.classes_.tolist() == classifier.classes_.tolist()
+    np.testing.assert_allclose(session.prototypes_, classifier.prototypes_, atol=1e-5)
+    np.testing.assert_allclose(session.transform(query), classifier.transform(query), atol=1e-5)
+    np.testing.assert_allclose(session.decision_function(query), classifier.decision_function(query), atol=1e-4)
+    np.testing.assert_allclose(session.predict_proba(query), classifier.predict_proba(query), atol=1e-4)
+    assert session.predict(query).tolist() == classifier.predict(query).tolist()
+    assert session.score(query, truth) == classifier.score(query, truth) > 0.8
+    assert session.score(query, ["unseen"] * len(query)) == 0
+
+
+def test_images_of_any_kind_and_size(session, classifier, tmp_path):
+    sizes = [(32, 32), (90, 41), (33, 70), (20, 25), (32, 57)]
+    photos = [photo(*size, seed=i) for i, size in enumerate(sizes)]
+    files = [tmp_path / f"{i}.png" for i in range(len(photos))]
+    for picture, file in zip(photos, files, strict=True):
+        picture.save(file)
+    expected = classifier.transform(photos)
+    arrays = [np.asarray(picture) for picture in photos]
+    tensors = [torch.from_numpy(a.copy()).permute(2, 0, 1) for a in arrays]
+    for images in (photos, files, [str(f) for f in files], arrays, tensors, iter(photos)):
+        ours = session.transform(images)
+        cosine = (ours * expected).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
+        assert cosine.min() > 0.9999
+
+
+@pytest.mark.parametrize("size", [(32, 32), (90, 41), (33, 70), (20, 25), (32, 57), (7, 300)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "F"])
+def test_pixels_are_those_of_the_torch_path(size, mode):
+    picture = photo(*size)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    elif mode == "F":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.float32) / 255)
+    else:
+        picture = picture.convert(mode)
+    theirs = to_uint8(picture, 32).numpy()
+    (ours,) = pixels.to_batches(picture, 32, 8)
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert ours.shape == theirs.shape
+    assert difference.max() <= 1, "more than one grey level"
+    assert (difference > 0).mean() < 0.05
+
+
+def test_normalisation_is_that_of_the_torch_path():
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = normalize(levels, mean, std).numpy()
+    np.testing.assert_array_equal(pixels.normalize(levels.numpy(), mean, std), expected)
+
+
+def test_exif_orientation(tmp_path):
+    picture = photo(48, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    (ours,) = pixels.to_batches(tmp_path / "turned.png", 40, 1)
+    np.testing.assert_array_equal(ours, to_uint8(tmp_path / "turned.png", 40).numpy())
+
+
+def test_solve_is_one_graph_for_a_task(session, classifier, pictures):
+    support, query = pictures.images[:40:4], pictures.images[1:40:4]
+    labels = pictures.labels[:40:4]
+    expected = classifier.fit(support, labels).decision_function(query)
+    np.testing.assert_allclose(session.solve(support, labels, query), expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`support_labels` must hold every class 0 to 3 .* no image of \[1\]"):
+        session.solve(support[:3], [0, 2, 3], query)
+    with pytest.raises(ValueError, match="2 labels for 3 images"):
+        session.solve(support[:3], [0, 1], query)
+    with pytest.raises(ValueError, match="must be integers"):
+        session.solve(support[:2], ["a", "b"], query)
+
+
+def test_fixed_batch_uint8_int8(exported_int8, model, pictures):
+    session = FewShotSession(exported_int8, batch_size=50)
+    assert session.batch_size == 4
+    classifier = FewShotClassifier(model.backbone, model.meta_lora, distance="cosine")
+    labels = pictures.labels[::2]
+    agree = session.fit(pictures.images[::2], labels).predict(pictures.images[1::2])
+    expected = classifier.fit(pictures.images[::2], labels).predict(pictures.images[1::2])
+    assert session.transform(pictures.images[:5]).shape == (5, 32)
+    assert (agree == expected).mean() > 0.8
+    assert session.solve(pictures.images[:11], pictures.labels[:11], pictures.images[20:29]).shape == (9, 2)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("labels", [["x", "y", "z"], [3, 1, 2], np.array([0.5, 1.5, 2.5], np.float32), ["x", 1, True]])
+def test_prototypes_save_and_load(exported, pictures, tmp_path, suffix, labels):
+    images = pictures.images[::20]
+    fitted = FewShotSession(exported).fit(images, labels)
+    path = fitted.save_prototypes(tmp_path / f"p{suffix}")
+    served = FewShotSession(exported).load_prototypes(path)
+    np.testing.assert_array_equal(served.prototypes_, fitted.prototypes_)
+    assert served.classes_.dtype == fitted.classes_.dtype
+    assert served.classes_.tolist() == fitted.classes_.tolist()
+    assert served.predict(images).tolist() == fitted.predict(images).tolist()
+
+
+def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, pictures, tmp_path):
+    session = FewShotSession(exported)
+    with pytest.raises(NotFittedError, match="call `fit"):
+        session.save_prototypes(tmp_path / "p.npz")
+    session.fit(pictures.images[:2], [(1, 2), (3, 4)])
+    with pytest.raises(ValueError, match="strings or numbers"):
+        session.save_prototypes(tmp_path / "p.npz")
+    session.fit(pictures.images[:2], ["a", "b"])
+    with pytest.raises(ValueError, match=r"must end in \.npz or \.safetensors"):
+        session.save_prototypes(tmp_path / "p.pkl")
+    assert not list(tmp_path.iterdir())
+    for suffix in (".npz", ".safetensors"):
+        path = session.save_prototypes(tmp_path / f"p{suffix}")
+        with pytest.raises(ValueError, match="must hold the centres of this model"):
+            FewShotSession(exported_int8).load_prototypes(path)
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ValueError, match="must be a whole file of `save_prototypes`"):
+            session.load_prototypes(path)
+    with pytest.raises(FileNotFoundError, match="no prototypes"):
+        session.load_prototypes(tmp_path / "absent.npz")
+
+
+def test_bad_input(session, pictures, tmp_path):
+    with pytest.raises(NotFittedError, match="call `fit"):
+        session.predict(pictures.images)
+    images = pictures.images[:3]
+    with pytest.raises(ValueError, match="got 2 labels for 3 images"):
+        session.fit(images, [0, 1])
+    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
+        session.fit([], [])
+    broken = images.float() / 255
+    broken[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="`support_images` must be finite, got 1 NaN"):
+        session.fit(broken, [0, 1, 2])
+    with pytest.raises(ValueError, match="must hold floats in"):
+        session.transform(broken.nan_to_num() * 255)
+    with pytest.raises(TypeError, match=r"`images\[0\]` must be a PIL image"):
+        session.transform([{"a": 1}])
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        session.transform("nowhere.png")
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"bad\.png must be readable"):
+        session.transform(tmp_path / "bad.png")
+
+
+def test_prepared_pixels_of_another_size_or_dtype(session):
+    good = np.zeros((2, 3, 32, 32), np.float32)
+    assert session.embed(good).shape == (2, 32)
+    for bad in (good[:, :, :16], good.astype(np.float64), good.astype(np.uint8), good[0]):
+        with pytest.raises(ValueError, match=r"`pixel_values` must be float32 \['batch_size', 3, 32, 32\], got"):
+            session.embed(bad)
+    good[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="`pixel_values` must be finite, got 1 NaN"):
+        session.embed(good)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx"])
+def test_damaged_files(exported, tmp_path, name):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{name} must be the file that config\.json describes"):
+        FewShotSession(folder)
+    with pytest.raises(ValueError, match=rf"{name} must be a whole ONNX file"):
+        FewShotSession(folder, verify=False)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no file .*{name}"):
+        FewShotSession(folder)
+
+
+def test_folders_that_are_no_export(exported, tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a folder written by"):
+        FewShotSession(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="got none of image_size"):
+        FewShotSession(tmp_path)
+    text = (exported / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(ValueError, match="`format_version` .* must be at most 1, got 9"):
+        FewShotSession(tmp_path)
+
+
+def test_providers_and_threads(exported, monkeypatch):
+    with pytest.raises(ValueError, match=r"`providers` must be some of .* lorarecycle\[onnx-gpu\]"):
+        FewShotSession(exported, providers=["NoSuchProvider"])
+    with pytest.raises(ValueError, match="`threads` must be at least 1"):
+        FewShotSession(exported, threads=0)
+    ort = runtime.import_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*reversed(runtime.PROVIDERS), "Other"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    assert runtime._choose(ort, None) == list(runtime.PROVIDERS)
+
+
+def test_without_onnxruntime_the_extra_is_named(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"install `lorarecycle\[onnx\]` .* `lorarecycle\[onnx-gpu\]`"):
+        FewShotSession(exported)
+
+
+def test_it_runs_where_torch_cannot_be_imported(exported, pictures, tmp_path):
+    images = pictures.images[::10].permute(0, 2, 3, 1).numpy()
+    np.save(tmp_path / "images.npy", images)
+    Image.fromarray(images[0]).resize((50, 40)).save(tmp_path / "query.jpg")
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'timm', 'safetensors', 'tqdm', 'tyro'): sys.modules[name] = None\n"
+        "import numpy as np\n"
+        "from lorarecycle.export import FewShotSession\n"
+        f"session = FewShotSession({str(exported)!r})\n"
+        f"images = np.load({str(tmp_path / 'images.npy')!r})\n"
+        "assert 'PIL' not in sys.modules\n"
+        "session.fit(images, list('abcdef'))\n"
+        "assert 'PIL' not in sys.modules, 'images of the right size need no Pillow'\n"
+        "assert session.predict(images).tolist() == list('abcdef')\n"
+        f"path = session.save_prototypes({str(tmp_path / 'p.npz')!r})\n"
+        f"again = FewShotSession({str(exported)!r}).load_prototypes(path)\n"
+        f"assert again.predict({str(tmp_path / 'query.jpg')!r}).shape == (1,)\n"
+        "assert again.score(images, list('abcdef')) == 1\n"
+        "assert session.solve(images, range(6), images).argmax(1).tolist() == [0, 1, 2, 3, 4, 5]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,85 @@
+"""The warm start: the sum of the updates, cut to the meta-LoRA's rank, its scale and what it leaves alone."""
+
+import pytest
+import torch
+
+from lorarecycle.adapter import Adapter, LoRAFactors
+from lorarecycle.lora import LoRA
+from lorarecycle.warm_start import warm_start
+
+
+def fresh(backbone, **options) -> LoRA:
+    return LoRA.random(backbone, generator=torch.Generator().manual_seed(7), **options)
+
+
+def update(lora: LoRA, site: str) -> torch.Tensor:
+    lora_A, lora_B, scaling = lora.factors()[site]
+    return scaling * lora_B @ lora_A
+
+
+def cut(matrix: torch.Tensor, r: int) -> torch.Tensor:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 20, 100])
+def test_few_adapters_are_summed_and_the_mean_of_many_is_amplified_by_a_constant(tiny_backbone, make_adapter, n):
+    adapters = [make_adapter(tiny_backbone, seed=i, r=2) for i in range(n)]
+    warm = warm_start(adapters, fresh(tiny_backbone, r=4, lora_alpha=6.0), gain=4.5)
+    for site in adapters[0].sites:
+        expected = cut(sum(a.delta(site) for a in adapters) * min(n, 4.5) / n, 4)
+        torch.testing.assert_close(update(warm, site), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):
+    one = make_adapter(tiny_backbone, seed=1, r=(1, 3), sites=("attn.q", "attn.v"))
+    two = make_adapter(tiny_backbone, seed=2, r=4, sites=("attn.v", "mlp.fc1"), head=False)
+    like = fresh(tiny_backbone, r=16, sites=("q", "v", "fc1", "fc2"))
+    before = like.factors()
+    warm = warm_start([one, two], like)
+    torch.testing.assert_close(update(warm, "blocks.1.attn.q"), one.delta("blocks.1.attn.q"), rtol=1e-4, atol=1e-5)
+    both = one.delta("blocks.1.attn.v") + two.delta("blocks.1.attn.v")
+    torch.testing.assert_close(update(warm, "blocks.1.attn.v"), both, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(update(warm, "blocks.2.mlp.fc1"), two.delta("blocks.2.mlp.fc1"), rtol=1e-4, atol=1e-5)
+    # what no adapter says is left as it was: whole sites, and ranks beyond the sum of the adapters'
+    for site in ("blocks.0.mlp.fc2", "blocks.2.mlp.fc2"):
+        assert all(torch.equal(a, b) for a, b in zip(warm.factors()[site][:2], before[site][:2], strict=True))
+    rank = one.ranks["blocks.1.attn.q"]
+    assert torch.equal(warm.factors()["blocks.1.attn.q"].lora_A[rank:], before["blocks.1.attn.q"].lora_A[rank:])
+    assert all(torch.equal(a, b) for s in before for a, b in zip(like.factors()[s][:2], before[s][:2], strict=True))
+
+
+def test_factors_are_balanced(tiny_backbone, make_adapter):
+    warm = warm_start([make_adapter(tiny_backbone, seed=i) for i in range(3)], fresh(tiny_backbone, r=4, lora_alpha=4))
+    lora_A, lora_B, _ = warm.factors()["blocks.0.attn.v"]
+    torch.testing.assert_close(lora_A.norm(dim=1), lora_B.norm(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_shared_knowledge_outgrows_what_is_private(tiny_backbone):
+    """Adapters = one shared update seen through random subspaces; the more of them, the closer the sum comes."""
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(32, 2, generator=g) @ torch.randn(2, 32, generator=g)
+    site, likeness = "blocks.0.attn.v", []
+    for n in (4, 16, 64):
+        adapters = []
+        for _ in range(n):
+            lora_A = torch.randn(4, 32, generator=g) / 32**0.5
+            adapters.append(Adapter({site: LoRAFactors(lora_A, shared @ lora_A.T, 1.0)}))
+        found = update(warm_start(adapters, fresh(tiny_backbone, r=2, sites=("v",), layers=(0,))), site)
+        likeness.append(torch.cosine_similarity(found.flatten(), shared.flatten(), dim=0).item())
+    assert likeness[0] < likeness[1] < likeness[2] and likeness[2] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("pool", "gain", "message"),
+    [([], 4.5, "`adapters` must hold at least one"), (None, 0.0, "`gain` must be positive, got 0.0")],
+)
+def test_bad_arguments(tiny_backbone, make_adapter, pool, gain, message):
+    with pytest.raises(ValueError, match=message):
+        warm_start([make_adapter(tiny_backbone)] if pool is None else pool, fresh(tiny_backbone), gain=gain)
+
+
+def test_adapters_of_another_width(tiny_backbone):
+    other = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 16), torch.ones(16, 2), 1.0)})
+    with pytest.raises(ValueError, match=r"`adapters` must fit the model.*\(16, 16\).*\[32, 32\]"):
+        warm_start([other], fresh(tiny_backbone))
