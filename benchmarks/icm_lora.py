@@ -230,7 +230,7 @@ class Bench:
 
     def report(self) -> None:
         self.facts["settings"] = {
-            "command": f"python benchmarks/icm_lora.py --work-dir {self.folder}",
+            "command": "python benchmarks/icm_lora.py --work-dir WORK",
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
             f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
             "tuning_epochs": EPOCHS,

@@ -10,8 +10,8 @@ from resnet20 import resnet20_prior
 
 from lorarecycle import Adapter, Backbone, EvaluateConfig, InversionConfig, MetaConfig, evaluate, load_dataset, recycle
 
-INVERSION = InversionConfig(images_per_class=8, batch_size=40, steps=40, prior=None)
-META = MetaConfig(steps=60, n_query=7)
+INVERSION = InversionConfig(images_per_class=8, batch_size=40, steps=25, prior=None, init="shapes", schedule="cosine")
+META = MetaConfig(steps=40, n_query=7, init="adapters")
 EVALUATION = EvaluateConfig(n_tasks=200)
 
 

@@ -135,7 +135,8 @@ def recycling(facts: Facts) -> str:
         return ""
     return (
         "## Generated adapters into `recycle()`\n\nCIFAR-FS test classes, 200 five-way one-shot tasks. A short "
-        "configuration: 40 inversion steps, 8 images per class, 60 meta-steps (benchmarks/icm_lora_recycle.py).\n\n"
+        "configuration: 25 inversion steps from images of shapes, 8 images per class, 40 meta-steps from a warm start "
+        "(benchmarks/icm_lora_recycle.py).\n\n"
         "| adapters recycled | 1-shot |\n| --- | --- |\n" + "\n".join(lines)
     )
 
