@@ -160,7 +160,7 @@ class Bench:
     def diffusion(self) -> None:
         """COND P-DIFF, Tab. 1."""
         for task in self.tasks[:SEEN]:
-            made = self.generator(CondPDiff, 2, "pdiff-r2", diffusion_epochs=self.args.epochs * 4)
+            made = self.generator(CondPDiff, 2, "pdiff-r2", diffusion_epochs=self.args.epochs * 100)
             vector = self.vector(task)
             self.accuracy("COND P-DIFF", task, lambda g=made, v=vector: g.sample(v, SAMPLES))
 
@@ -221,8 +221,8 @@ class Bench:
 
     def recycle(self) -> None:
         made = self.generator(LoRAGenerator, 2, "icm-r2-n12")
-        real = [self.checkpoints(task, 2)[-1] for task in self.tasks[:SEEN]]
-        vectors = [self.vector(task) for task in self.tasks[:SEEN]]
+        real = [self.checkpoints(task, 2)[-1] for task in self.tasks[:3]]
+        vectors = [self.vector(task) for task in self.tasks[:3]]
         recycle_all(self.once, self.backbone, self.data, real, [made.sample(v)[0] for v in vectors], self.folder)
 
     def scaling(self) -> None:

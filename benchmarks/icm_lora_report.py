@@ -126,16 +126,15 @@ def held_out(facts: Facts, tasks: Sequence[Task]) -> str:
 def recycling(facts: Facts) -> str:
     rows = (
         ("plain model", "recycle plain"),
-        ("meta-LoRA of 5 real adapters", "recycle real"),
-        ("meta-LoRA of 5 generated adapters", "recycle generated"),
-        ("meta-LoRA of both", "recycle real and generated"),
+        ("meta-LoRA of 3 real adapters", "recycle real"),
+        ("meta-LoRA of those and 3 generated for the same tasks", "recycle real and generated"),
     )
     lines = [f"| {label} | {facts[k]['mean']:.2f} ± {facts[k]['interval']:.2f} |" for label, k in rows if k in facts]
     if not lines:
         return ""
     return (
         "## Generated adapters into `recycle()`\n\nCIFAR-FS test classes, 200 five-way one-shot tasks. A short "
-        "configuration: 25 inversion steps from images of shapes, 8 images per class, 40 meta-steps from a warm start "
+        "configuration: 20 inversion steps from images of shapes, 8 images per class, 40 meta-steps from a warm start "
         "(benchmarks/icm_lora_recycle.py).\n\n"
         "| adapters recycled | 1-shot |\n| --- | --- |\n" + "\n".join(lines)
     )

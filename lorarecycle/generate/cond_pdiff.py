@@ -39,8 +39,11 @@ class CondPDiff(LoRAGenerator):
         return Denoiser(self.config.latent, self.conditions.shape[1], self.config.hidden)
 
     def _fit(self, examples: Examples, machine: Machine) -> None:
+        self._fit_autoencoder(examples, machine)
+        self._fit_denoiser(examples, machine)
+
+    def _fit_autoencoder(self, examples: Examples, machine: Machine) -> None:
         vectors, self.statistics = self._normalise(examples)
-        run = run_record(self, examples, machine)
         model = seeded(self._build, self.config.seed).to(machine.device)
         vectors = vectors.to(machine.device)
         config = self.config
@@ -52,20 +55,25 @@ class CondPDiff(LoRAGenerator):
                 decoded = model.decode(model.encode(batch, nothing).mean, nothing)
             return {"reconstruction": F.mse_loss(decoded.float(), batch)}
 
-        common = {"lr": config.lr, "batch_size": config.batch_size, "seed": config.seed, "run": run}
         self.losses = train(
             model,
             reconstruction,
             len(vectors),
             epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            seed=config.seed,
             name=f"fit {self.method} autoencoder",
             checkpoint=machine.checkpoint,
+            run=run_record(self, examples, machine),
             quiet=machine.quiet,
-            **common,
         )
         self.model = model.cpu().eval()
+
+    def _fit_denoiser(self, examples: Examples, machine: Machine) -> None:
+        config = self.config
         with torch.no_grad():
-            codes = torch.cat([self._encode(vector) for vector in vectors.cpu().split(1)])
+            codes = torch.cat([self._encode(vector) for vector in self._normalise(examples)[0].split(1)])
         self.latents = torch.stack([codes.mean(dim=0), codes.std(dim=0, correction=0).clamp(min=1e-6)])
         codes = (codes - self.latents[0]) / self.latents[1]
         denoiser = seeded(self._build_denoiser, config.seed + 1)
@@ -85,10 +93,13 @@ class CondPDiff(LoRAGenerator):
             denoising,
             len(codes),
             epochs=config.diffusion_epochs,
+            batch_size=config.diffusion_batch_size,
+            lr=config.lr,
+            seed=config.seed,
             name=f"fit {self.method} diffusion",
             checkpoint=after,
+            run=run_record(self, examples, machine),
             quiet=machine.quiet,
-            **common,
         )
         self.denoiser = denoiser
 

@@ -89,6 +89,8 @@ class DiffusionConfig(GenerateConfig):
     """Noise levels T."""
     diffusion_epochs: int = 2000
     """Passes over the latents, after those of the autoencoder."""
+    diffusion_batch_size: int = 64
+    """Latents per step: they are small, and small batches of them do not learn the noise."""
     hidden: int = 512
     """Width of the denoiser."""
 
@@ -96,4 +98,5 @@ class DiffusionConfig(GenerateConfig):
         super().__post_init__()
         _at_least("diffusion_steps", self.diffusion_steps, 2)
         _at_least("diffusion_epochs", self.diffusion_epochs, 1)
+        _at_least("diffusion_batch_size", self.diffusion_batch_size, 1)
         _at_least("hidden", self.hidden, 1)
