@@ -162,17 +162,19 @@ def storage(facts: Facts) -> str:
 
 def fits(facts: Facts) -> str:
     rows = [(key.removeprefix("fit "), value) for key, value in facts.items() if key.startswith("fit ")]
+    ms = {key.removeprefix("sampling "): f"{value:.1f}" for key, value in facts.items() if key.startswith("sampling ")}
     lines = [
-        f"| {name} | {v['parameters']} | {v['steps']} | {v['seconds']:.0f} | {v['peak_gb']:.2f} | "
+        f"| {name} | {v['parameters']} | {v['steps']} | {v['seconds']:.0f} | {v['peak_gb']:.2f} | {ms.get(name, '')} | "
         + ", ".join(f"{key} {value:.2g}" for key, value in v["losses_of_last_50_steps"].items())
         + " |"
         for name, v in rows
     ]
     return (
         "## Fits\n\n| generator | parameters of an adapter | steps | seconds | peak memory of the process (GB) | "
-        "losses, mean of the last 50 steps |\n| --- | --- | --- | --- | --- | --- |\n"
+        "ms per sample | losses, mean of the last 50 steps |\n| --- | --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(lines)
-        + "\n\nTuning all adapters took "
+        + "\n\nSamples: one thread, "
+        "the median of 9. Tuning all adapters took "
         f"{facts['settings']['tuning_seconds']:.0f} s."
     )
 
