@@ -46,7 +46,7 @@ def head(facts: Facts, tasks: Sequence[Task], seen: int) -> str:
         f"{settings['fit_epochs']} epochs over {seen * SAVE_LAST} checkpoints at batch 2, {settings['dtype']} "
         "(the paper: 2000 epochs), the rest as in `GenerateConfig`. "
         f"Accuracies in % on {TEST_PER_CLASS} other images of each class; a "
-        "difference of 0.2 is one image. What a row or table of the benchmark is missing for has not been measured yet.\n\n"
+        "difference of 0.2 is one image. Parts of the benchmark without a row here have not been measured yet.\n\n"
         f"Tasks: {names}."
     )
 
