@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,23 @@ class Bench:
         vectors = [self.vector(task) for task in self.tasks[:3]]
         recycle_all(self.once, self.backbone, self.data, real, [made.sample(v)[0] for v in vectors], self.folder)
 
+    def sampling(self) -> None:
+        """Milliseconds of a sample after loading, one thread: median of 9."""
+        vector = self.vector(self.tasks[0])
+        for path in sorted((self.folder / "generators").glob("icm-r*-n12.safetensors")):
+            made = LoRAGenerator.load(path)
+
+            def work(made: LoRAGenerator = made) -> float:
+                made.sample(vector)
+                times = []
+                for seed in range(9):
+                    start = time.perf_counter()
+                    made.sample(vector, seed=seed)
+                    times.append(1000 * (time.perf_counter() - start))
+                return statistics.median(times)
+
+            self.once(f"sampling {path.stem}", work)
+
     def scaling(self) -> None:
         self.once("scaling", measure_scaling)
 
@@ -266,6 +284,7 @@ def main() -> None:
         "diffusion",
         *(f"r{r}-n{n}" for r, n in FITS),
         "held-out",
+        "sampling",
         "recycle",
         "scaling",
         "report",

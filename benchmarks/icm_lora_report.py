@@ -46,7 +46,7 @@ def head(facts: Facts, tasks: Sequence[Task], seen: int) -> str:
         f"{settings['fit_epochs']} epochs over {seen * SAVE_LAST} checkpoints at batch 2, {settings['dtype']} "
         "(the paper: 2000 epochs), the rest as in `GenerateConfig`. "
         f"Accuracies in % on {TEST_PER_CLASS} other images of each class; a "
-        "difference of 0.2 is one image.\n\n"
+        "difference of 0.2 is one image. Parts of the benchmark without a row here have not been measured yet.\n\n"
         f"Tasks: {names}."
     )
 
@@ -162,17 +162,19 @@ def storage(facts: Facts) -> str:
 
 def fits(facts: Facts) -> str:
     rows = [(key.removeprefix("fit "), value) for key, value in facts.items() if key.startswith("fit ")]
+    ms = {key.removeprefix("sampling "): f"{value:.1f}" for key, value in facts.items() if key.startswith("sampling ")}
     lines = [
-        f"| {name} | {v['parameters']} | {v['steps']} | {v['seconds']:.0f} | {v['peak_gb']:.2f} | "
+        f"| {name} | {v['parameters']} | {v['steps']} | {v['seconds']:.0f} | {v['peak_gb']:.2f} | {ms.get(name, '')} | "
         + ", ".join(f"{key} {value:.2g}" for key, value in v["losses_of_last_50_steps"].items())
         + " |"
         for name, v in rows
     ]
     return (
         "## Fits\n\n| generator | parameters of an adapter | steps | seconds | peak memory of the process (GB) | "
-        "losses, mean of the last 50 steps |\n| --- | --- | --- | --- | --- | --- |\n"
+        "ms per sample | losses, mean of the last 50 steps |\n| --- | --- | --- | --- | --- | --- | --- |\n"
         + "\n".join(lines)
-        + "\n\nTuning all adapters took "
+        + "\n\nSamples: one thread, "
+        "the median of 9. Tuning all adapters took "
         f"{facts['settings']['tuning_seconds']:.0f} s."
     )
 

@@ -84,8 +84,8 @@ class Generator(ABC):
 
         Args:
             adapters: at least two `Adapter` or `PeftAdapter` objects or PEFT folders, of one architecture and the
-                same sites; ranks may differ. Checkpoints of runs that started from the same factors (one `seed` of
-                tuning) are much easier to learn than unrelated ones.
+                same sites; ranks may differ. Those of one task are best checkpoints of one run, and all runs best start
+                from the same factors (one `seed` of tuning), as factors are only determined up to a change of basis.
             task_vectors: one array [W] for each adapter; checkpoints of one task have equal ones.
             config: settings, or a mapping of those that differ from the defaults.
             device, dtype: where and in which precision; the GPU and bfloat16 where there is one, else float32.

@@ -7,7 +7,7 @@ from lorarecycle.generate import CondPDiff, ModelSoup, NearestTask, load_generat
 from lorarecycle.generate.cond_pdiff import schedule
 
 DIFFUSION = {"epochs": 120, "batch_size": 3, "conv_layers": 6, "latent": 16, "lr": 3e-3}
-DIFFUSION |= {"diffusion_epochs": 150, "diffusion_steps": 50, "hidden": 64}
+DIFFUSION |= {"diffusion_epochs": 500, "diffusion_steps": 50, "hidden": 64}
 
 
 def flat(generator, adapters):
