@@ -55,7 +55,7 @@ def time_step(benchmark) -> Callable[[Callable[[], None]], None]:
             if CUDA:
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(finished, rounds=20 if CUDA else 3, warmup_rounds=3 if CUDA else 1)
+        benchmark.pedantic(finished, rounds=20 if CUDA else 2, warmup_rounds=3 if CUDA else 1)
         benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         benchmark.extra_info["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
         if CUDA:
