@@ -55,7 +55,7 @@ def available() -> bool:
                     _build()
                     _loaded = True
                 except Exception as error:  # a missing tool and a failed build are one case: the reference runs
-                    reason = str(error).strip().split("\n")[0]
+                    reason = str(error.__cause__ or error).strip().split("\n")[0]
                     logger.warning("C++ kernels are not built (%s); plain PyTorch runs instead.", reason)
                     _loaded = False
     return _loaded

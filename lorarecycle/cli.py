@@ -1,4 +1,4 @@
-"""The command line: `lorarecycle tune | recycle | evaluate | predict | demo`."""
+"""The command line: `lorarecycle tune | recycle | evaluate | predict | task-vector | generate | demo`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,14 @@ class Tune:
         backbone = _backbone(self.common)
         if self.classes:
             data = data.select_classes(self.classes)
-        adapter = tuning.tune(backbone, data, self.config, name=self.output.name, quiet=self.common.quiet)
+        adapter = tuning.tune(
+            backbone,
+            data,
+            self.config,
+            name=self.output.name,
+            checkpoints=self.output / "checkpoints" if self.config.save_last else None,
+            quiet=self.common.quiet,
+        )
         print(adapter.save(self.output, layout=self.layout))
 
 
@@ -180,6 +187,8 @@ class Demo:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Bad input ends with one line on standard error and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from .generate.commands import Generate, TaskVector
+
     given = list(sys.argv[1:] if args is None else args)
     as_published = "--preset=paper" in given or ("--preset", "paper") in pairwise(given)
     commands: dict[str, Any] = {
@@ -187,6 +196,8 @@ def main(args: Sequence[str] | None = None) -> int:
         "recycle": RecycleAsPublished if as_published else Recycle,
         "evaluate": Evaluate,
         "predict": Predict,
+        "task-vector": TaskVector,
+        "generate": Generate,
         "demo": Demo,
     }
     try:

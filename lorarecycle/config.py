@@ -197,11 +197,14 @@ class TuneConfig:
     """Blocks that get factors; all when None."""
     flip: bool = True
     """Mirror each image with probability 1/2."""
+    save_last: int = 0
+    """Checkpoints to keep, one after each of the last so many epochs: what an adapter generator learns from."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
         _at_least("epochs", self.epochs, 1)
+        _between("save_last", self.save_last, 0, self.epochs)
         _at_least("batch_size", self.batch_size, 1)
         _positive("lr", self.lr)
         _at_least("r", self.r, 1)

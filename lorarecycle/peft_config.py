@@ -87,19 +87,12 @@ class AdapterConfig:
 
     def scaling(self, module: str, r: int) -> float:
         """`alpha / r` or, with use_rslora, `alpha / sqrt(r)`, for the module of that name and rank."""
-        alpha = self._match(self._alpha_pattern, module, self._alpha)
+        alpha = match_pattern(self._alpha_pattern, module, self._alpha)
         return alpha / (math.sqrt(r) if self.content.get("use_rslora") else r)
 
     def configured_rank(self, module: str) -> int:
         """The rank that the configuration gives a module (the tensors' own rank counts)."""
-        return int(self._match(self._rank_pattern, module, self._number("r", 8)))
-
-    def _match(self, pattern: Mapping[str, float], module: str, default: float) -> float:
-        """PEFT's `get_pattern_key`: the first key that, as an expression, matches the end of the name."""
-        for key, value in pattern.items():
-            if key == module or re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return default
+        return int(match_pattern(self._rank_pattern, module, self._number("r", 8)))
 
     def _number(self, key: str, default: float) -> float:
         value = self.content.get(key)
@@ -151,6 +144,14 @@ class AdapterConfig:
                     f"`{key}` in {self.path} must be off or known, got {value!r}: a newer PEFT wrote it and "
                     "it may change what the factors mean; save the adapter as plain LoRA."
                 )
+
+
+def match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's `get_pattern_key`: the value of the first key that, as an expression, matches the end of the name."""
+    for key, value in pattern.items():
+        if key == module or re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
 
 
 def make_config(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ def tune(
     config: TuneConfig | None = None,
     *,
     name: str = "adapter",
+    checkpoints: str | PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Adapter:
     """Tune LoRA factors with a linear head on the class-token feature, by Adam (Sec. 5).
@@ -37,17 +40,21 @@ def tune(
         data: images of at least two classes; resized to `backbone.image_size`.
         config: settings; the defaults of `TuneConfig` when None.
         name: of the adapter.
+        checkpoints: folder for the adapters after each of the last `config.save_last` epochs, PEFT folders
+            `epoch-0101` and so on (counted from 1; the last one is the adapter returned).
         quiet: no progress bar.
 
     Returns:
         the adapter, with its head and class names, on the CPU.
 
     Raises:
-        ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks.
+        ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks;
+            `save_last` without a folder, a folder without `save_last`, or one that holds other checkpoints.
         FloatingPointError: the loss became NaN or infinite.
     """
     config = config or TuneConfig()
     _check(data)
+    folder = _checkpoint_folder(checkpoints, config.save_last)
     generator = torch.Generator().manual_seed(config.seed)
     lora = LoRA.random(
         backbone,
@@ -60,7 +67,8 @@ def tune(
     head = _linear(backbone.embed_dim, len(data.class_names), generator).to(backbone.device)
     optimizer = torch.optim.Adam([*lora.parameters(), *head.parameters()], lr=config.lr)
     data = data.resize(backbone.image_size)
-    bar = track(range(config.epochs * math.ceil(len(data) / config.batch_size)), f"tune {name}", quiet=quiet)
+    steps = math.ceil(len(data) / config.batch_size)  # of an epoch
+    bar = track(range(config.epochs * steps), f"tune {name}", quiet=quiet)
     order: tuple[Tensor, ...] = ()
     for step in bar:
         if not order:
@@ -83,8 +91,29 @@ def tune(
                 raise FloatingPointError(f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`.")
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             logger.debug("%s step %d loss %.4f", name, step, value)
+        epoch, rest = divmod(step + 1, steps)
+        if folder is not None and not rest and epoch > config.epochs - config.save_last:
+            checkpoint = _snapshot(lora, head, f"{name}-epoch-{epoch:04d}", backbone, data)
+            checkpoint.save(folder / f"epoch-{epoch:04d}")
+    return _snapshot(lora, head, name, backbone, data)
+
+
+def _snapshot(lora: LoRA, head: nn.Linear, name: str, backbone: Backbone, data: LabelledImages) -> Adapter:
+    """What has been learnt so far, copied to the CPU."""
     classifier = Head(head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone(), data.class_names)
     return lora.to_adapter(name=name, like=backbone, head=classifier)
+
+
+def _checkpoint_folder(checkpoints: str | PathLike[str] | None, save_last: int) -> Path | None:
+    if (checkpoints is None) == (save_last > 0):
+        raise ValueError(
+            f"`checkpoints` must name a folder where `save_last` is positive and only there, got {checkpoints!r} "
+            f"with save_last={save_last}; give both or none."
+        )
+    folder = None if checkpoints is None else Path(checkpoints)
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`checkpoints` must be a new or empty folder, got {folder} with content; choose another.")
+    return folder
 
 
 def _check(data: LabelledImages) -> None:

@@ -1,8 +1,11 @@
 """Tuning of an adapter: learns, repeats to the bit, leaves the backbone alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lorarecycle.adapter import Adapter
 from lorarecycle.backbone import Backbone
 from lorarecycle.config import TuneConfig
 from lorarecycle.datasets import LabelledImages
@@ -58,3 +61,28 @@ def test_bad_data(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
         tune(tiny_backbone, tiny_data, TuneConfig(layers=(7,)), quiet=True)
     with pytest.raises(FloatingPointError, match="lower `lr`"):
         tune(tiny_backbone, tiny_data, TuneConfig(epochs=3, lr=1e30), quiet=True)
+
+
+def test_the_last_checkpoints_are_kept(tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path: Path) -> None:
+    config = TuneConfig(epochs=4, batch_size=10, r=2, save_last=2)
+    folder = tmp_path / "checkpoints"
+    last = tune(tiny_backbone, tiny_data, config, name="kinds", checkpoints=folder, quiet=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0003", "epoch-0004"]
+    third, fourth = Adapter.load(folder / "epoch-0003"), Adapter.load(folder / "epoch-0004")
+    assert fourth.digest() == last.digest() != third.digest()
+    assert third.name == "kinds-epoch-0003"
+    shorter = tune(tiny_backbone, tiny_data, TuneConfig(epochs=3, batch_size=10, r=2), quiet=True)
+    assert third.digest() == shorter.digest()  # keeping checkpoints changes nothing
+
+
+def test_bad_checkpoint_settings(tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`save_last` must be between 0 and 2, got 3"):
+        TuneConfig(epochs=2, save_last=3)
+    keeping = TuneConfig(epochs=2, save_last=1)
+    with pytest.raises(ValueError, match="got None with save_last=1; give both or none"):
+        tune(tiny_backbone, tiny_data, keeping, quiet=True)
+    with pytest.raises(ValueError, match="give both or none"):
+        tune(tiny_backbone, tiny_data, TuneConfig(epochs=2), checkpoints=tmp_path, quiet=True)
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        tune(tiny_backbone, tiny_data, keeping, checkpoints=tmp_path, quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,3 +121,8 @@ def test_compiles_without_a_graph_break(cpp_backend):
         loss, index = run(q, k, *inputs)
         results.append((loss.detach(), index, *torch.autograd.grad(loss, inputs)))
     assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="no C++ compiler or ninja here")
+def test_the_cpp_twins_build_where_a_compiler_is():
+    assert cpp.available(), "a build that fails would turn every test of a C++ twin into a skip"

@@ -1,0 +1,130 @@
+"""The training loop of the generators: seeded batches, progress, a checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files import load_tensors, save_tensors
+from ..progress import track
+from ..seeds import stream
+
+CHECKPOINT_EVERY = 200
+
+LossTerms = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+"""(indices of a batch, randomness on the CPU) -> terms of the loss, already weighted, by name."""
+
+
+def train(
+    module: nn.Module,
+    terms: LossTerms,
+    count: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    name: str,
+    checkpoint: Path | None = None,
+    run: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> dict[str, Tensor]:
+    """Minimise the sum of the terms by Adam, the learning rate falling to zero along a cosine.
+
+    Args:
+        module: trained in place, left in evaluation mode.
+        terms: the loss of a batch.
+        count: examples; each epoch draws them in a new order, its last batch filled up from the epoch's start.
+        epochs, batch_size, lr, seed: of the training.
+        name: of the run: progress bar and random streams.
+        checkpoint: safetensors file written every 200 steps and at the end; where it exists, training goes on from
+            it and ends with the same bits.
+        run: JSON that a checkpoint must agree with.
+        quiet: no progress bar.
+
+    Returns:
+        float32 [steps] of each term.
+
+    Raises:
+        ValueError: a checkpoint of another run.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    batch_size = min(batch_size, count)
+    per_epoch = math.ceil(count / batch_size)
+    steps = epochs * per_epoch
+    history: dict[str, Tensor] = {}
+    done = _resume(checkpoint, run, module, optimizer, history, steps)
+    module.train()
+    bar = track(range(done, steps), name, quiet=quiet, initial=done)
+    for step in bar:
+        epoch, batch = divmod(step, per_epoch)
+        order = torch.randperm(count, generator=stream(seed, name, "order", epoch))
+        index = order[torch.arange(batch * batch_size, (batch + 1) * batch_size) % count]
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        found = terms(index, stream(seed, name, "noise", step))
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(found.values())).sum().backward()
+        optimizer.step()
+        for key, value in found.items():
+            history.setdefault(key, torch.zeros(steps, device=value.device))[step] = value.detach()
+        if step % 50 == 0 or step + 1 == steps:
+            values = {key: value[step].item() for key, value in history.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise FloatingPointError(f"the loss of {name!r} became {values} at step {step}; lower `lr`.")
+            bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()}, refresh=False)
+        if checkpoint is not None and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
+            _write(checkpoint, run, module, optimizer, history, step + 1)
+    module.eval()
+    return {key: value.cpu() for key, value in history.items()}
+
+
+def _write(
+    path: Path,
+    run: dict[str, Any] | None,
+    module: nn.Module,
+    optimizer: torch.optim.Adam,
+    history: dict[str, Tensor],
+    step: int,
+) -> None:
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    tensors |= {f"history.{key}": value[:step] for key, value in history.items()}
+    save_tensors(path, tensors, {"run": run, "step": step})
+
+
+def _resume(
+    path: Path | None,
+    run: dict[str, Any] | None,
+    module: nn.Module,
+    optimizer: torch.optim.Adam,
+    history: dict[str, Tensor],
+    steps: int,
+) -> int:
+    """Load a checkpoint where there is one; the number of steps done."""
+    if path is None or not path.exists():
+        return 0
+    tensors, meta = load_tensors(path)
+    if json.loads(meta.get("run", "null")) != run:
+        raise ValueError(f"`checkpoint` {path} must be of the same settings and adapters; choose another file.")
+    step = int(json.loads(meta["step"]))
+    module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
+    for name, parameter in module.named_parameters():
+        if f"adam.{name}.step" in tensors:  # a parameter that no term reaches has no state
+            optimizer.state[parameter] = {
+                key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    device = next(module.parameters()).device
+    for name, value in tensors.items():
+        if name.startswith("history."):
+            history[name[8:]] = torch.zeros(steps, device=device)
+            history[name[8:]][:step] = value.to(device)
+    return step
