@@ -18,7 +18,6 @@ import logging
 import os
 import platform
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from resnet20 import resnet20_prior
 
 from lorarecycle import RecycleConfig
 from lorarecycle.config import as_plain
-from lorarecycle.files import write_json, write_text
+from lorarecycle.files import read_json, write_json, write_text
 from lorarecycle.hardware import resolve
 from lorarecycle.pictures import draw_surrogates
 
@@ -69,15 +68,18 @@ def main() -> None:
         data, args.work_dir, device, dtype, config, prior, args.split, tuple(args.n_shots), args.n_tasks, args.epochs
     )
     report: dict[str, Any] = {
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, {device}, {dtype}, torch {torch.__version__}",
         "split": args.split,
         "config": as_plain(config),
-        "experiments": {},
     }
+    earlier = read_json(args.output) if args.output.exists() else {}
+    same = all(earlier.get(key) == report[key] for key in report)
+    report["experiments"] = earlier["experiments"] if same else {}  # of the same settings: the tables grow
     for name in args.experiments:
-        report["experiments"][name] = run_experiment(bench, EXPERIMENTS[name], args.seeds)
+        seeds = " ".join(map(str, args.seeds))
+        command = f"python benchmarks/accuracy.py --work-dir work --experiments {name} --seeds {seeds}"
+        report["experiments"][name] = {"command": command, "rows": run_experiment(bench, EXPERIMENTS[name], args.seeds)}
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), tables(report))
     backbone, (adapters, _) = bench.backbone(112), tuned_adapters(bench, Experiment("main-8"))
@@ -109,10 +111,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def tables(report: dict[str, Any]) -> str:
     """All experiments as markdown: mean over the seeds of the accuracy, and the 95 % interval over tasks."""
-    lines = [f"`{report['command']}`", "", report["machine"] + f"; {report['split']} classes.", ""]
-    for name, rows in report["experiments"].items():
+    lines = [f"{report['machine']}; {report['split']} classes; settings in the JSON file beside this one.", ""]
+    for name, experiment in report["experiments"].items():
+        rows = experiment["rows"]
         columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
-        lines += [f"**{name}**", "", f"| method | {' | '.join(columns)} | seconds | seeds |"]
+        lines += [f"**{name}**: `{experiment['command']}`", "", f"| method | {' | '.join(columns)} | seconds | seeds |"]
         lines.append("| --- |" + " --- |" * (len(columns) + 2))
         for method, runs in rows.items():
             cells = [_cell(runs, column) for column in columns]
