@@ -39,6 +39,9 @@ class EncoderGraph(nn.Module):
         prune: `{layer: ratio}`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: Backbone, *, uint8_input: bool = False, prune: Mapping[int, float] | None = None):
         super().__init__()
         backbone.kept_per_layer(prune or {}, backbone.num_patches(backbone.image_size))

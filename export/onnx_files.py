@@ -209,6 +209,7 @@ def _trace(
                 verbose=False,
                 custom_translation_table=translations(opset),
             )
+        assert traced is not None
         _name_axes(traced.model.graph, axes or {})
         return traced
     finally:

@@ -11,7 +11,9 @@ import torch
 
 def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     """Translations for `torch.onnx.export`, over the exporter's own."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types know no Python values
 
     def sort(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
         """TopK of everything: ONNX's gives equal values in the order of their indices, so it is stable."""
