@@ -3,13 +3,14 @@
     python benchmarks/export_accuracy.py
 
 600 5-way tasks, 15 queries a class, the same for every form; the plain ViT, no adapter. Needs cifar_fs.npz and
-vit_tiny_patch16_224.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise). Prints a table
-and writes JSON.
+vit_tiny_patch16_224.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise). Prints a row
+for each form and writes JSON, in which forms of earlier runs stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -46,27 +47,25 @@ def main() -> None:
     weights = data / "vit_tiny_patch16_224.safetensors"
     backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=args.image_size)
     images = load_dataset(data / "cifar_fs.npz", args.split)
-    rows: dict[str, dict[str, Any]] = {}
+    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+    machine += f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    report: dict[str, Any] = {"split": args.split, "image_size": args.image_size, "accuracy": {}}
+    if args.output.exists():
+        earlier = json.loads(args.output.read_text())
+        if all(earlier[key] == report[key] for key in ("split", "image_size")):
+            report = earlier
     for form in args.forms:
         start = time.perf_counter()
         features = encode_all(backbone, images.images, form)
-        rows[form] = {"seconds": round(time.perf_counter() - start, 1)}
+        row = {"seconds": round(time.perf_counter() - start, 1), "command": command, "machine": machine}
         for n_shot in args.n_shots:
             tasks = sample_tasks(images.labels, n_way=5, n_shot=n_shot, n_query=15, n_tasks=600, seed=0)
             result = Evaluation(task_accuracies(features, tasks), tasks)
-            rows[form][f"{n_shot}-shot"] = {"mean": result.accuracy, "interval": result.interval}
-        print(form, rows[form], flush=True)
-    write_json(
-        args.output,
-        {
-            "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
-            "split": args.split,
-            "image_size": args.image_size,
-            "accuracy": rows,
-        },
-    )
+            row[f"{n_shot}-shot"] = {"mean": result.accuracy, "interval": result.interval}
+        print(form, row, flush=True)
+        report["accuracy"][form] = row
+        write_json(args.output, report)
 
 
 @torch.no_grad()

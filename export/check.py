@@ -59,11 +59,7 @@ class References:
         self.providers = check_device(device)
         self.config, self.device = config, device
         self.graph = EncoderGraph(backbone, uint8_input=config.uint8_input, prune=config.prune)
-        real = to_uint8(handwritten_digits()[0][::6] if images is None else images, backbone.image_size)
-        real = real[torch.arange(max(BATCH_SIZES) // 2) % len(real)]
-        noise = torch.randint(0, 256, real.shape, generator=stream(0, "export check"), dtype=torch.uint8)
-        pixels = torch.stack([noise, real], dim=1).flatten(0, 1)  # every batch from 2 on has both
-        self.pixels = pixels if config.uint8_input else normalize(pixels, backbone.mean, backbone.std)
+        self.pixels = trial_pixels(self.graph, max(BATCH_SIZES), images)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -148,6 +144,16 @@ class References:
         if self.config.uint8_input:
             pixels = normalize(pixels, backbone.mean, backbone.std)
         return torch.cat([graph(part.to(device, dtype)).float().cpu() for part in pixels.split(8)])
+
+
+def trial_pixels(graph: EncoderGraph, n: int, images: Any = None) -> Tensor:
+    """What goes into the encoder, [n, 3, H, W]: noise and real images by turns, digits when `images` is None."""
+    backbone = graph.backbone
+    real = to_uint8(handwritten_digits()[0][::6] if images is None else images, backbone.image_size)
+    real = real[torch.arange((n + 1) // 2) % len(real)]
+    noise = torch.randint(0, 256, real.shape, generator=stream(0, "export check"), dtype=torch.uint8)
+    pixels = torch.stack([noise, real], dim=1).flatten(0, 1)[:n]  # every batch from 2 on has both
+    return pixels if graph.uint8_input else normalize(pixels, backbone.mean, backbone.std)
 
 
 def check_head(path: Path, config: ExportConfig, embed_dim: int, device: str = "cpu") -> Parity:

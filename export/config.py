@@ -28,7 +28,8 @@ class ExportConfig:
     opset: int = 18
     """ONNX operator set, 18 or later."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
-    """fp16 keeps layer norm and softmax in float32; int8 has per-channel weights and activations measured per run."""
+    """fp16 keeps layer norm and softmax in float32; int8 has per-channel weights and activations measured per run, and
+    keeps products whose input has outliers in float32."""
     img_size: int | None = None
     """Side in pixels, a multiple of the patch; the model's own when left out."""
     batch_size: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from os import PathLike
 from pathlib import Path
@@ -128,7 +129,9 @@ def write_encoder(
     if config.dtype == "fp16":
         _save(to_fp16(full), path, data_name)
     elif config.dtype == "int8":
-        to_int8(full, path)
+        batch = 8 if dynamic else n
+        pixels = check.trial_pixels(graph, batch * math.ceil(8 / batch))
+        to_int8(full, path, [part.numpy() for part in pixels.split(batch)])
     if full != path:
         full.unlink()
         full.with_name(full_data).unlink(missing_ok=True)

@@ -9,7 +9,17 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from lorarecycle.export import ExportConfig, check, export_encoder, export_episode, export_head, export_onnx, onnx_files
+from lorarecycle.export import (
+    ExportConfig,
+    check,
+    export_encoder,
+    export_episode,
+    export_head,
+    export_onnx,
+    onnx_files,
+    precision,
+)
+from lorarecycle.export.graphs import EncoderGraph
 
 from lorarecycle import Adapter, Backbone, FewShotClassifier
 from lorarecycle.adapter import LoRAFactors
@@ -113,6 +123,50 @@ def test_int8_uint8_pruned_fixed(exported_int8, model, pictures):
     assert accuracy["tasks"] == "600 5-way 1-shot tasks of handwritten digits"
     assert abs(accuracy["int8"] - accuracy["float32"]) < 3
     assert accuracy["float32"] > 20
+
+
+def test_int8_leaves_a_product_with_an_outlier_in_float32(model, tmp_path, monkeypatch):
+    """One neuron of the MLP far above the others, as in trained ViTs: in int8 it would swallow them."""
+    backbone = model.backbone.clone()
+    with torch.no_grad():
+        backbone.vit.blocks[1].mlp.fc1.bias[5] += 500
+        backbone.vit.blocks[1].mlp.fc2.weight[:, 5] *= 0.01
+
+    def cosine(name):
+        return export_encoder(backbone, tmp_path / name, config=ExportConfig(dtype="int8", atol=1e3)).cosine
+
+    kept = cosine("kept.onnx")
+    monkeypatch.setattr(precision, "MAX_ROUNDING", float("inf"))
+    plain = cosine("plain.onnx")
+    assert plain < 0.98 < 0.998 < kept
+    kinds = [[node.op_type for node in onnx.load(tmp_path / name).graph.node] for name in ("kept.onnx", "plain.onnx")]
+    assert [k.count("MatMulInteger") for k in kinds] == [7, 8]
+
+
+def test_int8_of_vit_tiny_with_real_weights(real_data, tmp_path, monkeypatch):
+    """Block 7 has such a neuron; with it in int8 the smallest cosine is below 0.9."""
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=real_data / "vit_tiny_patch16_224.safetensors")
+    monkeypatch.setattr(check, "BATCH_SIZES", (1, 8))
+    parity = export_encoder(backbone, tmp_path / "encoder.onnx", config=ExportConfig(dtype="int8"))
+    assert parity.cosine > 0.98
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rounding_at_a_fixed_batch_size_with_uint8_input(model, tmp_path, batch_size):
+    """The measure by hand: the first product reads the first layer norm."""
+    config = ExportConfig(batch_size=batch_size, uint8_input=True)
+    graph = EncoderGraph(model.backbone, uint8_input=True)
+    onnx_files.write_encoder(graph, tmp_path / "encoder.onnx", config)
+    pixels = check.trial_pixels(graph, batch_size)
+    found = precision.rounding(tmp_path / "encoder.onnx", [pixels.numpy()])
+    assert len(found) == 8
+    inputs = []
+    hook = model.backbone.vit.blocks[0].norm1.register_forward_hook(lambda module, _, y: inputs.append(y))
+    graph(pixels)
+    hook.remove()
+    step = (inputs[0].max() - inputs[0].min()) / 255
+    size = np.sqrt(np.median(inputs[0].square().mean((0, 1))))
+    assert next(iter(found.values())) == pytest.approx(float(step / 12**0.5 / size), rel=1e-4)
 
 
 def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
