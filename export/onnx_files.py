@@ -118,6 +118,8 @@ def write_encoder(
     graph: EncoderGraph, path: Path, config: ExportConfig, *, dynamic: bool | None = None, data_name: str = ""
 ) -> None:
     """The encoder in the precision that the settings ask for, not yet checked."""
+    if config.dtype == "int8" and sum(p.nbytes for p in graph.parameters()) > MAX_INLINE_BYTES:
+        raise ValueError("`dtype` must be fp32 or fp16 for weights above 2 GB, got int8, whose quantiser ends there.")
     dynamic = config.batch_size is None if dynamic is None else dynamic
     full = path if config.dtype == "fp32" else path.with_suffix(".full.onnx")
     n = 2 if dynamic else config.batch_size or 1

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from lorarecycle import Backbone
+from lorarecycle import Backbone, attention
 from lorarecycle.attention import attend
 
 
@@ -20,6 +20,23 @@ def test_sdpa_is_softmax_attention():
     q, k, v = heads()
     expected = (q @ k.transpose(-2, -1) / 32**0.5).softmax(-1) @ v
     torch.testing.assert_close(attend(q, k, v, "sdpa"), expected.transpose(1, 2).flatten(2))
+
+
+def test_written_out_in_bfloat16_it_is_the_same(monkeypatch):
+    exact = [x.requires_grad_() for x in heads(dtype=torch.float64)]
+    y = attend(*exact, "sdpa")
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    expected = y, *torch.autograd.grad(y, exact, dy.double())
+    fused = []
+    for stored in (0, 2 * 3 * 5 * 7):
+        monkeypatch.setattr(attention, "MAX_STORED", stored)
+        inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+        with torch.profiler.profile() as profile:
+            y = attend(*inputs, "sdpa")
+        fused.append(any("flash_attention" in event.name for event in profile.events()))
+        for ours, wanted in zip((y, *torch.autograd.grad(y, inputs, dy.bfloat16())), expected, strict=True):
+            torch.testing.assert_close(ours.double(), wanted, rtol=3e-2, atol=3e-2)
+    assert fused == [True, False]
 
 
 def test_xformers_gets_its_own_order_of_axes(monkeypatch):

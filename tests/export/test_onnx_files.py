@@ -231,6 +231,13 @@ def test_large_weights_lie_in_one_file_beside_the_graph(model, tmp_path, monkeyp
     assert run(tmp_path / "big" / "episode.onnx", **feeds)[0].shape == (1, 2)
 
 
+def test_int8_of_large_weights_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "MAX_INLINE_BYTES", 1000)
+    with pytest.raises(ValueError, match="`dtype` must be fp32 or fp16"):
+        export_encoder(model.backbone, tmp_path / "encoder.onnx", config=ExportConfig(dtype="int8"))
+    assert not list(tmp_path.iterdir())
+
+
 NAMES = ["vit_base_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch14_dinov2"]
 
 

@@ -1,0 +1,64 @@
+"""Tables from benchmark runs: `python benchmarks/report.py RUN.json... --output benchmarks/results/speed_cpu.md`.
+
+Takes what `pytest benchmarks --benchmark-only --benchmark-json=RUN.json` wrote. Writes one table per group, every form
+beside the plain way of the same run, and the same figures as JSON beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch")
+"""Forms that the others are compared with: the first of these that a group has."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="a .md file; the .json goes beside it")
+    args = parser.parse_args()
+    results = [result for path in args.runs for result in read(path)]
+    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.output.write_text(tables(results))
+    print(tables(results))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Group, form, median in ms and what the benchmark noted; on CUDA the median of device events where there is one."""
+    run = json.loads(path.read_text())
+    cpu = run["machine_info"]["cpu"]
+    results = []
+    for benchmark in run["benchmarks"]:
+        noted = benchmark["extra_info"]
+        seconds = noted.pop("device_median_s", benchmark["stats"]["median"])
+        form = (benchmark["params"] or {}).get("form", benchmark["name"].partition("[")[0].removeprefix("bench_"))
+        where = {"cpu": cpu.get("brand_raw", cpu.get("arch")), "cores": cpu.get("count")}
+        rounds = benchmark["stats"]["rounds"]
+        result = {"group": benchmark["group"], "form": form, "median_ms": 1000 * seconds, "rounds": rounds}
+        results.append({**result, **where, **noted})
+    return results
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Markdown, a table for each group in the order of the runs."""
+    first = next(result for result in results if "torch" in result)
+    machine = f"{first['cpu']}, {first['cores']} cores, {first.get('threads', '?')} threads, torch {first['torch']}"
+    lines = ["# Speed", "", f"{machine}. Medians; how many times as fast as the plain way of the same run.", ""]
+    for group in dict.fromkeys(result["group"] for result in results):
+        forms = {result["form"]: result["median_ms"] for result in results if result["group"] == group}
+        plain = next((name for name in PLAIN if name in forms), next(iter(forms)))
+        lines += [f"**{group}**", "", f"| form | median, ms | times as fast as {plain} |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {_rounded(ms)} | {forms[plain] / ms:.2f} |" for name, ms in forms.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _rounded(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+if __name__ == "__main__":
+    main()
