@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from fidelity import Bench, Experiment, Row, inverted, run_experiment, tuned_adapters
+from lorarecycle.kernels import use_backend
 from resnet20 import resnet20_prior
 
 from lorarecycle import RecycleConfig
@@ -48,6 +49,11 @@ EXPERIMENTS = {
 
 def main() -> None:
     args = parse_arguments()
+    with use_backend(args.backend):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
     device, dtype = resolve(args.device, args.dtype)
@@ -70,6 +76,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, {device}, {dtype}, torch {torch.__version__}",
+        "backend": args.backend,
         "split": args.split,
         "config": as_plain(config),
     }
@@ -104,6 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--backend", default="auto", help="of the ops, see `lorarecycle.kernels.use_backend`")
     parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy_cifar_fs.json")
     return parser.parse_args()

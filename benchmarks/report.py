@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Group, form, median in ms and what the benchmark noted; on CUDA the median of device events where there is one."""
+    """Group, form, median in ms (on CUDA of device events where there are any) and what the benchmark noted."""
     run = json.loads(path.read_text())
     cpu = run["machine_info"]["cpu"]
     results = []
