@@ -55,8 +55,8 @@ def _count(pattern: str, log: str) -> int:
     return max((int(found) for found in re.findall(pattern, log)), default=0)
 
 
-def compile_case(case: str) -> list[dict[str, Any]]:
-    """Compile all launches of `op[/variant]:dtype:arch` and describe them."""
+def compile_case(case: str, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compile all launches of `op[/variant]:dtype:arch` and describe them; `known` are those of earlier cases."""
     from gpu_cases import CASES
 
     op, dtype, arch = case.split(":")
@@ -70,11 +70,8 @@ def compile_case(case: str) -> list[dict[str, Any]]:
         with contextlib.redirect_stdout(io.StringIO()) as output:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         log, ptx = output.getvalue(), kernel.asm["ptx"]
-        if not log:  # compiled for an earlier launch of this case
-            return kernel
-        found.append(
-            {
-                "case": case,
+        if log:  # else an earlier launch was the same
+            known[kernel.hash] = {
                 "kernel": self.__name__,
                 "shared": kernel.metadata.shared + _count(r"(\d+) bytes smem", log),
                 "registers": _count(r"Used (\d+) registers", log),
@@ -85,7 +82,7 @@ def compile_case(case: str) -> list[dict[str, Any]]:
                 "async_copies": ptx.count("cp.async.c"),
                 "products": kernel.asm["ttir"].count("tt.dot "),
             }
-        )
+        found.append({"case": case, **known[kernel.hash]})
         return kernel
 
     triton.runtime.jit.JITFunction.run = compile_only
@@ -97,6 +94,7 @@ def compile_case(case: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    earlier: dict[str, dict[str, Any]] = {}
     for name in sys.argv[1:]:
-        for kernel in compile_case(name):
+        for kernel in compile_case(name, earlier):
             print(json.dumps(kernel), flush=True)  # noqa: T201
