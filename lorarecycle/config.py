@@ -24,6 +24,8 @@ class InversionConfig:
     """Images optimised together; the batch-norm prior compares their joint statistics."""
     steps: int = 0
     """Adam steps per batch; none leaves the images as they start, which must be shapes then."""
+    patience: int | None = None
+    """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps; never when None."""
     lr: float = 0.25
     """Learning rate of Adam on the pixels (normalised space)."""
     betas: tuple[float, float] = (0.5, 0.99)
@@ -61,6 +63,8 @@ class InversionConfig:
         _at_least("steps", self.steps, 0)
         if self.steps == 0 and self.init != "shapes":
             raise ValueError(f"`steps` must be at least 1 with init={self.init!r}, got 0: the images would stay noise.")
+        if self.patience is not None:
+            _at_least("patience", self.patience, 1)
         _positive("lr", self.lr)
         _at_least("prior_weight", self.prior_weight, 0)
         if self.image_size is not None:

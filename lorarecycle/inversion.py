@@ -98,7 +98,7 @@ def _optimise(
     prior: BatchNormPrior | None,
     generator: torch.Generator,
     loss_of: Callable[..., Tensor],
-    advance: Callable[[], object],
+    advance: Callable[[int], object],
 ) -> Tensor:
     """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
     size = config.image_size or teacher.image_size
@@ -111,6 +111,7 @@ def _optimise(
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
     shifts, flips = _augmentation(config, x.shape[-1], generator)
     prune_from = round(config.prune_from * config.steps)
+    settled = torch.inf
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
         if flips[step]:
@@ -121,13 +122,18 @@ def _optimise(
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
-            better = loss < best_loss  # stays on the device: no synchronisation in the loop
+            better = loss < best_loss  # stays on the device: no synchronisation at every step
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better, x, best)
         optimizer.step()
         with torch.no_grad():
             x.clamp_(low, high)
-        advance()
+        advance(1)
+        if config.patience is not None and (step + 1) % config.patience == 0:
+            if best_loss > 0.99 * settled:
+                advance(config.steps - step - 1)
+                break
+            settled = best_loss
     pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return pixels.round().to(torch.uint8).cpu()
 

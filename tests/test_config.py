@@ -13,6 +13,7 @@ from lorarecycle.config import as_plain
         (lambda: InversionConfig(steps=0, init="noise"), "`steps` must be at least 1 with init=.noise., got 0"),
         (lambda: InversionConfig(init="zeros"), "`init` must be one of .*, got .zeros."),
         (lambda: InversionConfig(latent_size=0), "`latent_size` must be at least 1, got 0"),
+        (lambda: InversionConfig(patience=0), "`patience` must be at least 1, got 0"),
         (lambda: InversionConfig(candidates=0), "`candidates` must be at least 1, got 0"),
         (lambda: InversionConfig(schedule="linear"), "`schedule` must be one of .*, got .linear."),
         (lambda: MetaConfig(init="warm"), "`init` must be one of .*, got .warm."),

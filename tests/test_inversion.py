@@ -58,6 +58,21 @@ def test_the_images_returned_are_those_of_the_lowest_loss(tiny_backbone, make_ad
     assert torch.equal(surrogate.images, pixels)
 
 
+def test_a_settled_batch_stops(tiny_backbone, make_adapter, monkeypatch):
+    steps = []
+
+    def falls_for_ten_steps(teacher, head, images, labels, *rest):
+        steps.append(len(labels))
+        return images.sum() * 0 + max(20 - len(steps), 10)
+
+    monkeypatch.setattr(module, "inversion_loss", falls_for_ten_steps)
+    settings = FAST | {"steps": 100, "batch_size": 9}
+    for patience, expected in ((8, 24), (None, 100)):
+        steps.clear()
+        invert(tiny_backbone, make_adapter(tiny_backbone), InversionConfig(**settings, patience=patience), quiet=True)
+        assert len(steps) == expected
+
+
 def test_pixels_stay_in_range_and_the_prior_pulls(tiny_backbone, make_adapter):
     adapter, prior = make_adapter(tiny_backbone), make_prior()
     values = {}
