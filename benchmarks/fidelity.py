@@ -90,7 +90,8 @@ def run_experiment(bench: Bench, experiment: Experiment, seeds: Sequence[int]) -
     backbone = bench.backbone(experiment.image_size)
     adapters, tasks = tuned_adapters(bench, experiment)
     meta = replace(bench.config.meta, sparsity=experiment.sparsity)
-    paper = replace(RecycleConfig.paper().meta, steps=meta.steps, r=meta.r, sparsity=experiment.sparsity)
+    size = {"steps": meta.steps, "r": meta.r, "lora_alpha": meta.lora_alpha}
+    paper = replace(RecycleConfig.paper().meta, **size, sparsity=experiment.sparsity)
     surrogates = [inverted(bench, backbone, adapter) for adapter in adapters]
 
     @cache

@@ -108,9 +108,9 @@ class MetaConfig:
     """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
     gain: float = 4.5
     """Largest factor on the mean of the adapters' updates in their sum."""
-    r: int = 4
+    r: int = 16
     """Rank of the meta-LoRA."""
-    lora_alpha: float = 4.0
+    lora_alpha: float = 16.0
     """Scaling is lora_alpha / r."""
     sites: tuple[str, ...] = ("q", "v")
     """Linear layers that the meta-LoRA adapts: any of q, k, v, proj, fc1, fc2."""
@@ -178,7 +178,8 @@ class RecycleConfig:
     @classmethod
     def paper(cls) -> RecycleConfig:
         """LoRA Recycle as published (Sec. 5): 2000 steps from noise, then episodes only, from random factors."""
-        return cls(InversionConfig(steps=2000, init="noise"), MetaConfig(steps=200, distill=0.0, init="random"))
+        meta = MetaConfig(steps=200, distill=0.0, init="random", r=4, lora_alpha=4.0)
+        return cls(InversionConfig(steps=2000, init="noise"), meta)
 
 
 @dataclass(frozen=True)
