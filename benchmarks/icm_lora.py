@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import peak_memory, reset_peak_memory
 from icm_lora_adapters import EPOCHS, Task, head_accuracy, make_tasks, mean_accuracy, seconds_spent, tune_task
 from icm_lora_recycle import recycle_all
 from icm_lora_report import write_report
 from icm_lora_scaling import measure_scaling
+from memory import peak_memory, reset_peak_memory
 
 from lorarecycle import Adapter, Backbone, load_dataset
 from lorarecycle.files import read_json, write_json

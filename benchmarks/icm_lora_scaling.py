@@ -6,7 +6,7 @@ import statistics
 import time
 
 import torch
-from accuracy import peak_memory, reset_peak_memory
+from memory import peak_memory, reset_peak_memory
 
 from lorarecycle import Adapter
 from lorarecycle.adapter import LoRAFactors
