@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accuracy import class_lists
+from fidelity import class_lists
 
 from lorarecycle import Adapter, Backbone, LabelledImages, TuneConfig, tune
 from lorarecycle.evaluation import extract_features
