@@ -30,7 +30,7 @@ import baseline
 
 ARCHITECTURES = {"ViT-Tiny/16": "vit_tiny_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
 CUDA = torch.cuda.is_available()
-N_WAY, N_SHOT, N_QUERY = 5, 1, 15
+N_WAY, N_SHOT, N_QUERY = 5, 5 if CUDA else 1, 15
 PRUNE = {6: 0.75}
 
 
@@ -48,15 +48,17 @@ def vit(model) -> Any:
 
 
 @pytest.fixture
-def time_step(benchmark) -> Callable[[Callable[[], None]], None]:
+def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
     def run(step: Callable[[], None]) -> None:
         def finished() -> None:
             step()
             if CUDA:
                 torch.cuda.synchronize()
 
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
         benchmark.pedantic(finished, rounds=20 if CUDA else 2, warmup_rounds=3 if CUDA else 1)
-        benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads(), **ceilings}
         benchmark.extra_info["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
         if CUDA:
             benchmark.extra_info["peak_memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -99,7 +101,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
 
 @pytest.mark.parametrize("form", ["plain", "dense", "sparse_25", "sparse_50", "sparse_75", "compiled_sparse_75"])
 def bench_meta_step(form, model, vit, place, time_step, benchmark):
-    benchmark.group = f"meta-training step, {model.name}, 80 images"
+    benchmark.group = f"meta-training step, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
     images = torch.randn(N_WAY * (N_SHOT + N_QUERY), 3, 224, 224).to(place)
     if form == "plain":
         student, teacher = (baseline.PlainViT(vit, freeze=True).to(place) for _ in range(2))
@@ -129,7 +131,7 @@ def bench_meta_step(form, model, vit, place, time_step, benchmark):
 
 def bench_prototype_head(model, place, time_step, benchmark):
     """What a fused prototype head could save of a meta-training step at most: all of this."""
-    benchmark.group = f"meta-training step, {model.name}, 80 images"
+    benchmark.group = f"meta-training step, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
     from lorarecycle.prototypes import distance_logits
 
     features = torch.randn(N_WAY * (N_SHOT + N_QUERY), model.width, device=place, requires_grad=True)

@@ -40,7 +40,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for it without importing it
+_HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None  # kernels for CUDA only
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -67,9 +67,8 @@ def _(dy, x, weight, lora_A, lora_B, scaling, adapter_ids, need_x, need_lora):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, lora_A, lora_B, ctx.scaling, adapter_ids = inputs
+    x, weight, _, lora_A, lora_B, ctx.scaling, adapter_ids = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, adapter_ids)
-    ctx.has_bias = bias is not None
 
 
 def _backward(ctx, dy: Tensor):
@@ -182,7 +181,8 @@ def lora_qkv(
         lora_B: [N, R], or [L, N, R]; rows of segment i belong to the i-th factor of `lora_A`.
         scaling: factor of the low-rank product.
         adapter_ids: int32 or int64 [B], -1 for none; or None for one adapter. Ids on the CPU are checked
-            before work starts, ids on a GPU on the GPU (a wrong one then stops the process's CUDA context).
+            before work starts, ids on a GPU on the GPU (a wrong one then stops the process's CUDA context); inside
+            a compiled function they are not checked.
 
     Returns:
         [..., N], in the dtype of `x`.

@@ -177,7 +177,8 @@ def _lora_qkv_fwd_kernel(
 
 def precision(x: Tensor) -> str:
     """TF32 for float32 where the user allowed it for PyTorch's own products, else exact float32."""
-    return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if x.dtype != torch.float32 or allowed else "ieee"
 
 
 def gemm_tile(M: int, N: int, K: int, segments: int, ranks: int, dtype: torch.dtype) -> dict[str, int]:

@@ -72,6 +72,11 @@ class Head:
         object.__setattr__(self, "bias", bias.float())
         object.__setattr__(self, "class_names", names)
 
+    def to(self, device: torch.device) -> Head:
+        """The head with its tensors on a device."""
+        assert self.bias is not None
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
+
     def __call__(self, features: Tensor) -> Tensor:
         """Logits [B, C] in float32 of features [B, D]."""
         assert self.bias is not None

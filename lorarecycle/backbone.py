@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from os import PathLike
 from typing import Any
 
@@ -71,6 +72,14 @@ class Backbone(Encoder):
         vit, facts = find_vit(base, weights)
         facts = {**facts, **{k: v for k, v in (("mean", mean), ("std", std)) if v is not None}}
         return cls(vit, image_size=image_size, attention=attention, **facts).to(device=device, dtype=dtype)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over weights, image size and normalisation."""
+        sha = hashlib.sha256(f"{self.image_size} {self.mean} {self.std}".encode())
+        for name, tensor in sorted(self.vit.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
 
     def site_shape(self, site: str) -> tuple[int, int]:
         """(out, in) of a site's weight.

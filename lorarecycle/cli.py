@@ -90,13 +90,16 @@ class Recycle:
     config: Annotated[RecycleConfig, Flat] = field(default_factory=RecycleConfig)
 
     def run(self) -> None:
+        import torch
+
         from . import recycling
         from .config import as_plain
 
         pool = recycling.load_adapters(self.adapters[0] if len(self.adapters) == 1 else self.adapters)
+        named = next((adapter for adapter in pool if adapter.base_model), None)
         meta_lora = recycling.recycle(
             pool,
-            base=None if self.common.base is None else _backbone(self.common),
+            base=_backbone(self.common, named, torch.float32),  # adapters are merged before it is cast
             work_dir=self.work_dir,
             config=self.config,
             device=self.common.device,
@@ -209,7 +212,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _backbone(common: Common, adapter: object = None):  # type: ignore[no-untyped-def]
+def _backbone(common: Common, adapter: object = None, dtype: object = None):  # type: ignore[no-untyped-def]
     """The model that the flags name, else the one that the adapter names."""
     from .backbone import Backbone
     from .hardware import resolve
@@ -217,8 +220,9 @@ def _backbone(common: Common, adapter: object = None):  # type: ignore[no-untype
     base = common.base or getattr(adapter, "base_model", None)
     if not base:
         raise ValueError("`--base` must name the model, got none; see `lorarecycle recycle --help`.")
-    device, dtype = resolve(common.device, common.dtype)
-    return Backbone.load(base, weights=common.weights, image_size=common.image_size, device=device, dtype=dtype)
+    device, default = resolve(common.device, common.dtype)
+    size = common.image_size
+    return Backbone.load(base, weights=common.weights, image_size=size, device=device, dtype=dtype or default)
 
 
 def _meta_lora(source: str | None):  # type: ignore[no-untyped-def]

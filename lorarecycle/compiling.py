@@ -14,6 +14,8 @@ R = TypeVar("R")
 Compile = bool | str | None
 """Whether steps are compiled: None for on CUDA only; or a mode of `torch.compile` such as "reduce-overhead"."""
 
+LIMIT = 256
+"""Forms of one step (classes, batch sizes, pruning, settings) that may be compiled; more fail."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -39,4 +41,10 @@ def compiled(function: Callable[P, R], compile: Compile, device: torch.device) -
 
 @cache
 def _compile(function: Callable[P, R], mode: str) -> Callable[P, R]:
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    compiled_function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._dynamo.config.patch(recompile_limit=LIMIT):
+            return compiled_function(*args, **kwargs)
+
+    return run

@@ -14,7 +14,7 @@ SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 class InversionConfig:
     """LoRA Inversion (Eq. 1, 2) with token pruning (Sec. 4.3).
 
-    By default images of shapes are chosen by the teacher and left as they are; the paper's 2000 steps from noise are
+    By default the images are random shapes that nothing has optimised; the paper's 2000 steps from noise are
     those of `RecycleConfig.paper()`.
     """
 
@@ -25,7 +25,8 @@ class InversionConfig:
     steps: int = 0
     """Adam steps per batch; none leaves the images as they start, which must be shapes then."""
     patience: int | None = None
-    """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps; never when None."""
+    """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps (pruned ones, where
+    tokens are pruned); never when None."""
     lr: float = 0.25
     """Learning rate of Adam on the pixels (normalised space)."""
     betas: tuple[float, float] = (0.5, 0.99)
@@ -36,7 +37,7 @@ class InversionConfig:
     """Side in pixels at which the images are painted and optimised before they are enlarged to `image_size`; that
     itself when None. Best is the resolution of the photographs that the adapters were tuned on, where it is lower."""
     init: Literal["noise", "shapes"] = "shapes"
-    """What the images start as: Gaussian noise, or random images of shapes, chosen by the teacher."""
+    """What the images start as: Gaussian noise, or random images of shapes (see `candidates`)."""
     candidates: int = 1
     """Images of shapes that the teacher looks at for each one that it takes, to find the likeliest of each class."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -101,7 +102,8 @@ class MetaConfig:
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
     """Distance of features to class centres (Eq. 3b)."""
     distill: float = 1.0
-    """Weight of following a guide's features, see `feature_targets`; the episodes' loss has the rest, 1 - distill."""
+    """Weight of following a guide's features, see `feature_targets`; the episodes' loss has the rest, 1 - distill. With
+    1 the labels, the teachers' logits, `distance` and `interpolation` play no part: the images are all that counts."""
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     init: Literal["adapters", "random"] = "adapters"
@@ -142,6 +144,8 @@ class MetaConfig:
         _at_least("r", self.r, 1)
         _positive("lora_alpha", self.lora_alpha)
         _sites(self.sites)
+        if self.layers is not None and not self.layers:
+            raise ValueError("`layers` must name at least one block, got none; leave it out for all.")
         _positive("lr", self.lr)
         _positive("lr_min", self.lr_min)
         _at_least("cycle", self.cycle, 4)

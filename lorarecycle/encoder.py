@@ -74,6 +74,10 @@ class Encoder(nn.Module):
         """Frozen: stays in evaluation mode whatever `mode` says."""
         return super().train(False)
 
+    def has_plain_mlp(self, block: int) -> bool:
+        """Whether a block's MLP is fc1, activation, fc2, whose factors can be worn; gated ones are not."""
+        return type(self.vit.blocks[block].mlp) is Mlp
+
     def num_patches(self, height: int, width: int | None = None) -> int:
         """Patch tokens of an image.
 
@@ -121,7 +125,7 @@ class Encoder(nn.Module):
             lora: factors to wear on top of the weights: trainable ones, or a stack of many adapters.
             adapter_ids: int [B], which adapter of the stack each image wears, -1 for none; with a stack only.
             prune: `{layer: ratio}`, patch tokens dropped on the way (Sec. 4.3).
-            kept: int64 [B, N'], patches to read; the others are never embedded beyond the patch projection.
+            kept: int64 [B, N'], patches to read; the others are never embedded.
             pool: which feature, see `Head.pool`.
 
         Returns:
@@ -244,7 +248,7 @@ class Encoder(nn.Module):
         mlp = block.mlp
         if lora is None or not lora.adapts(f"blocks.{i}.mlp."):
             return mlp(x)
-        if type(mlp) is not Mlp:
+        if not self.has_plain_mlp(i):
             raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
         x = mlp.norm(mlp.act(_linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
         return _linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)

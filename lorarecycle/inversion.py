@@ -49,11 +49,13 @@ def invert(
 
     Raises:
         ValueError: no head, an adapter that does not fit, or settings that do not fit the backbone.
+        FloatingPointError: the loss of a batch was never finite.
     """
     config = config or InversionConfig()
     head = check_invertible(backbone, adapter, config)
     prior = load_prior(backbone, config, dtype) if prior is None else prior
     teacher = backbone.merge(adapter).to(dtype=dtype)
+    head = head.to(backbone.device)
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     digest = adapter.digest()
@@ -110,7 +112,7 @@ def _optimise(
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
     shifts, flips = _augmentation(config, x.shape[-1], generator)
-    prune_from = round(config.prune_from * config.steps)
+    prune_from = round(config.prune_from * config.steps) if config.prune else 0
     settled = torch.inf
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
@@ -129,11 +131,13 @@ def _optimise(
         with torch.no_grad():
             x.clamp_(low, high)
         advance(1)
-        if config.patience is not None and (step + 1) % config.patience == 0:
+        if config.patience is not None and step >= prune_from and (step + 1) % config.patience == 0:
             if best_loss > 0.99 * settled:
                 advance(config.steps - step - 1)
                 break
             settled = best_loss
+    if config.steps and not best_loss.isfinite():
+        raise FloatingPointError(f"the loss of {teacher.name!r} was never finite in {config.steps} steps; lower `lr`.")
     pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return pixels.round().to(torch.uint8).cpu()
 

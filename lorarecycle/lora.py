@@ -137,8 +137,10 @@ def linear(
     """A frozen linear layer plus stacked factors (see `kernels.lora_qkv`), if any; x [..., in]."""
     if factors is None:
         return layer(x)
-    op = lora_qkv if factors[0].shape[-2] <= MAX_RANK else reference.lora_qkv
-    return op(x, layer.weight, layer.bias, *factors, adapter_ids=adapter_ids)
+    if factors[0].shape[-2] <= MAX_RANK:
+        return lora_qkv(x, layer.weight, layer.bias, *factors, adapter_ids=adapter_ids)
+    lora_A, lora_B = (factor.to(x.dtype) for factor in factors)
+    return reference.lora_qkv(x, layer.weight, layer.bias, lora_A, lora_B, adapter_ids=adapter_ids)
 
 
 def layer_of(site: str) -> str:

@@ -59,9 +59,20 @@ class LoRAStack(nn.Module):
         """What a batch wears.
 
         Args:
-            adapter_ids: int [B], position of each image's adapter, -1 for none.
+            adapter_ids: int32 or int64 [B], position of each image's adapter, -1 for none.
+
+        Raises:
+            ValueError: ids on the CPU that the stack does not have (those on a GPU are checked by the op), or no ids.
         """
-        return Worn(self, adapter_ids)
+        if adapter_ids.ndim != 1 or adapter_ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"`adapter_ids` must be int32 or int64 [B], got {adapter_ids.dtype} {list(adapter_ids.shape)}."
+            )
+        if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = adapter_ids[(adapter_ids < -1) | (adapter_ids >= len(self))].tolist()
+            if wrong:
+                raise ValueError(f"`adapter_ids` must be from -1 (none) to {len(self) - 1}, got {wrong[0]}.")
+        return Worn(self, adapter_ids.to(next(self.buffers()).device))
 
 
 class Worn(NamedTuple):

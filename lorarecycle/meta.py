@@ -70,8 +70,9 @@ def meta_train(
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
     Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
-    labels (cross-entropy, Eq. 4). With `config.distill` its features also follow those of a guide: the warm start, or
-    the plain backbone where there is none, at a higher resolution (see `feature_targets`).
+    labels (cross-entropy, Eq. 4). With `config.distill` its features follow those of a guide as well, or (at 1, the
+    default) instead: those of the warm start, or of the plain backbone where there is none, at a higher resolution (see
+    `feature_targets`).
 
     Args:
         backbone: frozen; its device and dtype are used.
@@ -97,14 +98,7 @@ def meta_train(
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     sampler = EpisodeSampler(surrogates, config, seed)
     bank = fill_bank(backbone, surrogates, config.sparsity)
-    lora = LoRA.random(
-        backbone,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        sites=config.sites,
-        layers=config.layers,
-        generator=stream(seed, "meta-lora"),
-    )
+    lora = random_factors(backbone, config, seed)
     guide = None
     if config.init == "adapters":
         lora = warm_start(adapters, lora, gain=config.gain)
@@ -119,6 +113,7 @@ def meta_train(
         "seed": seed,
         "surrogates": [s.adapter_digest for s in surrogates],
         "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
+        "backbone": backbone.digest(),
     }
     loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
@@ -133,6 +128,33 @@ def meta_train(
         if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
             _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu())
+
+
+def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
+    """Random factors of the meta-LoRA, once everything about it is known to fit the backbone.
+
+    Raises:
+        ValueError: blocks that the backbone does not have, sites that cannot be trained in it, or a `guide_size` that
+            its patch size does not divide.
+    """
+    blocks = range(backbone.num_blocks)
+    if config.layers is not None and not set(config.layers) <= set(blocks):
+        raise ValueError(f"`layers` must be some of 0 to {backbone.num_blocks - 1}, got {config.layers}.")
+    for i in blocks if config.layers is None else config.layers:
+        if {"fc1", "fc2"} & set(config.sites) and not backbone.has_plain_mlp(i):
+            raise ValueError(f"`sites` must leave out fc1 and fc2 for {backbone.name!r}, whose MLPs are gated.")
+    if config.guide_size is not None and config.guide_size % backbone.patch_size:
+        raise ValueError(
+            f"`guide_size` must be a multiple of the patch {backbone.patch_size}, got {config.guide_size}."
+        )
+    return LoRA.random(
+        backbone,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        sites=config.sites,
+        layers=config.layers,
+        generator=stream(seed, "meta-lora"),
+    )
 
 
 def learning_rate(step: int, config: MetaConfig) -> float:
@@ -230,6 +252,8 @@ def query_loss(
             the share `distill` of the loss.
     """
     features = backbone(images, lora=lora, kept=kept).float()
+    if follow is not None and config.distill == 1:
+        return F.mse_loss(features, follow)
     S = config.n_way * config.n_shot
     centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)
     logits = distance_logits(features[S:], centres, config.distance)

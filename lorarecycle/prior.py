@@ -124,9 +124,8 @@ class BatchNormPrior(nn.Module):
             images: [B, 3, H, W], normalised with `mean` and `std`.
             mean, std: normalisation that the images are in.
         """
-        scale = images.new_tensor(std).div(images.new_tensor(self.std)).view(3, 1, 1)
-        shift = (images.new_tensor(mean) - images.new_tensor(self.mean)).div(images.new_tensor(self.std)).view(3, 1, 1)
-        x = images * scale + shift
+        channels = zip(images.unbind(1), mean, std, self.mean, self.std, strict=True)  # no tensor to copy to a GPU
+        x = torch.stack([(c * s + (m - own_m)) / own_s for c, m, s, own_m, own_s in channels], dim=1)
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
         self.network(x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last))

@@ -22,7 +22,7 @@ from .episodes import check_episodes
 from .files import read_json, remove_leftovers, write_json, write_text
 from .hardware import resolve
 from .inversion import check_invertible, invert, load_prior
-from .meta import meta_train
+from .meta import meta_train, random_factors
 from .prior import BatchNormPrior
 from .surrogate import Surrogate
 
@@ -55,8 +55,8 @@ def recycle(
             be inverted; with `meta.init="adapters"` it takes part in the warm start all the same, and is logged.
         base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
         work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
-            where it was and ends with the same bits; it repeats at most one surrogate or 100 meta-steps. The
-            meta-LoRA is also saved there, as `meta_lora`.
+            where it was and ends with the same bits (on a CPU; some of CUDA's operations are not exactly repeatable);
+            it repeats at most one surrogate or 100 meta-steps. The meta-LoRA is also saved there, as `meta_lora`.
         preset: which settings: what did best where it was measured, or the paper's own (see `RecycleConfig.preset`).
         config: settings of all stages in place of a preset's; `inversion`, `meta` and `seed` replace its parts.
         inversion: settings of the inversion, or a mapping of those that differ from the defaults.
@@ -88,9 +88,12 @@ def recycle(
         _check_normalisation(backbone, adapter)
     check_episodes([len(h.class_names) for h in heads], [a.name for a in pool], config.meta)
     _check_images_per_class(config)
+    random_factors(backbone, config.meta, config.seed)
     if isinstance(prior, nn.Module) and not isinstance(prior, BatchNormPrior):
         prior = BatchNormPrior(prior, size=config.inversion.prior_size, dtype=resolved_dtype)
     if prior is not None:
+        if config.inversion.steps == 0:
+            logger.warning("`prior` has no effect without steps of inversion (`inversion.steps` is 0)")
         loaded_prior: BatchNormPrior | None = prior.to(resolved_device)
     else:
         finished = all(path is not None and path.exists() for path in _surrogate_paths(work_dir, pool))
@@ -224,7 +227,7 @@ def _open_work_dir(
     """Make or re-open a folder of this very run; refuse one of another run."""
     run = {
         "lorarecycle": __version__,
-        "base": backbone.name,
+        "base": {"name": backbone.name, "sha256": backbone.digest()},
         "dtype": str(dtype).removeprefix("torch."),
         "adapters": [{"name": a.name, "sha256": a.digest()} for a in pool],
         "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise

@@ -18,8 +18,9 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float = GAIN) -
     What adapters of different tasks share is small in each one, as each update is confined to a random subspace of
     its rank, and it is spread over all of them. So few adapters are summed as they are; from `gain` adapters on, their
     mean is amplified by a constant, for it has settled on what is shared and grows no more. At each site the mean is
-    cut to the rank of `like` by a singular value decomposition, which is taken of the stacked factors: no
-    `[out, in]` matrix is built, and the cost grows linearly with the adapters.
+    cut to the rank of `like` by a singular value decomposition of the stacked factors, one site after the other: never
+    more than a matrix of one site's size. The cost grows with the square of the ranks' sum up to the width, linearly
+    from there.
 
     Args:
         adapters: for one base model; ranks, scalings and sites may differ, heads are not used. An adapter without a

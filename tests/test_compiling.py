@@ -90,3 +90,14 @@ def test_off_on_the_cpu_unless_asked():
     assert compiled(query_loss, None, torch.device("cuda")) is compiled(query_loss, True, cpu) is not query_loss
     with pytest.raises(ValueError, match="`compile` must be True, False, None or one of .*, got 'fast'"):
         compiled(query_loss, "fast", cpu)
+
+
+def test_more_forms_than_dynamo_keeps_by_default(monkeypatch):
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: original(f, backend="eager", fullgraph=True, dynamic=False)
+    )
+    step = compiled(lambda x: x * 2, True, torch.device("cpu"))
+    for n in range(2, 14):
+        assert step(torch.ones(n)).sum() == 2 * n
+    assert graphs() == 12

@@ -67,10 +67,17 @@ def test_a_settled_batch_stops(tiny_backbone, make_adapter, monkeypatch):
 
     monkeypatch.setattr(module, "inversion_loss", falls_for_ten_steps)
     settings = FAST | {"steps": 100, "batch_size": 9}
-    for patience, expected in ((8, 24), (None, 100)):
+    for patience, prune, expected in ((8, {}, 24), (8, {1: 0.5}, 40), (None, {}, 100)):
         steps.clear()
-        invert(tiny_backbone, make_adapter(tiny_backbone), InversionConfig(**settings, patience=patience), quiet=True)
+        config = InversionConfig(**settings, patience=patience, prune=prune)
+        invert(tiny_backbone, make_adapter(tiny_backbone), config, quiet=True)
         assert len(steps) == expected
+
+
+def test_a_loss_that_is_never_finite_is_an_error(tiny_backbone, make_adapter, monkeypatch):
+    monkeypatch.setattr(module, "inversion_loss", lambda *args: args[2].sum() * torch.nan)
+    with pytest.raises(FloatingPointError, match="never finite in 30 steps; lower `lr`"):
+        invert(tiny_backbone, make_adapter(tiny_backbone), InversionConfig(**FAST), quiet=True)
 
 
 def test_pixels_stay_in_range_and_the_prior_pulls(tiny_backbone, make_adapter):

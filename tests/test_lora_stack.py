@@ -39,6 +39,14 @@ def test_gradients_reach_the_images_and_nothing_else(tiny_backbone, make_adapter
     assert not list(stack.parameters())
 
 
+def test_ranks_above_the_kernels_limit_in_bfloat16(tiny_backbone, make_adapter, images):
+    adapters = [make_adapter(tiny_backbone, seed=i, r=80) for i in range(2)]
+    student = tiny_backbone.clone().to(torch.bfloat16)
+    worn = student(images, lora=LoRAStack(adapters), adapter_ids=torch.tensor([0, 1, 0, 1, -1, -1])).float()
+    for rows, model in ((slice(0, 4, 2), tiny_backbone.merge(adapters[0])), (slice(4, 6), tiny_backbone)):
+        torch.testing.assert_close(worn[rows], model(images[rows]), rtol=0.05, atol=0.05)
+
+
 def test_bad_input(tiny_backbone, make_adapter, images, build_vit):
     from lorarecycle import Backbone
     from lorarecycle.lora import LoRA
@@ -49,6 +57,9 @@ def test_bad_input(tiny_backbone, make_adapter, images, build_vit):
         tiny_backbone(images, lora=stack, adapter_ids=torch.ones(6, dtype=torch.int64))
     with pytest.raises(ValueError, match="`adapter_ids` must hold one id per image"):
         tiny_backbone(images, lora=stack, adapter_ids=torch.zeros(5, dtype=torch.int64))
+    for ids in (torch.zeros(6), torch.zeros(6, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"`adapter_ids` must be int32 or int64 \[B\]"):
+            stack.worn_by(ids)
     with pytest.raises(ValueError, match="`adapter_ids` must say which adapter .* got None"):
         tiny_backbone(images, lora=stack)
     with pytest.raises(ValueError, match="`adapter_ids` must come with a `LoRAStack` in `lora`, got LoRA"):

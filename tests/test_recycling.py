@@ -34,7 +34,7 @@ def test_one_meta_lora_comes_out(tiny_backbone, adapters, tiny_data):
     meta_lora = recycle(adapters, base=tiny_backbone, name="mine", **FAST)
     assert meta_lora.head is None
     assert meta_lora.name == "mine"
-    assert set(meta_lora.ranks.values()) == {4}
+    assert set(meta_lora.ranks.values()) == {16}
     assert meta_lora.base_model == "tiny"
     classifier = FewShotClassifier(tiny_backbone, meta_lora).fit(tiny_data.images[::12], list("abcd"))
     assert set(classifier.predict(tiny_data.images)) <= set("abcd")
@@ -134,6 +134,10 @@ def test_another_run_is_refused_and_nothing_overwritten(tiny_backbone, adapters,
             recycle(adapters, base=tiny_backbone, work_dir=work, **{**FAST, **change})
     with pytest.raises(ValueError, match="differs in adapters"):
         recycle(adapters[:2], base=tiny_backbone, work_dir=work, **FAST)
+    other = tiny_backbone.clone()
+    other.vit.cls_token.data = other.vit.cls_token + 1
+    with pytest.raises(ValueError, match="differs in base"):
+        recycle(adapters, base=other, work_dir=work, **FAST)
     assert before == {p: p.read_bytes() for p in work.rglob("*") if p.is_file()}
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -194,6 +198,9 @@ def test_bad_adapters(tiny_backbone, adapters, build_vit, make_adapter, tmp_path
     )
     fails(adapters, "`n_way` must be at most the classes of every adapter", meta={**FAST["meta"], "n_way": 4})
     fails(adapters, "`images_per_class` must be at least", meta={**FAST["meta"], "n_query": 15})
+    fails(adapters, r"`layers` must be some of 0 to 2, got \(3,\)", meta={**FAST["meta"], "layers": (3,)})
+    fails(adapters, "`layers` must name at least one block", meta={**FAST["meta"], "layers": ()})
+    fails(adapters, "`guide_size` must be a multiple of the patch size 8", meta={**FAST["meta"], "guide_size": 30})
     fails(adapters, "no token would be left", inversion={"prune": {0: 1.0}})
     fails(adapters, "`inversion` must name settings of InversionConfig", kind=TypeError, inversion={"step": 1})
     fails(adapters, "`prior` must be a timm model", inversion={"prior": "nonsense", "steps": 1})
@@ -239,8 +246,11 @@ def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
         recycle([*adapters, headless], base=tiny_backbone, **{**FAST, "meta": {**FAST["meta"], "init": "random"}})
 
 
-def test_a_prior_given_as_a_module(tiny_backbone, adapters):
+def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     torch.nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(0))
     with_prior = recycle(adapters, base=tiny_backbone, prior=network, **FAST)
+    assert "no effect" not in caplog.text
+    recycle(adapters, base=tiny_backbone, prior=network, **FAST | {"inversion": {**FAST["inversion"], "steps": 0}})
+    assert "`prior` has no effect without steps of inversion" in caplog.text
     assert with_prior.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()

@@ -140,7 +140,7 @@ def test_many_adapters_equal_one_by_one(images, ids, backend, device, assert_clo
 
 def test_many_adapters_bfloat16(device, assert_close):
     inputs = _inputs((4, 20, 48, 40, 3, 4), torch.bfloat16, device, num_adapters=2)
-    ids = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    ids = torch.tensor([1, 0, 0, 1], dtype=torch.int32, device=device)
     with use_backend("triton"):
         actual = _run(lora_qkv, inputs, 1.0, ids)
     for name, got, wanted in zip(NAMES, actual, _run(reference.lora_qkv, _wide(inputs), 1.0, ids), strict=False):
