@@ -202,6 +202,6 @@ def batch_norm_prior_backward(
     _batch_norm_prior_bwd_kernel[(cdiv(C, block_c), splits)](
         dloss, x, running_mean.contiguous(), running_var.contiguous(), stats, norms, dx,
         C, P, num_tiles, splits, groups * P, *strides, *_layout(dx)[2],
-        BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4,
+        BLOCK_C=block_c, BLOCK_P=block_p, num_warps=8,
     )  # fmt: skip
     return dx

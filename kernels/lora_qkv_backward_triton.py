@@ -345,6 +345,6 @@ def _factor_grad(
         x, h, ids, out, M, C, S, R, T, num_images, splits,
         x.stride(0), stride_xs * x.stride(1), x.stride(1), *out_strides,
         HAS_IDS=has_ids, PRECISION=precision(x), BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r,
-        num_warps=4, num_stages=stages,
+        num_warps=8 if has_ids and block_r >= 32 else 4, num_stages=stages,
     )  # fmt: skip
     return out.sum(0)

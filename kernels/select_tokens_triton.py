@@ -139,13 +139,13 @@ def _select_tokens_dimages_kernel(
     tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def _tile(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
+def _tile(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     gpu = arch()
     if gpu == 0:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if large_shared(gpu) and cdiv(M, 128) * cdiv(N, 128) >= 128:
+    if K % 16 == 0 and large_shared(gpu) and cdiv(M, 128) * cdiv(N, 128) >= 128:
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
@@ -158,7 +158,7 @@ def select_tokens_forward(
     D, C, patch, _ = weight.shape
     P, K = prefix.shape[0], C * patch * patch
     out = torch.empty((B, P + num_keep, D), dtype=images.dtype, device=images.device)
-    tile = _tile(B * (P + num_keep), D, images.dtype)
+    tile = _tile(B * (P + num_keep), D, K, images.dtype)
     _select_tokens_fwd_kernel[(cdiv(B * (P + num_keep), tile["BLOCK_M"]) * cdiv(D, tile["BLOCK_N"]),)](
         images, kept.contiguous(), weight.contiguous(), images if bias is None else bias.contiguous(),
         pos_embed.contiguous(), prefix.contiguous() if P else images, out,
@@ -175,7 +175,7 @@ def select_tokens_backward(dout: Tensor, kept: Tensor, weight: Tensor, height: i
     D, C, patch, _ = weight.shape
     K, M = C * patch * patch, B * num_keep
     dimages = torch.zeros((B, C, height, width), dtype=dout.dtype, device=dout.device)
-    tile = _tile(M, K, dout.dtype)
+    tile = _tile(M, K, D, dout.dtype)
     _select_tokens_dimages_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]),)](
         dout, kept.contiguous(), weight.contiguous(), dimages,
         B, D, K, dout.shape[1] - num_keep, num_keep, width // patch, height, width, *dout.stride(),
