@@ -1,5 +1,6 @@
 """The commands: tune with checkpoints, task vectors, fit, sample."""
 
+import re
 import shutil
 
 import pytest
@@ -92,6 +93,12 @@ def test_no_task_is_left_out_silently(tasks, tmp_path, capsys):
     (folder / "23" / "task_vector.safetensors").unlink()
     assert main(["generate", "fit", str(folder), *FIT, *MACHINE]) == 2
     assert f"got adapters without it in {folder / '23'}; write it with" in capsys.readouterr().err
+
+
+def test_a_fit_that_diverges_ends_with_one_line(tasks, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "g.safetensors")]
+    assert main(["generate", "fit", str(tasks), *output, *FIT, *MACHINE, "--lr", "1e30"]) == 2
+    assert re.fullmatch(r"lorarecycle: error: the loss of .*; lower `lr`\.\n", capsys.readouterr().err)
 
 
 def test_a_text_vector(tmp_path, monkeypatch):
