@@ -198,7 +198,8 @@ def _is_plain_lora(adapter: PeftAdapter, tensors: Mapping[str, Tensor], heads: f
 
 def _scalings(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """alpha / r of every pair, alpha / sqrt(r) with rank-stabilised LoRA."""
-    alphas, default = adapter.config.get("alpha_pattern") or {}, float(adapter.config.get("lora_alpha") or 8)
+    alphas, alpha = adapter.config.get("alpha_pattern") or {}, adapter.config.get("lora_alpha")
+    default = 8.0 if alpha is None else float(alpha)  # 0 is a value
     ranks = {pair[0]: len(t) for key, t in tensors.items() if (pair := pair_of(key)) and pair[1] == "A"}
     power = 0.5 if adapter.config.get("use_rslora") else 1.0
     return {module: match_pattern(alphas, module, default) / r**power for module, r in ranks.items()}

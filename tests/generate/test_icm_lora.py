@@ -113,6 +113,16 @@ def test_ranks_and_scalings_that_differ(tiny_backbone, make_adapter, quick):
         assert torch.equal(back.head.weight, adapter.head.weight)
 
 
+def test_a_first_adapter_without_effect(tiny_backbone, make_adapter, quick):
+    idle, active = make_adapter(tiny_backbone, seed=1), make_adapter(tiny_backbone, seed=2)
+    idle = Adapter({site: f._replace(scaling=0.0) for site, f in idle.factors.items()}, idle.head, idle.base_model)
+    generator = LoRAGenerator.fit([idle, active], torch.eye(2), quick, device="cpu", quiet=True)
+    for adapter in (idle, active):
+        back = generator.layout.unflatten(generator.layout.flatten(adapter), name="back")
+        for site in adapter.sites:
+            torch.testing.assert_close(back.delta(site), adapter.delta(site))
+
+
 def test_heads_can_be_left_out(pool, vectors, quick):
     mixed = [pool[0].with_head(None), *pool[1:]]
     with pytest.raises(ValueError, match="both have a head or none"):

@@ -176,6 +176,16 @@ def test_a_damaged_adapter_of_a_vit_is_not_taken_for_bare_parameters(pool, tmp_p
     assert isinstance(load_adapter(folders[0]), PeftAdapter)  # whole, and no plain LoRA
 
 
+def test_an_alpha_of_zero_is_a_value():
+    pool = [language_adapter(0, lora_alpha=0), language_adapter(1)]
+    layout = Layout.of(pool)
+    assert set(read_parameters(pool[0]).scalings.values()) == {0}
+    for adapter in pool:
+        back = layout.unflatten(layout.flatten(adapter), name="back")
+        for one, two in zip(updates(back), updates(adapter), strict=True):
+            torch.testing.assert_close(one, two)
+
+
 def test_the_real_adapters_in_the_wild(real_data, quick):
     folder = real_data / "adapters" / "vit_base_r16_query_value"
     if not folder.is_dir():
