@@ -9,6 +9,7 @@ from lorarecycle import Adapter, recycle
 from lorarecycle.adapter import Head, LoRAFactors
 from lorarecycle.files import load_tensors, save_tensors
 from lorarecycle.generate import GenerateConfig, LoRAGenerator, load_generator
+from lorarecycle.generate.icm_lora import seeded
 from lorarecycle.generate.training import train
 
 LEARN = {"epochs": 240, "batch_size": 6, "conv_layers": 6, "latent": 16, "lr": 3e-3, "kl_weight": 0.05}
@@ -121,6 +122,14 @@ def test_a_first_adapter_without_effect(tiny_backbone, make_adapter, quick):
         back = generator.layout.unflatten(generator.layout.flatten(adapter), name="back")
         for site in adapter.sites:
             torch.testing.assert_close(back.delta(site), adapter.delta(site))
+
+
+def test_first_weights_leave_global_randomness_alone(monkeypatch):
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+    before = torch.get_rng_state()
+    one, two = (seeded(lambda: torch.nn.Linear(3, 3), 1).weight for _ in range(2))
+    assert torch.equal(one, two)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_heads_can_be_left_out(pool, vectors, quick):
