@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorarecycle import Adapter, recycle
 from lorarecycle.adapter import Head, LoRAFactors
@@ -229,8 +230,38 @@ def test_bad_files(pool, vectors, quick, tmp_path):
     save_tensors(path, tensors)
     with pytest.raises(ValueError, match="must be a generator's file, got another"):
         load_generator(path)
+    save_file(tensors, path, {"kind": "someone else's, no JSON"})
+    with pytest.raises(ValueError, match="must be a generator's file, got another"):
+        load_generator(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_generator(tmp_path / "absent.safetensors")
+
+
+def test_damaged_files(pool, vectors, quick, tmp_path):
+    path = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True).save(tmp_path / "g.safetensors")
+    tensors, strings = load_tensors(path)
+    metadata = {key: json.loads(value) for key, value in strings.items() if key != "format"}
+
+    def refuse(match, tensors=tensors, **changes):
+        save_tensors(path, tensors, {**metadata, **changes})
+        with pytest.raises(ValueError, match=rf"g.safetensors must hold all .*{match}.*; fit it again") as caught:
+            load_generator(path)
+        assert "\n" not in str(caught.value)
+
+    for name in ("statistics", "conditions", "model.to_mean.bias"):
+        refuse(name.removeprefix("model."), {key: value for key, value in tensors.items() if key != name})
+    refuse("to_mean.bias", {**tensors, "model.to_mean.bias": torch.zeros(3)})
+    refuse("unexpected keyword argument 'layers'", config={**metadata["config"], "layers": 3})
+    refuse("`epochs` must be at least 1", config={**metadata["config"], "epochs": 0})
+    refuse("shapes", layout={})
+    refuse("NoneType", class_names=None)
+    save_file(tensors, path, {**strings, "layout": "{"})
+    with pytest.raises(ValueError, match="must hold all .*JSONDecodeError"):
+        load_generator(path)
+    del metadata["method"]
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match="got method None"):
+        load_generator(path)
 
 
 @pytest.mark.parametrize(
