@@ -206,7 +206,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command: Any = tyro.extras.subcommand_cli_from_dict(commands, prog="lorarecycle", args=args)
         command.run()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         print(f"lorarecycle: error: {error}", file=sys.stderr)
         return 2
     return 0

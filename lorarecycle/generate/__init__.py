@@ -38,7 +38,7 @@ METHODS: tuple[type[Generator], ...] = (LoRAGenerator, ModelSoup, CondPDiff, Nea
 
 def load_generator(path: str | PathLike[str]) -> Generator:
     """A saved generator of whatever method; see `Generator.load`."""
-    found = read_file(path)[1]["method"]
+    found = read_file(path)[1].get("method")
     for method in METHODS:
         if method.method == found:
             return method.load(path)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..cli import Common, Flat, _backbone
+from ..peft_config import CONFIG_FILE
 from .config import GenerateConfig
 from .task_vectors import FILE
 
@@ -67,7 +68,8 @@ class Fit:
     output: Path = Path("generator.safetensors")
     """File to write."""
     task_vectors: tuple[Path, ...] = ()
-    """One file for each task; `task_vector.safetensors` in its folder when left out."""
+    """One file for each task, in their order (by name where one folder holds them); `task_vector.safetensors` in its
+    folder when left out."""
     checkpoint: Path | None = None
     """File written on the way; a fit that was stopped goes on from it."""
     device: str = "auto"
@@ -82,7 +84,7 @@ class Fit:
         from .icm_lora import LoRAGenerator
         from .task_vectors import load_vector
 
-        folders = find_tasks(self.tasks)
+        folders = find_tasks(self.tasks, len(self.task_vectors))
         files = self.task_vectors or [folder / FILE for folder in folders]
         if len(files) != len(folders):
             raise ValueError(f"`--task-vectors` must be one for each of the {len(folders)} tasks, got {len(files)}.")
@@ -139,23 +141,42 @@ class Generate:
         self.action.run()
 
 
-def find_tasks(paths: Sequence[Path]) -> list[Path]:
+def find_tasks(paths: Sequence[Path], vectors: int = 0) -> list[Path]:
     """The folders of the tasks that the paths mean.
+
+    The tasks in one folder are its sub-folders that hold adapters; a folder of adapters with one vector is one task.
+
+    Args:
+        paths: folders of tasks, or one folder that holds those.
+        vectors: how many task vectors are given; with 0 they are looked for in the folders.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: one folder that holds no tasks.
+        ValueError: one folder that holds no tasks, or adapters without a vector.
     """
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"`tasks` must be folders of adapters, got {path}: no such folder.")
-    if len(paths) != 1 or (paths[0] / FILE).exists():
+    if len(paths) != 1:
         return list(paths)
-    found = sorted(file.parent for file in paths[0].glob(f"*/{FILE}"))
+    (folder,) = paths
+    holders = [child for child in sorted(folder.iterdir()) if _adapters(child)]
+    if vectors:
+        several = vectors > 1 or any(_adapters(child) != [child] for child in holders)
+        return holders if holders and several else [folder]
+    if (folder / FILE).exists():
+        return [folder]
+    found = sorted(file.parent for file in folder.glob(f"*/{FILE}"))
     if not found:
         raise ValueError(
-            f"`tasks` must hold folders with {FILE} in them, got {paths[0]} with none; write them with "
+            f"`tasks` must hold folders with {FILE} in them, got {folder} with none; write them with "
             "`lorarecycle task-vector`, or give `--task-vectors`."
+        )
+    bare = sorted(set(holders) - set(found))
+    if bare:
+        raise ValueError(
+            f"`tasks` must all have {FILE}, got adapters without it in {bare[0]}; write it with `lorarecycle "
+            "task-vector`, or name the folders to learn from one by one."
         )
     return found
 
@@ -166,10 +187,15 @@ def find_adapters(folder: Path) -> list[Path]:
     Raises:
         ValueError: none.
     """
-    for where in (folder / "checkpoints", folder):
-        found = sorted(path.parent for path in where.glob("*/adapter_config.json"))
+    found = _adapters(folder)
+    if not found:
+        raise ValueError(f"`tasks` must be folders of PEFT adapters, got {folder} without one.")
+    return found
+
+
+def _adapters(folder: Path) -> list[Path]:
+    for where in ("checkpoints/*", "*", "."):
+        found = sorted(path.parent for path in folder.glob(f"{where}/{CONFIG_FILE}"))
         if found:
             return found
-    if (folder / "adapter_config.json").exists():
-        return [folder]
-    raise ValueError(f"`tasks` must be folders of PEFT adapters, got {folder} without one.")
+    return []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -165,22 +167,23 @@ class Generator(ABC):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: another kind of file, another version, or a generator of another method.
+            ValueError: another kind of file, another version, a damaged one, or a generator of another method.
         """
         tensors, metadata = read_file(path)
-        if metadata["method"] != cls.method:
+        if metadata.get("method") != cls.method:
             raise ValueError(
-                f"{path} must hold a generator of method {cls.method!r}, got {metadata['method']!r}; use "
+                f"{path} must hold a generator of method {cls.method!r}, got {metadata.get('method')!r}; use "
                 "`lorarecycle.generate.load_generator`."
             )
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
-        generator = cls(
-            Layout.from_json(metadata["layout"]),
-            cls.config_class(**fields),
-            tensors.pop("conditions"),
-            metadata["class_names"],
-        )
-        generator._set_state(tensors)
+        with _reading(path):
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
+            generator = cls(
+                Layout.from_json(metadata["layout"]),
+                cls.config_class(**fields),
+                tensors.pop("conditions"),
+                metadata["class_names"],
+            )
+            generator._set_state(tensors)
         return generator
 
     # --- what a method fills in -------------------------------------------------------------------------------
@@ -238,15 +241,29 @@ class Generator(ABC):
 def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a generator's file; see `Generator.load`."""
     tensors, strings = load_tensors(path)
-    metadata = {key: json.loads(value) for key, value in strings.items() if key != "format"}
-    if metadata.get("kind") != FORMAT:
+    if strings.get("kind") != json.dumps(FORMAT):
         raise ValueError(f"{path} must be a generator's file, got another; make one with `lorarecycle generate fit`.")
+    with _reading(path):
+        metadata = {key: json.loads(value) for key, value in strings.items() if key != "format"}
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"`format_version` of {path} must be {FORMAT_VERSION}, got {metadata.get('format_version')} (written by "
             f"lorarecycle {metadata.get('lorarecycle_version')}); fit it again, or use that version of lorarecycle."
         )
     return tensors, metadata
+
+
+@contextmanager
+def _reading(path: str | PathLike[str]) -> Iterator[None]:
+    """Says which file is at fault, whatever its content breaks."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(
+            f"{path} must hold all that a generator's `save` wrote, got a file that does not load ({reason}); fit it "
+            "again, or use the version of lorarecycle that wrote it."
+        ) from error
 
 
 def draws(shape: Sequence[int], n: int, seed: int, *names: object) -> Tensor:

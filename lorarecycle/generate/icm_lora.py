@@ -126,7 +126,7 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 def seeded(build: Any, seed: int) -> Any:
     """A module whose first weights come from `seed`; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(seed, "weights").initial_seed())
+        torch.default_generator.manual_seed(stream(seed, "weights").initial_seed())  # torch's would reseed GPUs too
         return build()
 
 

@@ -19,7 +19,7 @@ class Layout:
 
     Attributes:
         shapes: name -> shape; factors at the largest rank that any adapter has there.
-        scalings: module -> scaling that the factors in a vector stand under.
+        scalings: module -> scaling that the factors in a vector stand under, never 0.
         facts: what else an adapter is made from (see `Parameters.facts`), of the first adapter.
     """
 
@@ -45,7 +45,7 @@ class Layout:
             _check_alike(first, other)
             for name, tensor in other.tensors.items():
                 shapes[name] = _widest(name, shapes[name], tuple(tensor.shape), first, other)
-        return cls(shapes, first.scalings, first.facts)
+        return cls(shapes, {module: scaling or 1.0 for module, scaling in first.scalings.items()}, first.facts)
 
     @property
     def size(self) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..adapter import Adapter, Head, LoRAFactors
 from ..files import load_tensors, read_json, save_tensors, write_json
-from ..peft_config import CONFIG_FILE, make_config, match_pattern
-from ..peft_keys import PREFIX, WEIGHTS_FILE
+from ..peft_config import CONFIG_FILE, AdapterConfig, make_config, match_pattern
+from ..peft_keys import PREFIX, WEIGHTS_FILE, sort_keys
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ class Parameters(NamedTuple):
 
 
 def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
-    """A ViT's adapter as `Adapter`, any other PEFT folder as `PeftAdapter`.
+    """A ViT's plain LoRA as `Adapter`, any other PEFT folder as `PeftAdapter`.
 
     Raises:
-        FileNotFoundError, ValueError: neither of the two.
+        FileNotFoundError, ValueError: neither of the two, or a damaged one (NaN, shapes that do not fit).
         TypeError: no adapter and no path.
     """
     if isinstance(source, (Adapter, PeftAdapter)):
@@ -100,7 +100,7 @@ def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
     try:
         return Adapter.load(source)
     except ValueError as error:
-        if not Path(source).is_dir():
+        if not Path(source).is_dir() or _is_vit(Path(source)):
             raise
         logger.info("%s is read as bare PEFT parameters: %s", source, error)
         return PeftAdapter.load(source)
@@ -139,6 +139,15 @@ def pair_of(name: str) -> tuple[str, str] | None:
     """(module, "A" or "B") of a factor's name; None for any other tensor."""
     match = _FACTOR.fullmatch(name)
     return match and (match["module"].removeprefix(PREFIX), match["side"])
+
+
+def _is_vit(folder: Path) -> bool:
+    """Whether the names in a folder are those of a ViT's plain LoRA: what else is wrong with it is damage."""
+    try:
+        sort_keys(folder, AdapterConfig(folder / CONFIG_FILE))
+    except ValueError:
+        return False
+    return True
 
 
 def _of_vit(adapter: Adapter) -> Parameters:
@@ -189,7 +198,8 @@ def _is_plain_lora(adapter: PeftAdapter, tensors: Mapping[str, Tensor], heads: f
 
 def _scalings(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """alpha / r of every pair, alpha / sqrt(r) with rank-stabilised LoRA."""
-    alphas, default = adapter.config.get("alpha_pattern") or {}, float(adapter.config.get("lora_alpha") or 8)
+    alphas, alpha = adapter.config.get("alpha_pattern") or {}, adapter.config.get("lora_alpha")
+    default = 8.0 if alpha is None else float(alpha)  # 0 is a value
     ranks = {pair[0]: len(t) for key, t in tensors.items() if (pair := pair_of(key)) and pair[1] == "A"}
     power = 0.5 if adapter.config.get("use_rslora") else 1.0
     return {module: match_pattern(alphas, module, default) / r**power for module, r in ranks.items()}

@@ -1,5 +1,8 @@
 """The commands: tune with checkpoints, task vectors, fit, sample."""
 
+import re
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +60,45 @@ def test_tasks_and_vectors_by_name(tasks, tmp_path):
     names = load_generator(output).class_names  # the vectors are swapped
     generator = load_generator(output)
     assert names[generator.nearest(load_vector(vectors[0]))] == ("0", "1")
+
+
+def test_one_folder_and_vectors_by_name(tasks, tmp_path, capsys):
+    vectors = [str(tasks / name / "task_vector.safetensors") for name in ("01", "23")]
+    output = str(tmp_path / "g.safetensors")
+
+    def fit(folder, *vectors):
+        return main(["generate", "fit", str(folder), "--output", output, *FIT, *MACHINE, "--task-vectors", *vectors])
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tasks, bare, ignore=shutil.ignore_patterns("task_vector.safetensors"))
+    (bare / "notes.txt").write_text("no task")
+    assert fit(bare, *vectors) == 0
+    generator = load_generator(output)
+    assert generator.class_names[generator.nearest(load_vector(vectors[1]))] == ("2", "3")
+    for one in (bare / "01", bare / "01" / "checkpoints"):
+        assert fit(one, vectors[0]) == 0
+        assert load_generator(output).class_names == (("0", "1"),)
+    for given in (vectors[:1], [*vectors, vectors[0]]):
+        assert fit(bare, *given) == 2
+        assert f"one for each of the 2 tasks, got {len(given)}" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert fit(empty, vectors[0]) == 2
+    assert "must be folders of PEFT adapters" in capsys.readouterr().err
+
+
+def test_no_task_is_left_out_silently(tasks, tmp_path, capsys):
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    (folder / "23" / "task_vector.safetensors").unlink()
+    assert main(["generate", "fit", str(folder), *FIT, *MACHINE]) == 2
+    assert f"got adapters without it in {folder / '23'}; write it with" in capsys.readouterr().err
+
+
+def test_a_fit_that_diverges_ends_with_one_line(tasks, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "g.safetensors")]
+    assert main(["generate", "fit", str(tasks), *output, *FIT, *MACHINE, "--lr", "1e30"]) == 2
+    assert re.fullmatch(r"lorarecycle: error: the loss of .*; lower `lr`\.\n", capsys.readouterr().err)
 
 
 def test_a_text_vector(tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorarecycle import Adapter, recycle
 from lorarecycle.adapter import Head, LoRAFactors
 from lorarecycle.files import load_tensors, save_tensors
 from lorarecycle.generate import GenerateConfig, LoRAGenerator, load_generator
+from lorarecycle.generate.icm_lora import seeded
 from lorarecycle.generate.training import train
 
 LEARN = {"epochs": 240, "batch_size": 6, "conv_layers": 6, "latent": 16, "lr": 3e-3, "kl_weight": 0.05}
@@ -113,6 +115,24 @@ def test_ranks_and_scalings_that_differ(tiny_backbone, make_adapter, quick):
         assert torch.equal(back.head.weight, adapter.head.weight)
 
 
+def test_a_first_adapter_without_effect(tiny_backbone, make_adapter, quick):
+    idle, active = make_adapter(tiny_backbone, seed=1), make_adapter(tiny_backbone, seed=2)
+    idle = Adapter({site: f._replace(scaling=0.0) for site, f in idle.factors.items()}, idle.head, idle.base_model)
+    generator = LoRAGenerator.fit([idle, active], torch.eye(2), quick, device="cpu", quiet=True)
+    for adapter in (idle, active):
+        back = generator.layout.unflatten(generator.layout.flatten(adapter), name="back")
+        for site in adapter.sites:
+            torch.testing.assert_close(back.delta(site), adapter.delta(site))
+
+
+def test_first_weights_leave_global_randomness_alone(monkeypatch):
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+    before = torch.get_rng_state()
+    one, two = (seeded(lambda: torch.nn.Linear(3, 3), 1).weight for _ in range(2))
+    assert torch.equal(one, two)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_heads_can_be_left_out(pool, vectors, quick):
     mixed = [pool[0].with_head(None), *pool[1:]]
     with pytest.raises(ValueError, match="both have a head or none"):
@@ -210,8 +230,38 @@ def test_bad_files(pool, vectors, quick, tmp_path):
     save_tensors(path, tensors)
     with pytest.raises(ValueError, match="must be a generator's file, got another"):
         load_generator(path)
+    save_file(tensors, path, {"kind": "someone else's, no JSON"})
+    with pytest.raises(ValueError, match="must be a generator's file, got another"):
+        load_generator(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_generator(tmp_path / "absent.safetensors")
+
+
+def test_damaged_files(pool, vectors, quick, tmp_path):
+    path = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True).save(tmp_path / "g.safetensors")
+    tensors, strings = load_tensors(path)
+    metadata = {key: json.loads(value) for key, value in strings.items() if key != "format"}
+
+    def refuse(match, tensors=tensors, **changes):
+        save_tensors(path, tensors, {**metadata, **changes})
+        with pytest.raises(ValueError, match=rf"g.safetensors must hold all .*{match}.*; fit it again") as caught:
+            load_generator(path)
+        assert "\n" not in str(caught.value)
+
+    for name in ("statistics", "conditions", "model.to_mean.bias"):
+        refuse(name.removeprefix("model."), {key: value for key, value in tensors.items() if key != name})
+    refuse("to_mean.bias", {**tensors, "model.to_mean.bias": torch.zeros(3)})
+    refuse("unexpected keyword argument 'layers'", config={**metadata["config"], "layers": 3})
+    refuse("`epochs` must be at least 1", config={**metadata["config"], "epochs": 0})
+    refuse("shapes", layout={})
+    refuse("NoneType", class_names=None)
+    save_file(tensors, path, {**strings, "layout": "{"})
+    with pytest.raises(ValueError, match="must hold all .*JSONDecodeError"):
+        load_generator(path)
+    del metadata["method"]
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match="got method None"):
+        load_generator(path)
 
 
 @pytest.mark.parametrize(

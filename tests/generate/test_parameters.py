@@ -159,6 +159,33 @@ def test_bad_input(pool, quick, tmp_path):
         load_adapter(tmp_path / "nowhere")
 
 
+def test_a_damaged_adapter_of_a_vit_is_not_taken_for_bare_parameters(pool, tmp_path):
+    folders = [adapter.save(tmp_path / str(i)) for i, adapter in enumerate(pool[:2])]
+    weights = folders[1] / "adapter_model.safetensors"
+    tensors = load_tensors(weights)[0]
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    save_tensors(weights, {**tensors, key: tensors[key] * torch.nan})
+    with pytest.raises(ValueError, match="must be finite, got .* NaN"):
+        LoRAGenerator.fit(folders, torch.eye(2), device="cpu", quiet=True)
+    save_tensors(weights, tensors)
+    (folders[1] / "lorarecycle.json").write_text("[]")
+    with pytest.raises(ValueError, match="lorarecycle.json must be a JSON object"):
+        load_adapter(folders[1])
+    config = folders[0] / "adapter_config.json"
+    write_json(config, {**read_json(config), "use_dora": True})
+    assert isinstance(load_adapter(folders[0]), PeftAdapter)  # whole, and no plain LoRA
+
+
+def test_an_alpha_of_zero_is_a_value():
+    pool = [language_adapter(0, lora_alpha=0), language_adapter(1)]
+    layout = Layout.of(pool)
+    assert set(read_parameters(pool[0]).scalings.values()) == {0}
+    for adapter in pool:
+        back = layout.unflatten(layout.flatten(adapter), name="back")
+        for one, two in zip(updates(back), updates(adapter), strict=True):
+            torch.testing.assert_close(one, two)
+
+
 def test_the_real_adapters_in_the_wild(real_data, quick):
     folder = real_data / "adapters" / "vit_base_r16_query_value"
     if not folder.is_dir():
