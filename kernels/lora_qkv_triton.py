@@ -188,7 +188,7 @@ def gemm_tile(M: int, N: int, K: int, segments: int, ranks: int, dtype: torch.dt
     if gpu == 0:
         tiles = [(64, 64, 32, 4, 1)]
     elif dtype == torch.float32:
-        tiles = [{16: (64, 64, 16, 8, 2), 32: (64, 64, 32, 8, 2)}.get(ranks, (32, 32, 32, 8, 2))]
+        tiles = [{16: (64, 64, 16, 8, 2), 32: (64, 64, 32, 8, 2)}.get(ranks, (32, 32, 32, 8 if gpu < 90 else 4, 2))]
         if N % 16 or K % 16:
             tiles = [(32, 32, 16, 4, 1)]
     elif N % 16 or K % 16:  # loads of single elements, held in registers on their way

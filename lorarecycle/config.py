@@ -123,7 +123,8 @@ class MetaConfig:
     lr_min: float = 1e-5
     """Lowest learning rate of a cycle."""
     cycle: int = 100
-    """Steps of a learning-rate cycle: the first quarter warms up linearly, the rest is a cosine back."""
+    """Steps of a learning-rate cycle, all of them where there are fewer: the first quarter warms up linearly, the rest
+    is a cosine back."""
     flip: bool = True
     """Mirror each image with probability 1/2."""
     sparsity: float | None = None

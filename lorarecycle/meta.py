@@ -159,11 +159,11 @@ def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
 
 def learning_rate(step: int, config: MetaConfig) -> float:
     """Cycles: a quarter linear from `lr_min` to `lr`, the rest cosine back (Sec. 5, implementation details)."""
-    warmup = config.cycle // 4
-    phase = step % config.cycle
+    cycle = min(config.cycle, config.steps)
+    warmup, phase = cycle // 4, step % cycle
     if phase < warmup:
         return config.lr_min + (config.lr - config.lr_min) * phase / warmup
-    progress = (phase - warmup) / (config.cycle - warmup)
+    progress = (phase - warmup) / (cycle - warmup)
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -95,6 +95,9 @@ def test_learning_rate_cycles():
     assert rates[12] == pytest.approx(1e-5 + (1e-3 - 1e-5) * 12 / 25)
     assert rates[62] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.05)
     assert rates[:100] == rates[100:]
+    short = [learning_rate(step, MetaConfig(steps=20)) for step in range(20)]
+    assert short[5] == pytest.approx(1e-3)
+    assert short[19] < 3e-5
 
 
 def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, monkeypatch):
