@@ -212,7 +212,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _backbone(common: Common, adapter: object = None, dtype: object = None):  # type: ignore[no-untyped-def]
+def _backbone(common: Common, adapter: object = None, dtype: Any = None):  # type: ignore[no-untyped-def]
     """The model that the flags name, else the one that the adapter names."""
     from .backbone import Backbone
     from .hardware import resolve

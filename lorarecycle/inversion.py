@@ -113,7 +113,7 @@ def _optimise(
     best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
     shifts, flips = _augmentation(config, x.shape[-1], generator)
     prune_from = round(config.prune_from * config.steps) if config.prune else 0
-    settled = torch.inf
+    settled = torch.tensor(torch.inf, device=device)
     for step in range(config.steps):
         seen = x.roll(shifts[step], dims=(2, 3))
         if flips[step]:
