@@ -155,7 +155,7 @@ class References:
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
     """On a GPU without TF32, whose products and convolutions are further off than a file may be."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if device == "cuda" else ()
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device == "cuda" else ()
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:
