@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Export:
     opset: int = 18
     """ONNX operator set, 18 or later."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Precision of the encoder."""
+    """Precision of the encoder. int8 was measured on a CPU with VNNI; on one without (AVX2) it may be less exact."""
     img_size: int | None = None
     """Side in pixels, a multiple of the patch; the model's own when left out."""
     batch_size: str = "dynamic"
@@ -64,6 +65,7 @@ class Export:
         from ..backbone import Backbone
         from ..datasets import load_dataset
         from .folder import export_onnx, require_free
+        from .package import export_aoti, require_fp32
 
         if not (self.onnx or self.aoti):
             raise ValueError("the format must be named, got none; pass `--onnx`, `--aoti` or both.")
@@ -77,6 +79,8 @@ class Export:
             prune=parse_prune(self.prune),
             distance=self.distance,
         )
+        if self.aoti:
+            require_fp32(config)
         if self.output is not None:
             require_free(self.output, self.force)
         meta_lora = None if self.meta_lora is None else Adapter.load(self.meta_lora)
@@ -92,19 +96,17 @@ class Export:
             keywords: dict[str, Any] = {"device": self.device, "images": images, "data": data, "force": self.force}
             print(export_onnx(backbone, output, meta_lora, config, **keywords))
         if self.aoti:
-            from .package import export_aoti
-
             print(export_aoti(backbone, output / "encoder.pt2", meta_lora, config, images=images))
             print(output / "encoder.pt2")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status. Bad input ends with one line on standard error and status 2."""
+    """Run the command; the exit status. What cannot be done ends with one line on standard error and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         tyro.cli(Export, prog="python -m lorarecycle.export", args=args).run()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"lorarecycle.export: error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"lorarecycle.export: error: {textwrap.shorten(str(error), 2000)}", file=sys.stderr)
         return 2
     return 0
 

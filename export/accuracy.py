@@ -11,7 +11,7 @@ from torch import Tensor
 from ..datasets import LabelledImages
 from ..evaluation import sample_tasks, task_accuracies
 from ..images import normalize, to_uint8
-from .check import check_device
+from .check import check_device, full_float32
 from .config import ExportConfig
 from .graphs import EncoderGraph
 from .real_images import handwritten_digits
@@ -65,7 +65,7 @@ def compare_accuracy(
         padded = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)])
         rows = exported.run({"pixel_values": padded.numpy()})["embeddings"].numpy()[: len(pixels)]
         ours.append(torch.from_numpy(rows))
-        with torch.no_grad():
+        with torch.no_grad(), full_float32(device):
             plain.append(graph(pixels.to(device)).cpu())
     graph.to("cpu")
     accuracy = {

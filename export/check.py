@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..backbone import Backbone
 from ..images import normalize, to_uint8
 from ..prototypes import class_centres, distance_logits
 from ..seeds import stream
-from .config import ATOL, MIN_COSINE, ExportConfig
+from .config import ATOL, MAX_LOGIT_ERROR, MIN_COSINE, ExportConfig
 from .graphs import EncoderGraph
 from .real_images import handwritten_digits
 from .runtime import Graph
@@ -34,7 +35,8 @@ class Parity:
 
     file: str
     max_error: float
-    """Largest absolute difference; of squared distances, relative to the largest one."""
+    """Largest absolute difference; of squared distances, and of an episode in reduced precision, relative to the
+    largest logit."""
     cosine: float
     """Smallest cosine of a row with PyTorch's."""
 
@@ -58,6 +60,7 @@ class References:
     def __init__(self, backbone: Backbone, config: ExportConfig, device: str = "cpu", images: Any = None) -> None:
         self.providers = check_device(device)
         self.config, self.device = config, device
+        self.atol = config.atol if config.atol is not None else ATOL.get(config.dtype)
         self.graph = EncoderGraph(backbone, uint8_input=config.uint8_input, prune=config.prune)
         self.pixels = trial_pixels(self.graph, max(BATCH_SIZES), images)
 
@@ -85,8 +88,8 @@ class References:
             for shift in (0, 1) if size == 1 else (0,):  # one random, one real
                 chosen.append((torch.arange(size) + shift) % len(self.pixels))
                 ours.append(graph.run({"pixel_values": self.pixels[chosen[-1]].numpy()})["embeddings"].numpy())
-        min_cosine = None if self.config.atol is not None else MIN_COSINE.get(self.config.dtype)
-        return self.judge(path, ours, lambda features: [features[index] for index in chosen], min_cosine)
+        min_cosine = MIN_COSINE[self.config.dtype] if self.atol is None else None
+        return self.judge(path, ours, lambda features: [features[index] for index in chosen], self.atol, min_cosine)
 
     def check_episode(self, path: Path) -> Parity:
         """All checks of an episode, on tasks of several shapes.
@@ -110,14 +113,17 @@ class References:
             queries = [features[query] for _, _, query in tasks]
             return [distance_logits(q, c, self.config.distance) for q, c in zip(queries, centres, strict=True)]
 
-        return self.judge(path, ours, expect, None, relative=self.config.distance == "sqeuclidean")
+        relative = self.atol is None or self.config.distance == "sqeuclidean"
+        limit = MAX_LOGIT_ERROR[self.config.dtype] if self.atol is None else self.atol
+        return self.judge(path, ours, expect, limit, relative=relative)
 
     def judge(
         self,
         path: Path,
         ours: list[np.ndarray],
         expect: Callable[[Tensor], list[Tensor]],
-        min_cosine: float | None,
+        atol: float | None,
+        min_cosine: float | None = None,
         relative: bool = False,
     ) -> Parity:
         """Compare with PyTorch in float32; where that is too far off, with float64: it may be PyTorch that rounded.
@@ -125,7 +131,6 @@ class References:
         Raises:
             ValueError: further apart than allowed from both.
         """
-        atol = self.config.atol if self.config.atol is not None else ATOL.get(self.config.dtype)
 
         def against(features: Tensor) -> Parity:
             expected = [rows.numpy() for rows in expect(features)]
@@ -143,7 +148,22 @@ class References:
         backbone, pixels = graph.backbone, self.pixels
         if self.config.uint8_input:
             pixels = normalize(pixels, backbone.mean, backbone.std)
-        return torch.cat([graph(part.to(device, dtype)).float().cpu() for part in pixels.split(8)])
+        with full_float32(device):
+            return torch.cat([graph(part.to(device, dtype)).float().cpu() for part in pixels.split(8)])
+
+
+@contextmanager
+def full_float32(device: str) -> Iterator[None]:
+    """On a GPU without TF32, whose products and convolutions are further off than a file may be."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device == "cuda" else ()
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 def trial_pixels(graph: EncoderGraph, n: int, images: Any = None) -> Tensor:
@@ -219,12 +239,15 @@ def judge(
     """Compare arrays [n, D] with the expected ones.
 
     Raises:
-        ValueError: other shapes, or further apart than allowed.
+        ValueError: other shapes, NaN or infinite values, or further apart than allowed.
     """
     error, cosine = 0.0, 1.0
     for ours, expected in pairs:
         if ours.shape != expected.shape:
             raise ValueError(f"{path.name} must give {list(expected.shape)}, got {list(ours.shape)}.")
+        if not np.isfinite(ours).all():
+            wrong = int((~np.isfinite(ours)).sum())
+            raise ValueError(f"{path.name} must give finite values, got {wrong} NaN or infinite; nothing was kept.")
         scale = max(1.0, float(np.abs(expected).max())) if relative else 1.0
         difference = np.abs(ours - expected).max() / scale
         error = max(error, float(difference) if np.isfinite(difference) else float("inf"))

@@ -13,12 +13,13 @@ from typing import Any
 from ..adapter import Adapter
 from ..backbone import Backbone
 from ..datasets import LabelledImages
+from ..files import LEFTOVER
 from .accuracy import compare_accuracy
 from .check import Parity, References, check_head
 from .config import ExportConfig
 from .folder_config import CONFIG, FORMAT_VERSION, hash_file
 from .graphs import EncoderGraph, prepare_backbone
-from .onnx_files import write_encoder, write_episode, write_head
+from .onnx_files import write_dynamic_episode, write_encoder, write_episode, write_head
 from .put_in_place import put_in_place, work_folder
 
 OWN_FILES = ("encoder.onnx", "encoder.onnx.data", "head.onnx", "episode.onnx", "episode.onnx.data", "encoder.pt2")
@@ -59,8 +60,8 @@ def export_onnx(
 ) -> ExportReport:
     """Export everything that few-shot inference needs.
 
-    Files are written into a temporary folder beside the output, checked (see `export_encoder`), and moved into
-    place at the end: when anything fails, nothing is left.
+    Files are written into a hidden folder inside the output, checked (see `export_encoder`), and moved into place
+    at the end: when anything fails, nothing is left.
 
     Args:
         backbone: the frozen ViT.
@@ -82,19 +83,16 @@ def export_onnx(
     require_free(directory, force)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     graph, embed_dim = references.graph, backbone.embed_dim
-    with work_folder(directory.parent) as folder:
+    with work_folder(directory) as folder:
         encoder, head, episode = (folder / f"{name}.onnx" for name in ("encoder", "head", "episode"))
+        write_head(head, config, embed_dim)  # small, and so first: it shows what the exporter cannot write
+        head_parity = check_head(head, config, embed_dim, device)
         write_encoder(graph, encoder, config)
-        parities = [references.check_encoder(encoder)]
-        write_head(head, config, embed_dim)
-        parities.append(check_head(head, config, embed_dim, device))
+        parities = [references.check_encoder(encoder), head_parity]
         if config.batch_size is None:
             write_episode(encoder, episode, config)
         else:  # an episode takes any number of images
-            dynamic = folder / "dynamic.onnx"
-            write_encoder(graph, dynamic, config, dynamic=True, data_name="episode.onnx.data")
-            write_episode(dynamic, episode, config)
-            dynamic.unlink()
+            write_dynamic_episode(references, episode, config)
         parities.append(references.check_episode(episode))
         accuracy = {} if config.dtype == "fp32" else compare_accuracy(graph, encoder, config, device, data)
         content = _describe(graph, meta_lora, config, parities, accuracy, folder)
@@ -110,7 +108,9 @@ def require_free(directory: Path, force: bool) -> None:
     """Raise unless the export may write there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"`directory` must be a folder, got the file {directory}.")
-    if not force and directory.is_dir() and any(directory.iterdir()):
+    if force or not directory.is_dir():
+        return
+    if any(not file.name.startswith(LEFTOVER) for file in directory.iterdir()):
         raise FileExistsError(f"`directory` must be empty, got {directory} with files in it; pass `force` (--force).")
 
 

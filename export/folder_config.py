@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} must hold {', '.join(_KEYS)}, got none of {', '.join(missing)}; export again.")
-    if content.get("format_version", 0) > FORMAT_VERSION:
+    version = content.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {content['format_version']}; upgrade "
-            "lorarecycle."
+            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {version!r}; upgrade lorarecycle."
         )
     return content
 
@@ -57,6 +58,13 @@ def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
                 f"{path} must be the file that {CONFIG} describes, got another content (truncated, damaged or "
                 "replaced); fetch it or export the model again."
             )
+
+
+def model_hash(content: dict[str, Any]) -> str:
+    """SHA-256 over what decides the features of an image: the encoder, its weights, and how pixels are prepared."""
+    files = [content["sha256"].get(name) for name in ("encoder.onnx", "encoder.onnx.data")]
+    pixels = [content[key] for key in ("image_size", "mean", "std", "input_dtype")]
+    return hashlib.sha256(json.dumps([files, pixels]).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from .graphs import EncoderGraph, HeadGraph, PrototypeGraph, prepare_backbone
 from .operators import translations
 from .precision import to_fp16, to_int8
 from .put_in_place import put_in_place, work_folder
+from .runtime import import_onnxruntime
 
 MAX_INLINE_BYTES = 2_000_000_000
 """Weights up to this size stay inside the file (protobuf ends at 2 GB); above, they go into one file beside it."""
@@ -85,10 +86,7 @@ def export_episode(
     path = Path(path)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     with work_folder(path.parent) as folder:
-        encoder = folder / f"{path.stem}.encoder.onnx"
-        write_encoder(references.graph, encoder, config, dynamic=True, data_name=f"{path.name}.data")
-        write_episode(encoder, folder / path.name, config)
-        encoder.unlink()
+        write_dynamic_episode(references, folder / path.name, config)
         parity = references.check_episode(folder / path.name)
         put_in_place(folder, path.parent)
     return parity
@@ -147,6 +145,16 @@ def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
     _save(_trace(HeadGraph(config.distance), example, *names, axes, config.opset).model, path)
 
 
+def write_dynamic_episode(references: References, path: Path, config: ExportConfig) -> None:
+    """An episode around an encoder of its own, which takes any number of images."""
+    encoder = path.with_name(f"{path.stem}.encoder.onnx")
+    write_encoder(references.graph, encoder, config, dynamic=True, data_name=f"{path.name}.data")
+    if config.dtype != "fp32":  # the limit on an episode's logits is wide then
+        references.check_encoder(encoder)
+    write_episode(encoder, path, config)
+    encoder.unlink()
+
+
 def write_episode(encoder: Path, path: Path, config: ExportConfig) -> None:
     """Put the encoder's graph between a concatenation and the prototypes; weights beside it stay where they are."""
     import onnx
@@ -193,6 +201,7 @@ def _trace(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"the export needs {error.name}; install `lorarecycle[onnx]`.") from None
+    import_onnxruntime()  # for the conversion and the checks, later
     shapes = None  # the names of dynamic axes are given at the end: named ones may not begin at 1 or 0
     if axes is not None:
         shapes = tuple(dict.fromkeys(axes[key], torch.export.Dim.AUTO) for key in inputs)
@@ -215,6 +224,11 @@ def _trace(
                 custom_translation_table=translations(opset),
             )
         assert traced is not None
+        written = traced.model.opset_imports[""]
+        if written != opset:
+            raise ValueError(
+                f"`opset` must be one that the exporter writes, got {opset}, which came out as {written}; ask for less."
+            )
         _name_axes(traced.model.graph, axes or {})
         return traced
     finally:

@@ -50,8 +50,7 @@ def export_aoti(
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"`path` of a package must end in {SUFFIX}, got {path.name!r}.")
-    if config.dtype != "fp32":
-        raise ValueError(f"`dtype` of a package must be 'fp32', got {config.dtype!r}; int8 and fp16 are for `--onnx`.")
+    require_fp32(config)
     config = replace(config, uint8_input=True)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, images=images)
     with work_folder(path.parent) as folder:
@@ -59,6 +58,12 @@ def export_aoti(
         parity = _check(references, folder / path.name, config)
         put_in_place(folder, path.parent)
     return parity
+
+
+def require_fp32(config: ExportConfig) -> None:
+    """Raise for settings that a package cannot have."""
+    if config.dtype != "fp32":
+        raise ValueError(f"`dtype` of a package must be 'fp32', got {config.dtype!r}; int8 and fp16 are for `--onnx`.")
 
 
 def _compile(graph: EncoderGraph, path: Path, config: ExportConfig) -> None:
@@ -84,4 +89,4 @@ def _check(references: References, path: Path, config: ExportConfig) -> Parity:
     sizes = BATCH_SIZES if config.batch_size is None else (config.batch_size,)
     chosen = [torch.arange(size) % len(references.pixels) for size in sizes]
     ours = [encoder(references.pixels[index]).numpy() for index in chosen]
-    return references.judge(path, ours, lambda features: [features[index] for index in chosen], None)
+    return references.judge(path, ours, lambda features: [features[index] for index in chosen], references.atol)

@@ -94,7 +94,10 @@ def _decode(images: Any, name: str) -> Iterator[np.ndarray]:
     elif isinstance(images, np.ndarray):
         yield _from_array(images, name, channels_last=True)
     elif hasattr(images, "detach"):  # a tensor, known without importing torch
-        yield _from_array(images.detach().cpu().numpy(), name, channels_last=False)
+        images = images.detach().cpu()
+        if images.is_floating_point():
+            images = images.float()  # numpy has no bfloat16
+        yield _from_array(images.numpy(), name, channels_last=False)
     elif isinstance(images, Iterable) and not isinstance(images, (bytes, Mapping)):
         for i, image in enumerate(images):
             yield from _decode(image, f"{name}[{i}]")

@@ -12,7 +12,7 @@ import numpy as np
 from ..files import write_atomic
 
 SUFFIXES = (".npz", ".safetensors")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_prototypes(path: str | PathLike[str], prototypes: np.ndarray, classes: np.ndarray, model_hash: str) -> Path:
@@ -22,7 +22,7 @@ def write_prototypes(path: str | PathLike[str], prototypes: np.ndarray, classes:
         path: with suffix .npz or .safetensors.
         prototypes: float32 [C, D].
         classes: [C], strings, numbers or booleans.
-        model_hash: SHA-256 of the encoder.
+        model_hash: see `folder_config.model_hash`.
 
     Raises:
         ValueError: another suffix or other labels.
@@ -58,6 +58,8 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
         raise FileNotFoundError(f"no prototypes {path}.")
     try:
         prototypes, facts = _read(path)
+        if facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"`format_version` {facts['format_version']!r} in place of {FORMAT_VERSION}")
         labels, dtype, model = facts["classes"], facts["dtype"], facts["model"]
         if prototypes.dtype != np.float32 or prototypes.ndim != 2 or len(prototypes) != len(labels):
             raise ValueError(f"{prototypes.dtype} {list(prototypes.shape)} for {len(labels)} classes")

@@ -1,4 +1,4 @@
-"""A folder beside the output to work in, and the step that puts what it holds in place."""
+"""A hidden folder inside the output to work in, and the step that puts what it holds in place."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ..files import LEFTOVER
 
 
 @contextmanager
-def work_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder in `parent`, removed at the end; so is a `parent` that was made here and is empty then."""
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=LEFTOVER))
+def work_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder in `target`, removed at the end; so is a `target` that was made here and is empty then.
+
+    It lies inside, as a file moves in one step only within a file system, and `target` may be a mount point or a link.
+    """
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target, prefix=LEFTOVER))
     try:
         yield folder
     finally:
@@ -29,7 +32,6 @@ def work_folder(parent: Path) -> Iterator[Path]:
 
 def put_in_place(folder: Path, target: Path, last: str = "") -> None:
     """Move every file of `folder` into `target`, one step each; the one named `last` at the end."""
-    target.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
         file.chmod(0o644)
         with open(file, "rb+") as opened:

@@ -10,6 +10,8 @@ import numpy as np
 
 PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider")
 """In the order in which they are tried."""
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""TF32 is ONNX Runtime's default on a GPU and further off than float32's tolerance."""
 _DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
 
 
@@ -18,13 +20,14 @@ class Graph:
 
     Args:
         path: the file.
-        providers: names to try in this order; those of `PROVIDERS` that are there when None.
+        providers: names to try in this order, of which the first must load; those of `PROVIDERS` that are there and
+            load when None.
         threads: threads within an operation; ONNX Runtime's choice (one per core) when None.
 
     Raises:
         ImportError: onnxruntime is missing; the message names the extra.
         FileNotFoundError: no such file.
-        ValueError: a corrupt or truncated file, an unknown provider, fewer threads than one.
+        ValueError: a corrupt or truncated file, a provider that is unknown or does not load, fewer threads than one.
     """
 
     def __init__(self, path: Path, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
@@ -39,12 +42,19 @@ class Graph:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=chosen)
+            with_options = [(name, _OPTIONS[name]) if name in _OPTIONS else name for name in chosen]
+            self.session = ort.InferenceSession(str(path), options, providers=with_options)
         except Exception as error:  # each kind of damage has its own class in onnxruntime
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} must be a whole ONNX file, got one that does not load ({reason}).") from error
+        first = self.session.get_providers()[0]
+        if providers is not None and first != chosen[0]:
+            raise ValueError(
+                f"`providers` must begin with one that loads here, got {chosen[0]}, in whose place {first} would run; "
+                "install the libraries that it needs, or leave it out."
+            )
         self.path = path
-        self.on_gpu = self.session.get_providers()[0] in PROVIDERS[:2]
+        self.on_gpu = first in PROVIDERS[:2]
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
         self._to_value = ort.OrtValue.ortvalue_from_numpy
@@ -107,13 +117,11 @@ def import_onnxruntime() -> Any:
 
 def _choose(ort: Any, providers: Sequence[str] | None) -> list[str]:
     available = ort.get_available_providers()
-    if "CUDAExecutionProvider" in available and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA's libraries from PyTorch's or NVIDIA's packages
-    if providers is None:
-        return [name for name in PROVIDERS if name in available]
-    unknown = [name for name in providers if name not in available]
-    if unknown or not providers:
+    chosen = [name for name in PROVIDERS if name in available] if providers is None else list(providers)
+    if not chosen or any(name not in available for name in chosen):
         raise ValueError(
-            f"`providers` must be some of {available}, got {list(providers)}; CUDA comes with `lorarecycle[onnx-gpu]`."
+            f"`providers` must be some of {available}, got {chosen}; CUDA comes with `lorarecycle[onnx-gpu]`."
         )
-    return list(providers)
+    if "CUDAExecutionProvider" in chosen and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries from PyTorch's or NVIDIA's packages
+    return chosen

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
-from .folder_config import check_hash, read_config
+from .folder_config import check_hash, model_hash, read_config
 from .pixels import count_images, list_images, normalize, to_batches
 from .prototype_files import read_prototypes, write_prototypes
 from .runtime import Graph
@@ -25,7 +25,8 @@ class FewShotSession:
 
     Args:
         directory: written by `export_onnx` or `python -m lorarecycle.export --onnx`.
-        providers: ONNX Runtime's execution providers in the order to try; CUDA, TensorRT, CPU where present when None.
+        providers: ONNX Runtime's execution providers in the order to try, of which the first must load; CUDA, TensorRT,
+            CPU where present when None.
         threads: threads within an operation; one per core when None.
         batch_size: images per call; a model exported with a fixed batch uses that.
         verify: compare the files' hashes with config.json.
@@ -38,7 +39,7 @@ class FewShotSession:
     Raises:
         ImportError: onnxruntime is missing; the message names the extra.
         FileNotFoundError: no such folder, or a file is missing.
-        ValueError: a corrupt, truncated or replaced file, an unknown provider.
+        ValueError: a corrupt, truncated or replaced file, a provider that is unknown or does not load.
     """
 
     classes_: np.ndarray
@@ -166,16 +167,16 @@ class FewShotSession:
             ValueError: another suffix, or labels that are neither strings nor numbers.
         """
         self._require_fitted()
-        return write_prototypes(path, self.prototypes_, self.classes_, self._model_hash)
+        return write_prototypes(path, self.prototypes_, self.classes_, model_hash(self.config))
 
     def load_prototypes(self, path: str | PathLike[str]) -> FewShotSession:
         """Take classes and centres from a file instead of `fit`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a file, or centres of another model.
+            ValueError: not such a file, or centres of another model (other weights, other preparation of images).
         """
-        self.prototypes_, self.classes_ = read_prototypes(path, self._model_hash, self.config["embed_dim"])
+        self.prototypes_, self.classes_ = read_prototypes(path, model_hash(self.config), self.config["embed_dim"])
         return self
 
     def __repr__(self) -> str:
@@ -184,10 +185,6 @@ class FewShotSession:
     @cached_property
     def _episode(self) -> Graph:
         return self._open("episode.onnx")
-
-    @property
-    def _model_hash(self) -> str:
-        return self.config["sha256"]["encoder.onnx"]
 
     def _open(self, name: str) -> Graph:
         if self._verify:

@@ -9,7 +9,8 @@
 // Throws std::runtime_error that names the file when it is missing, damaged or neither PNG nor JPEG.
 at::Tensor read_image(const std::filesystem::path& path);
 
-// Whether the file name ends like one that `read_image` reads.
+// Whether the file name ends like one that `read_image` reads. Throws std::runtime_error for an image of another kind,
+// which Python would read.
 bool is_image_name(const std::filesystem::path& path);
 
 // uint8 [1, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cropped; as torchvision does.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from lorarecycle.export import package
 from lorarecycle.export.__main__ import main
 from lorarecycle.export.config import parse_batch_size, parse_prune
 
@@ -39,6 +40,7 @@ def test_bare_command_exports_the_demo_model(tmp_path):
         (["--onnx", "--prune", "9:0.5"], "`prune` must name layers 0 to 5, got 9"),
         (["--onnx", "--images", "nowhere.png"], "no image file nowhere.png"),
         (["--aoti", "--dtype", "int8"], "`dtype` of a package must be 'fp32'"),
+        (["--onnx", "--aoti", "--dtype", "fp16"], "`dtype` of a package must be 'fp32'"),
     ],
 )
 def test_bad_input_ends_with_one_line(command, message, capsys, tmp_path, monkeypatch):
@@ -48,6 +50,16 @@ def test_bad_input_ends_with_one_line(command, message, capsys, tmp_path, monkey
     assert error.startswith("lorarecycle.export: error: ")
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_compiler_ends_with_one_line(capsys, tmp_path, monkeypatch):
+    def fail(*args, **keywords):
+        raise RuntimeError("no working C++ compiler\nfound in g++")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(package, "export_aoti", fail)
+    assert main(["--aoti"]) == 2
+    assert capsys.readouterr().err == "lorarecycle.export: error: no working C++ compiler found in g++\n"
 
 
 def test_flags_in_words():

@@ -1,6 +1,7 @@
 """The ONNX files: what they hold, that they equal PyTorch, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,17 @@ from lorarecycle.export import (
     export_episode,
     export_head,
     export_onnx,
+    folder,
     onnx_files,
     precision,
+    put_in_place,
 )
 from lorarecycle.export.graphs import EncoderGraph
 
 from lorarecycle import Adapter, Backbone, FewShotClassifier
 from lorarecycle.adapter import LoRAFactors
 from lorarecycle.evaluation import sample_tasks
+from lorarecycle.files import LEFTOVER
 from lorarecycle.images import normalize, to_uint8
 
 CPU = ["CPUExecutionProvider"]
@@ -292,6 +296,7 @@ def test_a_model_whose_float32_is_noisy_is_judged_in_float64(model, tmp_path, mo
     ("settings", "message"),
     [
         ({"opset": 17}, "`opset` must be at least 18, got 17"),
+        ({"opset": 99}, "`opset` must be one that the exporter writes, got 99, which came out as 18"),
         ({"dtype": "bf16"}, "`dtype` must be one of"),
         ({"distance": "manhattan"}, "`distance` must be one of"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
@@ -314,8 +319,43 @@ def test_an_adapter_of_another_width_is_refused(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (check.MAX_LOGIT_ERROR, r"^episode\.onnx: .* the error must be at most"),
+        (check.MIN_COSINE, r"^episode\.encoder\.onnx: .* the cosine must be at least"),
+    ],
+)
+def test_an_int8_episode_that_is_too_far_off_is_removed(model, tmp_path, monkeypatch, limits, message):
+    monkeypatch.setitem(limits, "int8", 1e-9 if limits is check.MAX_LOGIT_ERROR else 1.1)
+    with pytest.raises(ValueError, match=message):
+        export_episode(model.backbone, tmp_path / "episode.onnx", config=ExportConfig(dtype="int8"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_are_not_finite_fail_whatever_the_limits():
+    rows = np.ones((2, 3), np.float32)
+    for bad in (np.nan, np.inf):
+        broken = rows.copy()
+        broken[1, 1] = bad
+        with pytest.raises(ValueError, match=r"episode\.onnx must give finite values, got 1 NaN or infinite"):
+            check.judge(Path("episode.onnx"), [(broken, rows)], None, None)
+
+
+def test_the_reference_on_a_gpu_is_computed_without_tf32():
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = allowed()
+    with check.full_float32("cuda"):
+        assert allowed() == (False, False)
+    assert allowed() == before
+    with check.full_float32("cpu"):
+        assert allowed() == before
+
+
 def test_a_file_that_is_too_far_off_is_removed(model, tmp_path):
-    with pytest.raises(ValueError, match=r"encoder\.onnx: max error .* at most `atol` 1e-12; nothing was kept"):
+    with pytest.raises(ValueError, match=r"head\.onnx: max error .* at most `atol` 1e-12; nothing was kept"):
         export_onnx(model.backbone, tmp_path / "deep" / "out", config=ExportConfig(atol=1e-12))
     assert not list(tmp_path.iterdir())
 
@@ -325,15 +365,37 @@ def test_a_full_folder_needs_force(model, tmp_path, monkeypatch):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "encoder.pt2").write_text("of an earlier export")
+    (out / f"{LEFTOVER}x").mkdir()
     with pytest.raises(FileExistsError, match="`directory` must be empty"):
         export_onnx(model.backbone, out)
     with pytest.raises(FileExistsError, match="must be a folder, got the file"):
         export_onnx(model.backbone, out / "notes.txt")
-    assert len(list(out.iterdir())) == 2
+    assert len(list(out.iterdir())) == 3
     export_onnx(model.backbone, out, force=True)
-    names = {file.name for file in out.iterdir()}
+    names = {file.name for file in out.iterdir() if file.name != f"{LEFTOVER}x"}
     assert names == {"notes.txt", "encoder.onnx", "head.onnx", "episode.onnx", "config.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_on_another_file_system(tmp_path):
+    """Files are moved within it; what a killed run left is no content, an interrupted one leaves nothing."""
+    disk = tmp_path / "disk"
+    (disk / f"{LEFTOVER}x").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(disk)
+    folder.require_free(tmp_path / "out", force=False)
+
+    def interrupted():
+        with put_in_place.work_folder(tmp_path / "out") as work:
+            assert work.resolve().parent == disk
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in disk.iterdir()] == [f"{LEFTOVER}x"]
+    with put_in_place.work_folder(tmp_path / "out") as work:
+        (work / "head.onnx").write_text("graph")
+        put_in_place.put_in_place(work, tmp_path / "out")
+    assert {path.name for path in disk.iterdir()} == {f"{LEFTOVER}x", "head.onnx"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -343,8 +405,10 @@ def test_a_device_that_is_not_there(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(torch.export, "export", None)  # no work before
     with pytest.raises(ImportError, match=r"install `lorarecycle\[onnx\]`"):
         export_head(Path(tmp_path) / "head.onnx", embed_dim=8)
     assert not list(tmp_path.iterdir())

@@ -1,8 +1,10 @@
 """The package compiled ahead of time, and the C++ runner that answers from it without Python."""
 
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +67,19 @@ def photos(pictures, tmp_path_factory):
         "grey.jpg": (images[41].convert("L"), {}),
         "grey16.png": (grey16, {}),
         "alpha.png": (images[51].convert("RGBA"), {}),
+        "turned.png": (images[21].resize((64, 48)), {"exif": turned.tobytes()}),
+        "more.jpg": (images[1], {"quality": 95}),
     }
     for name, (image, options) in queries.items():
         image.save(folder / name, **options)
+    whole = (folder / "more.jpg").read_bytes()
+    (folder / "more.jpg").write_bytes(whole[:-2] + b"more" + whole[-2:])  # of which libjpeg warns
     return folder, [folder / name for name in queries]
+
+
+def chunk(kind, content):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def predict(runner, *words):
@@ -98,6 +109,12 @@ def test_the_runner_explains_bad_input(package, runner, photos, tmp_path):
     damaged.write_bytes(queries[1].read_bytes()[:400])
     text = tmp_path / "text.png"
     text.write_text("no image")
+    header = struct.pack(">2I5B", 100_000, 100_000, 8, 2, 0, 0, 0)
+    vast = tmp_path / "vast.png"
+    vast.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    other = tmp_path / "other" / "class"
+    other.mkdir(parents=True)
+    (other / "picture.webp").write_bytes(b"RIFF")
     empty = tmp_path / "support"
     (empty / "class").mkdir(parents=True)
     foreign = tmp_path / "foreign.pt2"
@@ -111,6 +128,8 @@ def test_the_runner_explains_bad_input(package, runner, photos, tmp_path):
         ([package, "--support", empty, "--query", text], "must hold PNG or JPEG files, got none"),
         ([package, "--support", support, "--query", text], "got neither PNG nor JPEG"),
         ([package, "--support", support, "--query", damaged], "damaged.jpg must be readable"),
+        ([package, "--support", support, "--query", vast], "got 100000 x 100000 pixels, more than"),
+        ([package, "--support", other.parent, "--query", text], "picture.webp must be PNG or JPEG, got .webp"),
         ([package, "--support", support, "--query", tmp_path / "no.png"], "no image file"),
     ):
         done = predict(runner, *words)

@@ -1,5 +1,6 @@
 """FewShotSession: the same answers as FewShotClassifier, without torch."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lorarecycle.export import FewShotSession, pixels, runtime
+from lorarecycle.export import FewShotSession, export_onnx, onnx_files, pixels, prototype_files, runtime
 from PIL import Image
 
 from lorarecycle import FewShotClassifier
@@ -47,6 +48,8 @@ def test_same_answers_as_the_classifier(session, classifier, pictures):
     assert session.predict(query).tolist() == classifier.predict(query).tolist()
     assert session.score(query, truth) == classifier.score(query, truth) > 0.8
     assert session.score(query, ["unseen"] * len(query)) == 0
+    bfloat16 = (query / 255).bfloat16()
+    np.testing.assert_allclose(session.transform(bfloat16), classifier.transform(bfloat16), atol=1e-5)
 
 
 def test_images_of_any_kind_and_size(session, classifier, tmp_path):
@@ -136,7 +139,7 @@ def test_prototypes_save_and_load(exported, pictures, tmp_path, suffix, labels):
     assert served.predict(images).tolist() == fitted.predict(images).tolist()
 
 
-def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, pictures, tmp_path):
+def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, pictures, tmp_path, monkeypatch):
     session = FewShotSession(exported)
     with pytest.raises(NotFittedError, match="call `fit"):
         session.save_prototypes(tmp_path / "p.npz")
@@ -151,11 +154,38 @@ def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, p
         path = session.save_prototypes(tmp_path / f"p{suffix}")
         with pytest.raises(ValueError, match="must hold the centres of this model"):
             FewShotSession(exported_int8).load_prototypes(path)
+        monkeypatch.setattr(prototype_files, "FORMAT_VERSION", 3)
+        with pytest.raises(ValueError, match="`format_version` 2 in place of 3; save again"):
+            session.load_prototypes(path)
+        monkeypatch.undo()
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(ValueError, match="must be a whole file of `save_prototypes`"):
             session.load_prototypes(path)
     with pytest.raises(FileNotFoundError, match="no prototypes"):
         session.load_prototypes(tmp_path / "absent.npz")
+
+
+def test_prototypes_of_other_weights_beside_the_graph(model, pictures, tmp_path, monkeypatch):
+    """The graph is the same, the weights in the file beside it are not."""
+    monkeypatch.setattr(onnx_files, "MAX_INLINE_BYTES", 1000)
+    plain, merged = (
+        export_onnx(model.backbone, tmp_path / name, adapter).folder
+        for name, adapter in (("plain", None), ("merged", model.meta_lora))
+    )
+    assert (plain / "encoder.onnx").read_bytes() == (merged / "encoder.onnx").read_bytes()
+    path = FewShotSession(plain).fit(pictures.images[:2], ["a", "b"]).save_prototypes(tmp_path / "p.npz")
+    assert FewShotSession(plain).load_prototypes(path).predict(pictures.images[:2]).tolist() == ["a", "b"]
+    with pytest.raises(ValueError, match="must hold the centres of this model"):
+        FewShotSession(merged).load_prototypes(path)
+
+
+def test_prototypes_of_images_prepared_otherwise(exported, pictures, tmp_path):
+    path = FewShotSession(exported).fit(pictures.images[:2], ["a", "b"]).save_prototypes(tmp_path / "p.npz")
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match="must hold the centres of this model"):
+        FewShotSession(folder).load_prototypes(path)
 
 
 def test_bad_input(session, pictures, tmp_path):
@@ -216,6 +246,9 @@ def test_folders_that_are_no_export(exported, tmp_path):
     (tmp_path / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(ValueError, match="`format_version` .* must be at most 1, got 9"):
         FewShotSession(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace('"format_version": 1', '"format_version": "1"'))
+    with pytest.raises(ValueError, match="`format_version` .* must be at most 1, got '1'"):
+        FewShotSession(tmp_path)
 
 
 def test_providers_and_threads(exported, monkeypatch):
@@ -225,8 +258,38 @@ def test_providers_and_threads(exported, monkeypatch):
         FewShotSession(exported, threads=0)
     ort = runtime.import_onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*reversed(runtime.PROVIDERS), "Other"])
-    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    loaded = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append("CUDA"))
+    assert runtime._choose(ort, ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
+    assert not loaded
     assert runtime._choose(ort, None) == list(runtime.PROVIDERS)
+    assert loaded == ["CUDA"]
+
+
+def test_a_gpu_is_used_without_tf32_and_not_left_unnoticed(exported, monkeypatch):
+    class OnCPU:
+        def __init__(self, path, options, providers):
+            self.asked = providers
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+        def get_inputs(self):
+            return []
+
+        get_outputs = get_inputs
+
+    ort = runtime.import_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: list(runtime.PROVIDERS))
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(ort, "InferenceSession", OnCPU)
+    path = exported / "head.onnx"
+    cuda, *others = runtime.Graph(path).session.asked
+    assert cuda == ("CUDAExecutionProvider", {"use_tf32": "0"})
+    assert others == ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    assert runtime.Graph(path, providers=["CPUExecutionProvider"]).session.asked == ["CPUExecutionProvider"]
+    with pytest.raises(ValueError, match="got CUDAExecutionProvider, in whose place CPUExecutionProvider would run"):
+        FewShotSession(exported, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 def test_without_onnxruntime_the_extra_is_named(exported, monkeypatch):
