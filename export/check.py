@@ -155,15 +155,15 @@ class References:
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
     """On a GPU without TF32, whose products and convolutions are further off than a file may be."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device == "cuda" else ()
-    before = [switch.allow_tf32 for switch in switches]
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if device == "cuda" else ()
+    before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
-            switch.allow_tf32 = False
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def trial_pixels(graph: EncoderGraph, n: int, images: Any = None) -> Tensor:

@@ -343,15 +343,15 @@ def test_values_that_are_not_finite_fail_whatever_the_limits():
 
 
 def test_the_reference_on_a_gpu_is_computed_without_tf32():
-    def allowed():
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    def precisions():
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
-    before = allowed()
+    before = precisions()
     with check.full_float32("cuda"):
-        assert allowed() == (False, False)
-    assert allowed() == before
+        assert precisions() == ("ieee", "ieee")
+    assert precisions() == before
     with check.full_float32("cpu"):
-        assert allowed() == before
+        assert precisions() == before
 
 
 def test_a_file_that_is_too_far_off_is_removed(model, tmp_path):
