@@ -155,7 +155,8 @@ class References:
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
     """On a GPU without TF32, whose products and convolutions are further off than a file may be."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if device == "cuda" else ()
+    backends: Any = torch.backends  # its stubs lack the switch of the convolutions
+    switches = (backends.cuda.matmul, backends.cudnn.conv) if device == "cuda" else ()
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
