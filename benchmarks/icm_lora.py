@@ -88,7 +88,7 @@ class Bench:
         return adapters, vectors
 
     def generator(self, method: type[Generator], r: int, name: str, last: int = 20, **config: Any) -> Generator:
-        """A fitted generator; seconds, peak memory, steps and bytes are noted."""
+        """A fitted generator; seconds, peak memory and steps are noted."""
         path = self.folder / "generators" / f"{name}.safetensors"
         if not path.exists():
             adapters, vectors = self.pool(r, last)
@@ -104,8 +104,8 @@ class Bench:
             made.save(path)
             losses = {key: value[-50:].mean().item() for key, value in getattr(made, "losses", {}).items()}
             steps = sum(len(v) for key, v in getattr(made, "losses", {}).items() if key != "kl")
-            facts = {"seconds": seconds, "peak_gb": peak_memory(), "steps": steps, "bytes": path.stat().st_size}
-            facts |= {"parameters": made.layout.size, "losses_of_last_50_steps": losses}
+            facts = {"seconds": seconds, "peak_gb": peak_memory(), "steps": steps, "parameters": made.layout.size}
+            facts["losses_of_last_50_steps"] = losses
             self.once(f"fit {name}", lambda: facts)
         return method.load(path)
 
@@ -257,6 +257,7 @@ class Bench:
             "config": {**GenerateConfig().__dict__, "batch_size": 2, "epochs": self.args.epochs},
             "tuning_seconds": seconds_spent(self.folder / "adapters"),
             "adapter_bytes": {r: folder_bytes(self.folder / "adapters" / f"r{r}") for r in (1, 2, 4, 8)},
+            "generator_bytes": {f.stem: f.stat().st_size for f in (self.folder / "generators").glob("*.safetensors")},
             "image_bytes": sum(t.images.images[:, :, :32, :32].numel() for t in self.tasks[:SEEN]),
         }
         write_report(self.facts, self.tasks, SEEN, self.args.output)

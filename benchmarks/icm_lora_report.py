@@ -142,12 +142,13 @@ def recycling(facts: Facts) -> str:
 def storage(facts: Facts) -> str:
     lines = []
     settings = facts["settings"]
+    sizes = settings["generator_bytes"]
     for label, values in (
         ("all checkpoints (fp32)", [settings["adapter_bytes"][r]["checkpoints"] for r in RANKS]),
         ("last checkpoints only", [settings["adapter_bytes"][r]["last"] for r in RANKS]),
-        ("model soup of all", [_fit(facts, f"soup-r{r}" if r != 2 else "soup-of-all") for r in RANKS]),
-        ("ICM-LoRA", [_fit(facts, f"icm-r{r}-n12") for r in RANKS]),
-        ("COND P-DIFF", [_fit(facts, "pdiff-r2") if r == 2 else None for r in RANKS]),
+        ("model soup of all", [sizes.get(f"soup-r{r}" if r != 2 else "soup-of-all") for r in RANKS]),
+        ("ICM-LoRA", [sizes.get(f"icm-r{r}-n12") for r in RANKS]),
+        ("COND P-DIFF", [sizes.get(f"pdiff-r{r}") for r in RANKS]),
     ):
         lines.append(f"| {label} | " + " | ".join("" if not v else f"{v / 1e6:.2f}" for v in values) + " |")
     return (
@@ -204,7 +205,3 @@ def accuracy_table(corner: str, rows: Sequence[tuple[str, str]], facts: Facts, t
             cells = [f"{value:.1f}" for value in found]
             lines.append(f"| {label} | " + " | ".join(cells) + f" | {sum(found) / len(found):.2f} |")
     return "\n".join(lines)
-
-
-def _fit(facts: Facts, name: str) -> int | None:
-    return facts.get(f"fit {name}", {}).get("bytes")
