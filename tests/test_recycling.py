@@ -200,7 +200,7 @@ def test_bad_adapters(tiny_backbone, adapters, build_vit, make_adapter, tmp_path
     fails(adapters, "`images_per_class` must be at least", meta={**FAST["meta"], "n_query": 15})
     fails(adapters, r"`layers` must be some of 0 to 2, got \(3,\)", meta={**FAST["meta"], "layers": (3,)})
     fails(adapters, "`layers` must name at least one block", meta={**FAST["meta"], "layers": ()})
-    fails(adapters, "`guide_size` must be a multiple of the patch size 8", meta={**FAST["meta"], "guide_size": 30})
+    fails(adapters, "`guide_size` must be a multiple of the patch 8, got 30", meta={**FAST["meta"], "guide_size": 30})
     fails(adapters, "no token would be left", inversion={"prune": {0: 1.0}})
     fails(adapters, "`inversion` must name settings of InversionConfig", kind=TypeError, inversion={"step": 1})
     fails(adapters, "`prior` must be a timm model", inversion={"prior": "nonsense", "steps": 1})

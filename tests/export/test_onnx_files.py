@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_int8_uint8_pruned_fixed(exported_int8, model, pictures):
 
 def test_int8_leaves_a_product_with_an_outlier_in_float32(model, tmp_path, monkeypatch):
     """One neuron of the MLP far above the others, as in trained ViTs: in int8 it would swallow them."""
-    backbone = model.backbone.clone()
+    backbone = deepcopy(model.backbone)
     with torch.no_grad():
         backbone.vit.blocks[1].mlp.fc1.bias[5] += 500
         backbone.vit.blocks[1].mlp.fc2.weight[:, 5] *= 0.01
