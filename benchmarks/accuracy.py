@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
         preset,
         inversion=replace(
             preset.inversion,
-            images_per_class=args.images_per_class,
             latent_size=args.latent_size or None,
+            **({} if args.images_per_class is None else {"images_per_class": args.images_per_class}),
             **({} if args.candidates is None else {"candidates": args.candidates}),
             **({} if args.inversion_steps is None else {"steps": args.inversion_steps}),
         ),
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inversion-steps", type=int, help="the preset's when left out")
     parser.add_argument("--candidates", type=int, help="the preset's when left out")
     parser.add_argument("--meta-steps", type=int, help="the preset's when left out; the bound has as many")
-    parser.add_argument("--images-per-class", type=int, default=16)
+    parser.add_argument("--images-per-class", type=int, help="the preset's when left out")
     parser.add_argument("--latent-size", type=int, default=32, help="CIFAR photographs have 32 pixels; 0: full size")
     parser.add_argument("--epochs", type=int, default=2, help="of tuning an adapter")
     parser.add_argument("--n-shots", type=int, nargs="+", default=[1, 5])

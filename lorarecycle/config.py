@@ -118,8 +118,8 @@ class MetaConfig:
     """Linear layers that the meta-LoRA adapts: any of q, k, v, proj, fc1, fc2."""
     layers: tuple[int, ...] | None = None
     """Blocks that it adapts; all when None (Tab. 10)."""
-    lr: float = 1e-3
-    """Highest learning rate of a cycle."""
+    lr: float | None = None
+    """Highest learning rate of a cycle; `default_lr` of the backbone's width when None (the paper's is 1e-3)."""
     lr_min: float = 1e-5
     """Lowest learning rate of a cycle."""
     cycle: int = 100
@@ -147,7 +147,8 @@ class MetaConfig:
         _sites(self.sites)
         if self.layers is not None and not self.layers:
             raise ValueError("`layers` must name at least one block, got none; leave it out for all.")
-        _positive("lr", self.lr)
+        if self.lr is not None:
+            _positive("lr", self.lr)
         _positive("lr_min", self.lr_min)
         _at_least("cycle", self.cycle, 4)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -183,7 +184,7 @@ class RecycleConfig:
     @classmethod
     def paper(cls) -> RecycleConfig:
         """LoRA Recycle as published (Sec. 5): 2000 steps from noise, then episodes only, from random factors."""
-        meta = MetaConfig(steps=200, distill=0.0, init="random", r=4, lora_alpha=4.0)
+        meta = MetaConfig(steps=200, distill=0.0, init="random", r=4, lora_alpha=4.0, lr=1e-3)
         return cls(InversionConfig(steps=2000, init="noise"), meta)
 
 

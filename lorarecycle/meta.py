@@ -106,6 +106,7 @@ def meta_train(
     if config.distill > 0:
         targets = feature_targets(backbone, guide, bank.images, image_size=config.guide_size, flip=config.flip)
         bank = bank._replace(targets=targets)
+    lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
     run = {
@@ -118,7 +119,7 @@ def meta_train(
     loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
     for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config, lr)
         generator = stream(seed, "flip", step)
         loss = episode_loss(backbone, lora, bank, sampler(step), config, generator, loss_of)
         optimizer.zero_grad()
@@ -157,14 +158,19 @@ def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
     )
 
 
-def learning_rate(step: int, config: MetaConfig) -> float:
+def default_lr(embed_dim: int) -> float:
+    """5e-3 up to width 192, where it was chosen; from there as 1 / width (Yang et al. 2022, Tensor Programs V)."""
+    return 5e-3 * min(1, 192 / embed_dim)
+
+
+def learning_rate(step: int, config: MetaConfig, lr: float) -> float:
     """Cycles: a quarter linear from `lr_min` to `lr`, the rest cosine back (Sec. 5, implementation details)."""
     cycle = min(config.cycle, config.steps)
     warmup, phase = cycle // 4, step % cycle
     if phase < warmup:
-        return config.lr_min + (config.lr - config.lr_min) * phase / warmup
+        return config.lr_min + (lr - config.lr_min) * phase / warmup
     progress = (phase - warmup) / (cycle - warmup)
-    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr_min + (lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: float | None = None) -> Bank:

@@ -40,7 +40,9 @@ def build_vit() -> Callable[..., Any]:
             "num_heads": 2,
             "num_classes": 0,
         }
-        vit = cls(**{**sizes, **options}).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vit = cls(**{**sizes, **options}).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in vit.parameters():

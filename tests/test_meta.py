@@ -9,7 +9,7 @@ from lorarecycle import meta as module
 from lorarecycle.episodes import EpisodeSampler
 from lorarecycle.images import normalize
 from lorarecycle.lora import LoRA
-from lorarecycle.meta import episode_loss, fill_bank, learning_rate, mirror, query_loss
+from lorarecycle.meta import default_lr, episode_loss, fill_bank, learning_rate, mirror, query_loss
 
 CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False, init="random", distill=0.0)
 
@@ -88,16 +88,19 @@ def test_a_flip_mirrors_the_kept_tokens(tiny_backbone, tiny_data):
 
 
 def test_learning_rate_cycles():
-    config = MetaConfig()
-    rates = [learning_rate(step, config) for step in range(200)]
+    rates = [learning_rate(step, MetaConfig(), 1e-3) for step in range(200)]
     assert rates[0] == pytest.approx(1e-5)
     assert rates[25] == pytest.approx(1e-3) == max(rates)
     assert rates[12] == pytest.approx(1e-5 + (1e-3 - 1e-5) * 12 / 25)
     assert rates[62] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.05)
     assert rates[:100] == rates[100:]
-    short = [learning_rate(step, MetaConfig(steps=20)) for step in range(20)]
+    short = [learning_rate(step, MetaConfig(steps=20), 1e-3) for step in range(20)]
     assert short[5] == pytest.approx(1e-3)
     assert short[19] < 3e-5
+
+
+def test_the_default_learning_rate_falls_with_the_width():
+    assert [default_lr(width) for width in (32, 192, 768)] == [5e-3, 5e-3, 1.25e-3]
 
 
 def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, monkeypatch):

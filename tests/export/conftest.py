@@ -27,7 +27,9 @@ class Model:
 @pytest.fixture(scope="session")
 def model() -> Model:
     generator = torch.Generator().manual_seed(0)
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
