@@ -58,7 +58,8 @@ class Backbone(Encoder):
                 checkpoint (ViT, DeiT, DINOv2, CLIP vision); a safetensors file whose metadata names its timm
                 `architecture`; "demo", the small ViT that comes with the package; or a module.
             weights: local safetensors file for the architecture that `base` names, under timm's or transformers'
-                keys; a classifier in it is left out. Fetched from the Hub when None.
+                keys; a classifier in it is left out. Fetched from the Hub when None. Not for "demo", a directory or a
+                safetensors file, which have their own.
             image_size: side in pixels that images are resized to; the pre-training size when None.
             mean, std: input normalisation; the checkpoint's own when None.
             attention: see the class.

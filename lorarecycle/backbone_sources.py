@@ -25,6 +25,11 @@ def find_vit(
             _fill(base, _read_weights(Path(weights)), str(weights))
         return base, {"name": name}
     path = Path(base)
+    if weights is not None and (base == "demo" or path.is_dir() or path.suffix == ".safetensors"):
+        raise ValueError(
+            f"`weights` must come with a `base` that names an architecture, got {str(base)!r}, which has its "
+            "own weights; pass a timm name or a Hub id as `base`, or leave `weights` out."
+        )
     if base == "demo":
         return _demo_vit()
     if path.is_dir():

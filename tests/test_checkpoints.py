@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from lorarecycle import Backbone
 from lorarecycle.checkpoint_facts import read_config
 from lorarecycle.checkpoints import build_vit, convert_state_dict, find_family, load_vit
 from lorarecycle.files import save_tensors
@@ -241,3 +242,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08")
     with pytest.raises(ValueError, match=r"must be a whole safetensors file"):
         load_vit(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["demo", "folder", "vit.safetensors"])
+def test_weights_beside_a_model_that_has_its_own_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=rf"`weights` must come with a `base` that names .*, got '{base}', which has"):
+        Backbone.load(base, weights="mine.safetensors")
