@@ -2,6 +2,7 @@
 #include "few_shot.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -12,11 +13,22 @@ namespace fs = std::filesystem;
 
 namespace {
 
+using Loader = torch::inductor::AOTIModelPackageLoader;
+
 constexpr int64_t kBatch = 16;
 
-std::string require_package(const fs::path& package) {
+std::unique_ptr<Loader> load(const fs::path& package) {
   if (!fs::is_regular_file(package)) throw std::runtime_error("no package " + package.string() + ".");
-  return package.string();
+  std::string reason;
+  try {
+    return std::make_unique<Loader>(package.string());
+  } catch (const c10::Error& error) {
+    reason = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    reason = error.what();
+  }
+  throw std::runtime_error(package.string() + " must be a whole package for this machine, got one that does not load (" +
+                           reason + "); write it again with `python -m lorarecycle.export --aoti`.");
 }
 
 std::vector<fs::path> sorted_entries(const fs::path& folder) {
@@ -28,8 +40,8 @@ std::vector<fs::path> sorted_entries(const fs::path& folder) {
 
 }  // namespace
 
-FewShot::FewShot(const fs::path& package) : loader_(require_package(package)) {
-  const auto facts = loader_.get_metadata();
+FewShot::FewShot(const fs::path& package) : loader_(load(package)) {
+  const auto facts = loader_->get_metadata();
   for (const char* key : {"image_size", "batch_size", "distance"}) {
     if (!facts.contains(key)) {
       throw std::runtime_error(package.string() + " must be written by `python -m lorarecycle.export --aoti`, got a " +
@@ -48,7 +60,7 @@ void FewShot::fit(const fs::path& support) {
     if (!fs::is_directory(folder) || folder.filename().string().starts_with(".")) continue;
     std::vector<fs::path> files;
     for (const auto& file : sorted_entries(folder)) {
-      if (is_image_name(file)) files.push_back(file);
+      if (fs::is_regular_file(file) && is_image_name(file)) files.push_back(file);
     }
     if (files.empty()) throw std::runtime_error(folder.string() + " must hold PNG or JPEG files, got none.");
     classes_.push_back(folder.filename().string());
@@ -80,7 +92,7 @@ at::Tensor FewShot::features(const std::vector<fs::path>& files) {
     }
     const auto count = int64_t(batch.size());
     if (batch_size_ > 0) batch.resize(batch_size_, batch.back());  // a fixed batch is filled up
-    parts.push_back(loader_.run({at::cat(batch)}).at(0).slice(0, 0, count));
+    parts.push_back(loader_->run({at::cat(batch)}).at(0).slice(0, 0, count));
   }
   return at::cat(parts);
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,7 @@ class FewShot {
   at::Tensor features(const std::vector<std::filesystem::path>& files);  // float32 [n, D]
   at::Tensor logits(const at::Tensor& features) const;                    // float32 [Q, C]
 
-  torch::inductor::AOTIModelPackageLoader loader_;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
   int64_t image_size_ = 0;
   int64_t batch_size_ = 0;  // 0: any
   std::string distance_;

@@ -219,7 +219,7 @@ at::Tensor read_image(const std::filesystem::path& path) {
 
 bool is_image_name(const std::filesystem::path& path) {
   const std::string suffix = lower_suffix(path);
-  for (const char* other : {".avif", ".bmp", ".gif", ".heic", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}) {
+  for (const char* other : {".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}) {
     if (suffix == other) {
       throw std::runtime_error("image file " + path.string() + " must be PNG or JPEG, got " + suffix + "; convert it.");
     }

@@ -119,11 +119,14 @@ def test_the_runner_explains_bad_input(package, runner, photos, tmp_path):
     (empty / "class").mkdir(parents=True)
     foreign = tmp_path / "foreign.pt2"
     foreign.write_text("no package")
+    short = tmp_path / "short.pt2"
+    short.write_bytes(package.read_bytes()[:-100])
     for words, message in (
         ([package, "--support", support], "usage: lorarecycle-predict"),
         ([package, "--suport", support], "unknown flag --suport"),
         ([tmp_path / "no.pt2", "--support", support, "--query", text], "no package"),
-        ([foreign, "--support", support, "--query", text], "lorarecycle-predict: error: "),
+        ([foreign, "--support", support, "--query", text], "foreign.pt2 must be a whole package for this machine"),
+        ([short, "--support", support, "--query", text], "short.pt2 must be a whole package for this machine"),
         ([package, "--support", tmp_path / "no", "--query", text], "no support folder"),
         ([package, "--support", empty, "--query", text], "must hold PNG or JPEG files, got none"),
         ([package, "--support", support, "--query", text], "got neither PNG nor JPEG"),
