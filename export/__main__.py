@@ -69,6 +69,7 @@ class Export:
 
         if not (self.onnx or self.aoti):
             raise ValueError("the format must be named, got none; pass `--onnx`, `--aoti` or both.")
+        self._refuse_idle_flags()
         config = ExportConfig(
             opset=self.opset,
             dtype=self.dtype,
@@ -98,6 +99,18 @@ class Export:
         if self.aoti:
             print(export_aoti(backbone, output / "encoder.pt2", meta_lora, config, images=images))
             print(output / "encoder.pt2")
+
+    def _refuse_idle_flags(self) -> None:
+        """Raise for a flag that would change nothing."""
+        if self.device != "cpu" and not self.onnx:
+            raise ValueError(f"`--device` must be cpu without `--onnx`, got {self.device}: a package is for the CPU.")
+        if self.data is not None and (self.dtype == "fp32" or not self.onnx):
+            raise ValueError(
+                f"`--data` must come with `--onnx` and `--dtype` fp16 or int8, got --dtype {self.dtype}: accuracy is "
+                "measured for those only; leave `--data` out."
+            )
+        if self.split is not None and self.data is None:
+            raise ValueError(f"`--split` must come with `--data`, got {self.split!r} alone; name the data.")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -39,6 +39,13 @@ def test_bare_command_exports_the_demo_model(tmp_path):
         (["--onnx", "--prune", "2-0.5"], "`prune` must be pairs such as 6:0.5"),
         (["--onnx", "--prune", "9:0.5"], "`prune` must name layers 0 to 5, got 9"),
         (["--onnx", "--images", "nowhere.png"], "no image file nowhere.png"),
+        (["--onnx", "--weights", "mine.safetensors"], "`weights` must come with a `base` that names an architecture"),
+        (
+            ["--onnx", "--data", "photos"],
+            "`--data` must come with `--onnx` and `--dtype` fp16 or int8, got",
+        ),
+        (["--onnx", "--dtype", "int8", "--split", "val"], "`--split` must come with `--data`, got 'val' alone"),
+        (["--aoti", "--device", "cuda"], "`--device` must be cpu without `--onnx`, got cuda"),
         (["--aoti", "--dtype", "int8"], "`dtype` of a package must be 'fp32'"),
         (["--onnx", "--aoti", "--dtype", "fp16"], "`dtype` of a package must be 'fp32'"),
     ],
