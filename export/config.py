@@ -50,7 +50,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.opset < MIN_OPSET:
-            raise ValueError(f"`opset` must be at least {MIN_OPSET}, got {self.opset}.")
+            raise ValueError(f"`opset` must be at least {MIN_OPSET}, got {self.opset}; leave it out for that.")
         for name, known in (("dtype", DTYPES), ("distance", DISTANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")

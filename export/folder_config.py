@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,31 @@ FORMAT_VERSION = 1
 _KEYS = ("image_size", "mean", "std", "input_dtype", "batch_size", "embed_dim", "distance", "sha256")
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and isfinite(x) for x in value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": (_is_size, "a size in pixels"),
+    "mean": (_is_triple, "three numbers"),
+    "std": (lambda value: _is_triple(value) and min(value) > 0, "three numbers above 0"),
+    "input_dtype": (lambda value: value in ("float32", "uint8"), "'float32' or 'uint8'"),
+    "batch_size": (lambda value: value == "dynamic" or _is_size(value), "'dynamic' or a number of images"),
+    "embed_dim": (_is_size, "a width"),
+    "sha256": (lambda value: isinstance(value, dict), "hashes by file name"),
+}
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of config.json.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: damaged, of a newer format, or of a folder without the ONNX files.
+        ValueError: damaged, of a newer format, or without something that a session needs.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -36,6 +57,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {version!r}; upgrade lorarecycle."
         )
+    for key, (fits, rule) in _RULES.items():
+        if not fits(content[key]):
+            raise ValueError(f"`{key}` in {path} must be {rule}, got {content[key]!r}; export again.")
     return content
 
 

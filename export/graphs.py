@@ -18,11 +18,17 @@ def prepare_backbone(backbone: Backbone, meta_lora: Adapter | None, image_size: 
     """A float32 backbone on the CPU that holds the adapter and reads images of `image_size`.
 
     Raises:
+        TypeError: something else than a Backbone or an Adapter.
         ValueError: the adapter does not fit, or the patch size does not divide `image_size`.
     """
-    size = image_size or backbone.image_size
-    if size % backbone.patch_size:
-        raise ValueError(f"`img_size` must be a multiple of the patch size {backbone.patch_size}, got {size}.")
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"`backbone` must be a Backbone, got {type(backbone).__name__}; use `Backbone.load`.")
+    if not isinstance(meta_lora, Adapter | None):
+        raise TypeError(f"`meta_lora` must be an Adapter, got {type(meta_lora).__name__}; use `Adapter.load`.")
+    size, patch = image_size or backbone.image_size, backbone.patch_size
+    if size % patch:
+        nearest = max(1, round(size / patch)) * patch
+        raise ValueError(f"`img_size` must be a multiple of the patch size {patch}, got {size}; take {nearest}.")
     model = backbone.clone().to("cpu", torch.float32)
     if meta_lora is not None:
         model = model.merge(meta_lora)

@@ -139,6 +139,8 @@ def write_encoder(
 
 def write_head(path: Path, config: ExportConfig, embed_dim: int) -> None:
     """The head, not yet checked."""
+    if embed_dim < 1:
+        raise ValueError(f"`embed_dim` must be at least 1, got {embed_dim}; pass the backbone's.")
     example = (torch.zeros(3, embed_dim), torch.ones(2, embed_dim))
     axes = {"embeddings": {0: "queries"}, "prototypes": {0: "classes"}}
     names = ["embeddings", "prototypes"], ["logits", "probabilities"]

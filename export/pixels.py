@@ -73,8 +73,7 @@ def _fit(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[1:]
     short, long = min(height, width), max(height, width)
     if short != size:
-        from PIL import Image
-
+        Image = _import_pillow()
         longer = int(size * long / short)
         height, width = (size, longer) if height <= width else (longer, size)
         picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
@@ -108,15 +107,30 @@ def _decode(images: Any, name: str) -> Iterator[np.ndarray]:
         )
 
 
+def _import_pillow() -> Any:
+    """PIL.Image.
+
+    Raises:
+        ImportError: it is missing; the message says what needs it.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            f"image files and images of another size need Pillow ({error}); install `pillow`, or pass arrays of the "
+            "model's size."
+        ) from None
+    return Image
+
+
 def _is_pil(image: Any) -> bool:
     return any(cls.__module__ == "PIL.Image" for cls in type(image).__mro__)
 
 
 def _from_file(path: Path) -> np.ndarray:
-    from PIL import Image
-
     if not path.exists():
         raise FileNotFoundError(f"no image file {path}.")
+    Image = _import_pillow()
     try:
         with Image.open(path) as image:
             return _from_pil(image, f"image file {path}")

@@ -26,22 +26,24 @@ def write_prototypes(path: str | PathLike[str], prototypes: np.ndarray, classes:
 
     Raises:
         ValueError: another suffix or other labels.
+        ImportError: a .safetensors file without the package safetensors.
     """
     path = _checked(path)
     labels = classes.tolist()
     if not all(isinstance(label, (str, int, float)) for label in labels):
         raise ValueError(f"labels must be strings or numbers to be saved, got {labels}; name the classes.")
+    safetensors = _import_safetensors() if path.suffix == ".safetensors" else None
     dtype = "object" if classes.dtype.kind == "O" else str(classes.dtype)
     facts = json.dumps({"format_version": FORMAT_VERSION, "model": model_hash, "dtype": dtype, "classes": labels})
 
     def write(temporary: Path) -> None:
-        if path.suffix == ".npz":
+        if safetensors is None:
             with open(temporary, "wb") as file:
                 np.savez(file, prototypes=prototypes, facts=np.array(facts))
         else:
-            from safetensors.numpy import save_file
-
-            save_file({"prototypes": np.ascontiguousarray(prototypes)}, str(temporary), metadata={"facts": facts})
+            safetensors.numpy.save_file(
+                {"prototypes": np.ascontiguousarray(prototypes)}, str(temporary), metadata={"facts": facts}
+            )
 
     return write_atomic(path, write)
 
@@ -52,12 +54,14 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, or made by another model.
+        ImportError: a .safetensors file without the package safetensors.
     """
     path = _checked(path)
     if not path.is_file():
         raise FileNotFoundError(f"no prototypes {path}.")
+    safetensors = _import_safetensors() if path.suffix == ".safetensors" else None
     try:
-        prototypes, facts = _read(path)
+        prototypes, facts = _read(path, safetensors)
         if facts["format_version"] != FORMAT_VERSION:
             raise ValueError(f"`format_version` {facts['format_version']!r} in place of {FORMAT_VERSION}")
         labels, dtype, model = facts["classes"], facts["dtype"], facts["model"]
@@ -78,13 +82,26 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
     return prototypes, classes
 
 
-def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    if path.suffix == ".npz":
+def _import_safetensors() -> Any:
+    """The package.
+
+    Raises:
+        ImportError: it is missing; the message says what does without.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f"prototypes in a .safetensors file need safetensors ({error}); install `safetensors`, or use a .npz file."
+        ) from None
+    return safetensors
+
+
+def _read(path: Path, safetensors: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    if safetensors is None:
         with np.load(path, allow_pickle=False) as file:
             return file["prototypes"], json.loads(str(file["facts"]))
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="np") as file:
+    with safetensors.safe_open(str(path), framework="np") as file:
         return file.get_tensor("prototypes"), json.loads((file.metadata() or {})["facts"])
 
 

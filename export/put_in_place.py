@@ -19,8 +19,16 @@ def work_folder(target: Path) -> Iterator[Path]:
     It lies inside, as a file moves in one step only within a file system, and `target` may be a mount point or a link.
     """
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
-    target.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target, prefix=LEFTOVER))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target, prefix=LEFTOVER))
+    except OSError as error:
+        for empty in made:
+            if empty.is_dir():
+                empty.rmdir()
+        raise OSError(
+            error.errno, f"cannot write into the folder {target}: {error.strerror}; choose another"
+        ) from error
     try:
         yield folder
     finally:

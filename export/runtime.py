@@ -83,6 +83,10 @@ class Graph:
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
     def _checked(self, name: str, array: np.ndarray) -> np.ndarray:
+        if name not in self.inputs:
+            raise ValueError(
+                f"{self.path} must have an input `{name}`, got {list(self.inputs)}; export the model again."
+            )
         node = self.inputs[name]
         wanted = np.dtype(_DTYPES[node.type])
         fits = len(node.shape) == array.ndim and all(
@@ -107,10 +111,13 @@ def import_onnxruntime() -> Any:
     """
     try:
         import onnxruntime
+
+        if not hasattr(onnxruntime, "InferenceSession"):  # both extras were installed, one was removed
+            raise ImportError("its folder is there without its files")
     except ImportError as error:
         raise ImportError(
             f"`lorarecycle.export` needs onnxruntime ({error}); install `lorarecycle[onnx]` for the CPU or "
-            "`lorarecycle[onnx-gpu]` for CUDA, not both."
+            "`lorarecycle[onnx-gpu]` for CUDA, not both (with `--force-reinstall` after removing one of two)."
         ) from None
     return onnxruntime
 

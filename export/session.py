@@ -102,7 +102,7 @@ class FewShotSession:
         Raises:
             ValueError: another shape or dtype, or NaN.
         """
-        return self._encoder.run({"pixel_values": pixel_values})["embeddings"].numpy()
+        return self._encoder.run({"pixel_values": np.asarray(pixel_values)})["embeddings"].numpy()
 
     def decision_function(self, query_images: Any) -> np.ndarray:
         """Logits, float32 [Q, C]: minus the distance to each class centre, in the order of `classes_`."""
@@ -126,7 +126,7 @@ class FewShotSession:
         truth = match_labels(labels, self.classes_.tolist())
         return float(np.mean(self.decision_function(images).argmax(axis=-1) == truth))
 
-    def solve(self, support_images: Any, support_labels: Sequence[int], query_images: Any) -> np.ndarray:
+    def solve(self, support_images: Any, support_labels: Iterable[int], query_images: Any) -> np.ndarray:
         """A whole task in one call of episode.onnx, which keeps no centres.
 
         Args:
@@ -140,17 +140,17 @@ class FewShotSession:
         Raises:
             ValueError: not one label per image, or a class without support images.
         """
-        labels = np.asarray(support_labels)
         images = list_images(support_images)
-        require_same_length(count_images(images), list(labels), "support")
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"`support_labels` must be integers [S], got {labels.dtype} {list(labels.shape)}.")
-        n_classes = int(labels.max(initial=-1)) + 1
-        empty = sorted(set(range(n_classes)) - set(labels.tolist()))
-        if empty or labels.min(initial=0) < 0:
+        given, _ = label_list(support_labels, "support_labels")
+        require_same_length(count_images(images), given, "support")
+        labels = np.array(given)
+        if given and labels.dtype.kind not in "iu":
+            raise ValueError(f"`support_labels` must be integers, got {labels.dtype}; number the classes from 0.")
+        classes = sorted(set(labels.tolist()))
+        if classes != list(range(len(classes))):
             raise ValueError(
-                f"`support_labels` must hold every class 0 to {n_classes - 1} and no other, got no image of "
-                f"{empty or 'a class below 0'}; number the classes without gaps."
+                f"`support_labels` must hold every class from 0 to the largest, each at least once, got the classes "
+                f"{classes[:20]}; number them without gaps."
             )
         feeds = {
             "support_images": np.concatenate(list(self._pixels(images, "support_images"))),

@@ -25,7 +25,7 @@ from lorarecycle.export import (
 )
 from lorarecycle.export.graphs import EncoderGraph
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier
+from lorarecycle import Adapter, Backbone, FewShotClassifier, load_dataset
 from lorarecycle.adapter import LoRAFactors
 from lorarecycle.evaluation import sample_tasks
 from lorarecycle.files import LEFTOVER
@@ -271,22 +271,45 @@ def test_architectures_in_full_size(name, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{name}: {parity}")  # noqa: T201
     assert parity.max_error < 1e-4
+    assert parity.reference == "float32"
 
 
-def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures, monkeypatch):
+def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures):
+    """Random and real images in batches of 1, 2, 7 and 64."""
     weights = real_data / "vit_tiny_patch16_224.safetensors"
     backbone = Backbone.load("vit_tiny_patch16_224", weights=weights)
-    monkeypatch.setattr(check, "BATCH_SIZES", (1, 8))
     parity = export_encoder(backbone, tmp_path / "encoder.onnx", images=pictures.images)
     assert parity.max_error < 1e-4
+    assert parity.reference == "float32"
     pixels = normalize(to_uint8(pictures.images[:3], 224), backbone.mean, backbone.std)
     np.testing.assert_allclose(run(tmp_path / "encoder.onnx", pixel_values=pixels)[0], backbone(pixels), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_episode_of_vit_tiny_equals_the_classifier_on_100_random_tasks(real_data, tmp_path):
+    """Real weights, photos of CIFAR-FS's validation classes, 112 x 112."""
+    weights = real_data / "vit_tiny_patch16_224.safetensors"
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=112)
+    export_episode(backbone, tmp_path / "episode.onnx")
+    data = load_dataset(real_data / "cifar_fs.npz", "val")
+    classifier = FewShotClassifier(backbone)
+    session = ort.InferenceSession(str(tmp_path / "episode.onnx"), providers=CPU)
+    tasks = sample_tasks(data.labels, n_way=5, n_shot=1, n_query=3, n_tasks=100, seed=0)
+    labels = torch.arange(5)
+    for support, query in zip(tasks.support, tasks.query, strict=True):
+        pixels = normalize(to_uint8(data.images[torch.cat([support, query])], 112), backbone.mean, backbone.std).numpy()
+        feeds = {"support_images": pixels[:5], "support_labels": labels.numpy(), "query_images": pixels[5:]}
+        expected = classifier.fit(data.images[support], labels).decision_function(data.images[query])
+        np.testing.assert_allclose(session.run(None, feeds)[0], expected, atol=1e-4)
 
 
 def test_a_model_whose_float32_is_noisy_is_judged_in_float64(model, tmp_path, monkeypatch):
     config = ExportConfig(atol=1e-4)
     monkeypatch.setattr(check.References, "embeddings", torch.full((64, 32), 1e3))
-    assert export_encoder(model.backbone, tmp_path / "encoder.onnx", config=config).max_error < 1e-4
+    parity = export_encoder(model.backbone, tmp_path / "encoder.onnx", config=config)
+    assert parity.max_error < 1e-4
+    assert parity.reference == "float64"
+    assert str(parity).endswith("against PyTorch in float64")
     monkeypatch.setattr(check.References, "exact", torch.full((64, 32), 1e3))
     with pytest.raises(ValueError, match="at most `atol`"):
         export_encoder(model.backbone, tmp_path / "other.onnx", config=config)
@@ -302,7 +325,8 @@ def test_a_model_whose_float32_is_noisy_is_judged_in_float64(model, tmp_path, mo
         ({"distance": "manhattan"}, "`distance` must be one of"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"atol": 0.0}, "`atol` must be a number above 0"),
-        ({"img_size": 36}, "`img_size` must be a multiple of the patch size 8, got 36"),
+        ({"img_size": 35}, "`img_size` must be a multiple of the patch size 8, got 35; take 32"),
+        ({"img_size": 3}, "`img_size` must be a multiple of the patch size 8, got 3; take 8"),
         ({"prune": {2: 0.5}}, "`prune` must name layers 0 to 1, got 2"),
         ({"prune": {0: 1.0}}, r"`prune\[0\]` must be a ratio in"),
     ],
@@ -317,6 +341,34 @@ def test_an_adapter_of_another_width_is_refused(model, tmp_path):
     foreign = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 64), torch.ones(64, 2), 1.0)}, name="wide")
     with pytest.raises(ValueError, match=r"adapter 'wide' must fit backbone 'tiny'"):
         export_onnx(model.backbone, tmp_path / "out", foreign)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_kinds_of_objects_are_refused(model, tmp_path):
+    with pytest.raises(TypeError, match=r"`backbone` must be a Backbone, got str; use `Backbone\.load`"):
+        export_onnx("demo", tmp_path / "out")
+    with pytest.raises(TypeError, match=r"`meta_lora` must be an Adapter, got str; use `Adapter\.load`"):
+        export_encoder(model.backbone, tmp_path / "out" / "encoder.onnx", "meta-lora")
+    with pytest.raises(ValueError, match="`embed_dim` must be at least 1, got 0"):
+        export_head(tmp_path / "out" / "head.onnx", embed_dim=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in ("file", "file/inner"):
+        with pytest.raises(OSError, match=rf"cannot write into the folder .*{output}: .*; choose another"):
+            export_head(tmp_path / output / "head.onnx", embed_dim=8)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_no_folder_is_left_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(**keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(put_in_place.tempfile, "mkdtemp", full)
+    with pytest.raises(OSError, match="No space left on device; choose another"):
+        export_head(tmp_path / "deep" / "out" / "head.onnx", embed_dim=8)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -106,12 +107,21 @@ def test_solve_is_one_graph_for_a_task(session, classifier, pictures):
     labels = pictures.labels[:40:4]
     expected = classifier.fit(support, labels).decision_function(query)
     np.testing.assert_allclose(session.solve(support, labels, query), expected, atol=1e-4)
-    with pytest.raises(ValueError, match=r"`support_labels` must hold every class 0 to 3 .* no image of \[1\]"):
-        session.solve(support[:3], [0, 2, 3], query)
+    for kind in (np.uint8, np.uint64, np.int16):
+        np.testing.assert_allclose(session.solve(support, labels.numpy().astype(kind), query), expected, atol=1e-4)
+    np.testing.assert_allclose(session.solve(support, iter(labels), query), expected, atol=1e-4)
+    for wrong in ([0, 2, 3], [0, 1, 10**12], [-1, 0, 1], [1, 1, 1]):
+        with pytest.raises(ValueError, match=r"`support_labels` must hold every class from 0 .* got the classes \["):
+            session.solve(support[:3], wrong, query)
     with pytest.raises(ValueError, match="2 labels for 3 images"):
         session.solve(support[:3], [0, 1], query)
-    with pytest.raises(ValueError, match="must be integers"):
-        session.solve(support[:2], ["a", "b"], query)
+    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
+        session.solve([], [], query)
+    with pytest.raises(TypeError, match="`support_labels` must be a sequence of labels, got 0"):
+        session.solve(support[:1], 0, query)
+    for wrong in (["a", "b"], [0.0, 1.0], [False, True]):
+        with pytest.raises(ValueError, match="`support_labels` must be integers, got"):
+            session.solve(support[:2], wrong, query)
 
 
 def test_fixed_batch_uint8_int8(exported_int8, model, pictures):
@@ -214,7 +224,8 @@ def test_bad_input(session, pictures, tmp_path):
 def test_prepared_pixels_of_another_size_or_dtype(session):
     good = np.zeros((2, 3, 32, 32), np.float32)
     assert session.embed(good).shape == (2, 32)
-    for bad in (good[:, :, :16], good.astype(np.float64), good.astype(np.uint8), good[0]):
+    assert session.embed(torch.from_numpy(good)).shape == (2, 32)
+    for bad in ([[1.0]], good[:, :, :16], good.astype(np.float64), good.astype(np.uint8), good[0]):
         with pytest.raises(ValueError, match=r"`pixel_values` must be float32 \['batch_size', 3, 32, 32\], got"):
             session.embed(bad)
     good[0, 0, 0, 0] = np.nan
@@ -233,6 +244,35 @@ def test_damaged_files(exported, tmp_path, name):
         FewShotSession(folder, verify=False)
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"no file .*{name}"):
+        FewShotSession(folder)
+
+
+def test_another_graph_in_the_place_of_the_encoder(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    shutil.copy(folder / "head.onnx", folder / "encoder.onnx")
+    session = FewShotSession(folder, verify=False)
+    with pytest.raises(ValueError, match=r"encoder\.onnx must have an input `pixel_values`, got \['embeddings'"):
+        session.fit(np.zeros((1, 32, 32, 3), np.uint8), [0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("image_size", "32", "a size in pixels"),
+        ("image_size", 0, "a size in pixels"),
+        ("mean", [0.5], "three numbers"),
+        ("std", [0.5, 0.5, 0], "three numbers above 0"),
+        ("input_dtype", "int4", "'float32' or 'uint8'"),
+        ("batch_size", None, "'dynamic' or a number of images"),
+        ("embed_dim", "wide", "a width"),
+        ("sha256", [], "hashes by file name"),
+    ],
+)
+def test_a_damaged_description(exported, tmp_path, key, value, rule):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=rf"`{key}` in .*config\.json must be {rule}, got .*; export again"):
         FewShotSession(folder)
 
 
@@ -296,6 +336,28 @@ def test_without_onnxruntime_the_extra_is_named(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"install `lorarecycle\[onnx\]` .* `lorarecycle\[onnx-gpu\]`"):
         FewShotSession(exported)
+
+
+def test_a_broken_onnxruntime_is_a_missing_one(exported, monkeypatch):
+    """Removing one of the two packages leaves a folder without files, which Python imports."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(ImportError, match=r"folder is there without its files\); install `lorarecycle\[onnx\]`"):
+        FewShotSession(exported)
+
+
+def test_without_pillow_and_safetensors(session, pictures, tmp_path, monkeypatch):
+    session.fit(pictures.images[:2], ["a", "b"])
+    kept = session.save_prototypes(tmp_path / "p.safetensors")
+    for name in ("PIL", "safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "query.png").touch()
+    for images in (tmp_path / "query.png", np.zeros((40, 50, 3), np.uint8)):
+        with pytest.raises(ImportError, match="need Pillow .* install `pillow`, or pass arrays of the model's size"):
+            session.predict(images)
+    for use in (session.load_prototypes, session.save_prototypes):
+        with pytest.raises(ImportError, match=r"need safetensors .* install `safetensors`, or use a \.npz file"):
+            use(kept)
+    assert session.load_prototypes(session.save_prototypes(tmp_path / "p.npz")).classes_.tolist() == ["a", "b"]
 
 
 def test_it_runs_where_torch_cannot_be_imported(exported, pictures, tmp_path):
