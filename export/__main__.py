@@ -43,7 +43,8 @@ class Export:
     uint8_input: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Put scaling and normalisation into the graph: pixels 0 to 255 go in."""
     atol: float | None = None
-    """Largest absolute error against PyTorch. Left out: 1e-4 for fp32, a cosine of 0.999 for fp16 and 0.9 for int8."""
+    """Largest absolute error against PyTorch. Left out: 1e-4 for fp32, a cosine of 0.999 for fp16 (0.99 with --prune)
+    and 0.9 for int8."""
     prune: tuple[str, ...] = ()
     """Patch tokens to drop, layer:ratio, such as 6:0.5; several may be given."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"

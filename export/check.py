@@ -17,7 +17,7 @@ from ..backbone import Backbone
 from ..images import normalize, to_uint8
 from ..prototypes import class_centres, distance_logits
 from ..seeds import stream
-from .config import ATOL, MAX_LOGIT_ERROR, MIN_COSINE, ExportConfig
+from .config import ATOL, MAX_LOGIT_ERROR, MIN_COSINE, MIN_COSINE_PRUNED, ExportConfig
 from .graphs import EncoderGraph
 from .real_images import handwritten_digits
 from .runtime import Graph
@@ -91,7 +91,8 @@ class References:
             for shift in (0, 1) if size == 1 else (0,):  # one random, one real
                 chosen.append((torch.arange(size) + shift) % len(self.pixels))
                 ours.append(graph.run({"pixel_values": self.pixels[chosen[-1]].numpy()})["embeddings"].numpy())
-        min_cosine = MIN_COSINE[self.config.dtype] if self.atol is None else None
+        limits = MIN_COSINE_PRUNED if self.config.prune else MIN_COSINE
+        min_cosine = limits[self.config.dtype] if self.atol is None else None
         return self.judge(path, ours, lambda features: [features[index] for index in chosen], self.atol, min_cosine)
 
     def check_episode(self, path: Path) -> Parity:
@@ -263,5 +264,7 @@ def judge(
     if atol is not None and not error <= atol:
         raise ValueError(f"{parity}: the error must be at most `atol` {atol:g}; nothing was kept.")
     if min_cosine is not None and not cosine >= min_cosine:
-        raise ValueError(f"{parity}: the cosine must be at least {min_cosine:g}; nothing was kept. Use dtype fp32.")
+        raise ValueError(
+            f"{parity}: the cosine must be at least {min_cosine:g}; nothing was kept. Use dtype fp32, or set `atol`."
+        )
     return parity

@@ -156,6 +156,15 @@ def test_int8_of_vit_tiny_with_real_weights(real_data, tmp_path, monkeypatch):
     assert parity.cosine > 0.98
 
 
+def test_fp16_of_vit_tiny_pruned(real_data, tmp_path):
+    """Rounding keeps another token at the limit in some of the 64 images."""
+    backbone = Backbone.load("vit_tiny_patch16_224", weights=real_data / "vit_tiny_patch16_224.safetensors")
+    config = ExportConfig(dtype="fp16", img_size=112, prune={6: 0.5})
+    assert export_onnx(backbone, tmp_path / "out", config=config).parities[0].cosine > 0.99
+    with pytest.raises(ValueError, match=r"must be at least 0\.9999; nothing was kept\. Use dtype fp32, or set `atol`"):
+        check.judge(Path("e.onnx"), [(np.array([[1, 0.1]]), np.array([[1, 0]]))], None, 0.9999)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_rounding_at_a_fixed_batch_size_with_uint8_input(model, tmp_path, batch_size):
     """The measure by hand: the first product reads the first layer norm."""
