@@ -49,7 +49,7 @@ def vit(model) -> Any:
 
 @pytest.fixture
 def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
-    def run(step: Callable[[], None]) -> None:
+    def run(step: Callable[[], None], rounds: int = 2) -> None:
         def finished() -> None:
             step()
             if CUDA:
@@ -57,7 +57,7 @@ def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
 
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        benchmark.pedantic(finished, rounds=20 if CUDA else 2, warmup_rounds=3 if CUDA else 1)
+        benchmark.pedantic(finished, rounds=20 if CUDA else rounds, warmup_rounds=3 if CUDA else 1)
         benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads(), **ceilings}
         benchmark.extra_info["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
         if CUDA:
@@ -66,7 +66,9 @@ def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
     return run
 
 
-@pytest.mark.parametrize("form", ["plain", "plain_pruned", "ours", "ours_pruned", "ours_without_prior"])
+@pytest.mark.parametrize(
+    "form", ["plain", "plain_pruned", "ours", "ours_pruned", "ours_without_prior", "compiled", "compiled_pruned"]
+)
 def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     benchmark.group = f"inversion step, {model.name}, batch {25 if CUDA else 5}"
     B = 25 if CUDA else 5
@@ -79,13 +81,13 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
         plain = baseline.PlainViT(vit, freeze=False).to(place)
         head = nn.Linear(model.width, 5).to(place)
         prior = baseline.PlainPrior(resnet).to(place)
-        time_step(lambda: baseline.inversion_step(plain, head, prior, images, labels, optimizer, prune))
+        time_step(lambda: baseline.inversion_step(plain, head, prior, images, labels, optimizer, prune), rounds=5)
         return
     dtype = default_dtype(place)
     teacher = Backbone(vit).to(place, dtype)
     head_of_adapter = Head(torch.randn(5, model.width))
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
-    loss_of = compiled(inversion_loss, None, place)
+    loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
 
     def step() -> None:
         seen = images.roll((3, -2), dims=(2, 3))
@@ -96,7 +98,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
         with torch.no_grad():
             images.clamp_(-1, 1)
 
-    time_step(step)
+    time_step(step, rounds=5)
 
 
 @pytest.mark.parametrize("form", ["plain", "dense", "sparse_25", "sparse_50", "sparse_75", "compiled_sparse_75"])

@@ -1,5 +1,7 @@
 """Meta-training: the losses of Eq. 3 and 4, sparse tokens, schedule, and resuming to the bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,8 +101,14 @@ def test_learning_rate_cycles():
     assert short[19] < 3e-5
 
 
-def test_the_default_learning_rate_falls_with_the_width():
+def test_the_default_learning_rate_falls_with_the_width_and_the_tokens(tiny_backbone, tiny_data, monkeypatch):
     assert [default_lr(width) for width in (32, 192, 768)] == [5e-3, 5e-3, 1.25e-3]
+    assert default_lr(768, seen=0.25) == 1.25e-3 / 4
+    highest = []
+    monkeypatch.setattr(module, "learning_rate", lambda step, config, lr: highest.append(lr) or lr)
+    for config in (replace(CONFIG, steps=1), replace(CONFIG, steps=1, sparsity=0.75), replace(CONFIG, steps=1, lr=0.1)):
+        meta_train(tiny_backbone, surrogates(tiny_data), config, quiet=True)
+    assert highest == [5e-3, 5e-3 / 4, 0.1]
 
 
 def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, monkeypatch):
