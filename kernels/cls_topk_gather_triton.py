@@ -66,6 +66,7 @@ def _cls_topk_gather_fwd_kernel(
         weights = tl.exp2(logits - tl.max(logits, axis=0))
         scores += weights / tl.sum(weights, axis=0)
 
+    scores = tl.where(scores == scores, scores, float("inf"))  # NaN ranks first, whatever its sign bit
     is_patch = (offs_m >= P) & mask_m
     bits = tl.where(is_patch, scores.to(tl.int32, bitcast=True), -1)
     threshold = tl.full((), 0, tl.int32)
@@ -114,8 +115,8 @@ def _cls_topk_gather_bwd_kernel(
     BLOCK_KEEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    image = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    image = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask_rows = rows < M
     offs_keep = tl.arange(0, BLOCK_KEEP)
     index = tl.load(index_ptr + image * num_keep + offs_keep, mask=offs_keep < num_keep, other=-M).to(tl.int32)
@@ -156,7 +157,7 @@ def cls_topk_gather_backward(dout: Tensor, index: Tensor, num_tokens: int, num_p
     dx = torch.empty((B, num_tokens, D), dtype=dout.dtype, device=dout.device)
     block_keep = next_power_of_2(max(num_keep, 16))
     rows = max(1, min(16, 8192 // block_keep))
-    _cls_topk_gather_bwd_kernel[(cdiv(num_tokens, rows), B)](
+    _cls_topk_gather_bwd_kernel[(B, cdiv(num_tokens, rows))](
         dout, index, dx, num_tokens, D, num_prefix, num_keep, dout.stride(0), dout.stride(1), dout.stride(2),
         BLOCK_ROWS=rows, BLOCK_KEEP=block_keep, BLOCK_D=min(512, next_power_of_2(D)), num_warps=4,
     )  # fmt: skip

@@ -76,6 +76,16 @@ def test_partial_ties(backend):
     assert index.tolist() == [[0, 1, 2, 5, 7]]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf], ids=str)
+def test_scores_that_are_not_numbers_tie(bad, backend):
+    """A key that is no number makes all scores of its image NaN: the first patches are kept, none is made up."""
+    q, k, x = (t.to(backend) for t in _inputs((3, 2, 20, 8, 6, 5, 1), torch.float32))
+    k[1, 0, 7, 3] = bad
+    actual = _run(cls_topk_gather, q, k, x, 5, 1)
+    assert actual[1][1].tolist() == [0, 1, 2, 3, 4]
+    assert _same(actual, _run(reference.cls_topk_gather, q, k, x, 5, 1))
+
+
 def test_non_contiguous(backend):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn((2, 20, 3, 2, 8), generator=generator).to(backend).permute(2, 0, 3, 1, 4)
