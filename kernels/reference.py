@@ -43,8 +43,8 @@ def lora_qkv(
         return y + scaling * low_rank.reshape(y.shape)
     h = F.linear(x, lora_A.flatten(0, 1))  # [..., S R]
     spread = torch.block_diag(*lora_B.chunk(S))  # [N, S R]: one product for all segments
-    rows = (t.unsqueeze(0).flatten(0, -2) for t in (y, h))  # of a single vector too
-    return torch.addmm(*rows, spread.T, alpha=scaling).view_as(y)
+    y_rows, h_rows = (t.unsqueeze(0).flatten(0, -2) for t in (y, h))  # of a single vector too
+    return torch.addmm(y_rows, h_rows, spread.T, alpha=scaling).view_as(y)
 
 
 def cls_attention(q: Tensor, k: Tensor, num_prefix: int = 1) -> Tensor:
