@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint types wheel clean
+.PHONY: demo test grid bench lint types wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+# Compiles every kernel for GPUs in every configuration that can be launched; no GPU needed, minutes long.
+grid: $(VENV)/installed
+	$(BIN)/pytest -m slow tests/kernels
 
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only

@@ -20,9 +20,10 @@ def _permute_copy(x, running_mean, running_var):
 FORMS = ["ours", "permute_copy", "var_mean", "permute_copy_compiled"]
 
 
-def _op(form):
+@pytest.fixture
+def op(form, compile_plain):
     forms = {"ours": batch_norm_prior, "permute_copy": _permute_copy, "var_mean": reference.batch_norm_prior}
-    return forms.get(form) or torch.compile(_permute_copy)
+    return forms.get(form) or compile_plain(_permute_copy)
 
 
 @pytest.fixture(params=["nchw", "channels_last"])
@@ -40,16 +41,14 @@ def inputs(request, layout, device, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def bench_forward(form, inputs, measure, benchmark):
+def bench_forward(form, op, inputs, measure, benchmark):
     benchmark.group = f"batch_norm_prior forward {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
-    op = _op(form)
     with torch.no_grad():
         measure(lambda: op(*inputs), bytes=inputs[0].nbytes)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def bench_forward_and_backward(form, inputs, measure, benchmark, grad):
+def bench_forward_and_backward(form, op, inputs, measure, benchmark, grad):
     benchmark.group = f"batch_norm_prior forward and backward {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
-    op = _op(form)
     x = inputs[0].requires_grad_()
     measure(grad(lambda: op(*inputs), [x]), bytes=3 * x.nbytes)

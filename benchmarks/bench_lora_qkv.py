@@ -36,7 +36,7 @@ def _work(model, dtype, passes=1):
 
 
 def _peft_layer(weight, bias, lora_A, lora_B):
-    """PEFT's layer on q, k and v each, as it adapts a ViT whose projections are separate."""
+    """PEFT's layer on q, k and v each, as it adapts a ViT whose projections are separate: three outputs."""
     from peft.tuners.lora import Linear
 
     layers = []
@@ -55,13 +55,13 @@ def _peft_layer(weight, bias, lora_A, lora_B):
         layer.lora_B["default"].weight.data = lora_B[rows].clone()
         layers.append(layer.to(weight.device, weight.dtype))
     factors = [f for layer in layers for f in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)]
-    return (lambda x: torch.cat([layer(x) for layer in layers], dim=-1)), factors
+    return (lambda x: [layer(x) for layer in layers]), factors
 
 
 FORMS = ["ours", "bare", "eager", "compiled", "peft"]
 
 
-def _form(form, inputs):
+def _form(form, inputs, compile_plain):
     """The callable of a form and its trainable factors."""
     x, weight, bias, lora_A, lora_B = inputs
     if form == "bare":
@@ -70,34 +70,37 @@ def _form(form, inputs):
         pytest.importorskip("peft")
         layer, factors = _peft_layer(weight, bias, lora_A, lora_B)
         return (lambda: layer(x)), factors
-    op = {"ours": lora_qkv, "eager": reference.lora_qkv}.get(form) or torch.compile(reference.lora_qkv)
+    op = {"ours": lora_qkv, "eager": reference.lora_qkv}.get(form) or compile_plain(reference.lora_qkv)
     return (lambda: op(x, weight, bias, lora_A, lora_B)), [lora_A, lora_B]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def bench_forward(form, model, inputs, dtype, measure, benchmark):
+def bench_forward(form, model, inputs, dtype, measure, benchmark, compile_plain):
     benchmark.group = f"lora_qkv forward {model.name}"
-    run, _ = _form(form, inputs)
+    run, _ = _form(form, inputs, compile_plain)
     with torch.no_grad():
         measure(run, **_work(model, dtype))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def bench_forward_and_backward(form, model, inputs, dtype, measure, benchmark, grad):
+def bench_forward_and_backward(form, model, inputs, dtype, measure, benchmark, grad, compile_plain):
     benchmark.group = f"lora_qkv forward and backward {model.name}"
     for tensor in (inputs[0], *inputs[3:]):
         tensor.requires_grad_()
-    run, factors = _form(form, inputs)
+    run, factors = _form(form, inputs, compile_plain)
     measure(grad(run, [inputs[0], *factors]), **_work(model, dtype, passes=2))
 
 
-@pytest.mark.parametrize("form", ["ours", "eager"])
+@pytest.mark.parametrize("form", ["ours", "one_adapter", "eager"])
 def bench_eight_adapters(form, model, inputs, dtype, measure, benchmark):
-    """A batch sorted by adapter; compare with "ours" of the forward."""
+    """A batch sorted by adapter, beside our form for one adapter."""
     benchmark.group = f"lora_qkv eight adapters {model.name}"
-    x, weight, bias, lora_A, lora_B = inputs
-    lora_A, lora_B = (t.expand(8, *t.shape).contiguous() for t in (lora_A, lora_B))
-    ids = (torch.arange(model.batch) * 8 // model.batch).to(x.device)
-    op = lora_qkv if form == "ours" else reference.lora_qkv
+    x, weight, bias, *factors = inputs
+    if form == "one_adapter":
+        ids = None
+    else:
+        factors = [t.expand(8, *t.shape).contiguous() for t in factors]
+        ids = (torch.arange(model.batch) * 8 // model.batch).to(x.device)
+    op = reference.lora_qkv if form == "eager" else lora_qkv
     with torch.no_grad():
-        measure(lambda: op(x, weight, bias, lora_A, lora_B, 1.0, ids), **_work(model, dtype))
+        measure(lambda: op(x, weight, bias, *factors, 1.0, ids), **_work(model, dtype))

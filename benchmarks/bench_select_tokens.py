@@ -20,10 +20,10 @@ def inputs(model, device, dtype):
 
 
 @pytest.mark.parametrize("form", ["ours", "sparse", "dense", "dense_compiled"])
-def bench_forward(form, model, inputs, dtype, measure, benchmark):
+def bench_forward(form, model, inputs, dtype, measure, benchmark, compile_plain):
     benchmark.group = f"select_tokens forward {model.name}"
     forms = {"ours": select_tokens, "sparse": reference.select_tokens, "dense": reference.select_tokens_dense}
-    op = forms.get(form) or torch.compile(reference.select_tokens_dense)
+    op = forms.get(form) or compile_plain(reference.select_tokens_dense)
     rows, width = model.batch * (model.patches // 4), 3 * model.patch**2
     moved = dtype.itemsize * (rows * (width + 2 * model.width) + width * model.width)
     with torch.no_grad():

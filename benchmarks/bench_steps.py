@@ -85,7 +85,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
         return
     dtype = default_dtype(place)
     teacher = Backbone(vit).to(place, dtype)
-    head_of_adapter = Head(torch.randn(5, model.width))
+    head_of_adapter = Head(torch.randn(5, model.width)).to(place)
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
     loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
 
@@ -140,8 +140,9 @@ def bench_prototype_head(model, place, time_step, benchmark):
     targets = torch.rand(N_WAY * N_QUERY, N_WAY, device=place).softmax(dim=-1)
 
     def step() -> None:
-        centres = features[:N_WAY].unflatten(0, (N_WAY, N_SHOT)).mean(dim=1)
-        log_p = distance_logits(features[N_WAY:], centres).log_softmax(dim=-1)
+        support, query = features.split([N_WAY * N_SHOT, N_WAY * N_QUERY])
+        centres = support.unflatten(0, (N_WAY, N_SHOT)).mean(dim=1)
+        log_p = distance_logits(query, centres).log_softmax(dim=-1)
         nn.functional.kl_div(log_p, targets, reduction="batchmean").backward()
         features.grad = None
 

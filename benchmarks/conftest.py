@@ -119,11 +119,21 @@ def measure(benchmark, ceilings) -> Callable[..., None]:
     return run_benchmark
 
 
-def with_backward(
-    run: Callable[[], torch.Tensor], inputs: list[torch.Tensor]
-) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """`run` and the gradients of `inputs` for one fixed output gradient."""
-    dy = torch.randn_like(run())
+@pytest.fixture(scope="session")
+def compile_plain() -> Callable[..., Any]:
+    """`torch.compile` at its best: for these shapes alone, without the dynamic ones that it infers from other sizes."""
+
+    def compile_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return compile_alone
+
+
+def with_backward(run: Callable[[], Any], inputs: list[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """`run`, which returns a tensor or several, and the gradients of `inputs` for fixed output gradients."""
+    y = run()
+    dy = torch.randn_like(y) if isinstance(y, torch.Tensor) else [torch.randn_like(part) for part in y]
     return lambda: torch.autograd.grad(run(), inputs, dy)
 
 

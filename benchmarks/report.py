@@ -45,7 +45,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def tables(results: list[dict[str, Any]]) -> str:
     """Markdown, a table for each group in the order of the runs."""
     first = next(result for result in results if "torch" in result)
-    machine = f"{first['cpu']}, {first['cores']} cores, {first.get('threads', '?')} threads, torch {first['torch']}"
+    on_cpu = f"{first['cpu']}, {first['cores']} cores, {first.get('threads', '?')} threads"
+    machine = f"{first['device'] if 'ceiling_GB_per_s' in first else on_cpu}, torch {first['torch']}"
     lines = ["# Speed", "", f"{machine}. Medians; how many times as fast as the plain way of the same run.", ""]
     for group in dict.fromkeys(result["group"] for result in results):
         forms = {result["form"]: result["median_ms"] for result in results if result["group"] == group}

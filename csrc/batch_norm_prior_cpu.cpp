@@ -74,7 +74,8 @@ float rough_mean(const T* x, int64_t n, int64_t stride) {
 void finish(double sum, double square, double n, float shift, float* mean, float* var) {
   const double d = sum / n;
   *mean = static_cast<float>(shift + d);
-  *var = static_cast<float>(std::max(0., square / n - d * d));
+  const double v = square / n - d * d;
+  *var = static_cast<float>(v < 0. ? 0. : v);  // NaN stays NaN
 }
 
 template <typename T>
@@ -197,8 +198,8 @@ Tensor batch_norm_prior_backward(const Tensor& dloss, const Tensor& x, const Ten
   const double scale = *dloss.const_data_ptr<float>() / static_cast<double>(B * P);
   std::vector<float> offset(C), slope(C);
   for (int64_t c = 0; c < C; ++c) {  // a norm of zero has gradient zero, as in PyTorch
-    const double b = norm[1] > 0.f ? 2. * scale * (var[c] - running_var[c]) / norm[1] : 0.;
-    const double a = norm[0] > 0.f ? scale * (mean[c] - running_mean[c]) / norm[0] : 0.;
+    const double b = norm[1] == 0.f ? 0. : 2. * scale * (var[c] - running_var[c]) / norm[1];
+    const double a = norm[0] == 0.f ? 0. : scale * (mean[c] - running_mean[c]) / norm[0];
     slope[c] = static_cast<float>(b);
     offset[c] = static_cast<float>(a - b * mean[c]);
   }

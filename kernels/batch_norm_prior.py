@@ -29,7 +29,7 @@ def _plain_backward(
     dloss: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, stats: Tensor, norms: Tensor
 ) -> Tensor:
     running = torch.stack([running_mean, running_var])
-    gaps = (stats - running) * torch.where(norms > 0, dloss / norms, 0)[:, None] * (x.shape[1] / x.numel())
+    gaps = (stats - running) * torch.where(norms == 0, 0, dloss / norms)[:, None] * (x.shape[1] / x.numel())
     offset, slope, mean = (v[:, None, None] for v in (gaps[0], 2 * gaps[1], stats[0]))
     return (offset + slope * (x - mean)).to(x.dtype)
 

@@ -134,8 +134,8 @@ def _batch_norm_prior_bwd_kernel(
     var_norm = tl.load(norms_ptr + 1)
     dloss = tl.load(dloss_ptr).to(tl.float32) / num_values
     # A norm of zero has gradient zero, as in PyTorch.
-    slope = 2.0 * dloss * var_gap / tl.where(var_norm > 0.0, var_norm, float("inf"))
-    offset = dloss * mean_gap / tl.where(mean_norm > 0.0, mean_norm, float("inf"))
+    slope = 2.0 * dloss * var_gap / tl.where(var_norm == 0.0, float("inf"), var_norm)
+    offset = dloss * mean_gap / tl.where(mean_norm == 0.0, float("inf"), mean_norm)
     tiles_p = tl.cdiv(P, BLOCK_P)
     for tile in range(split, num_tiles, num_splits):
         first_p = (tile % tiles_p) * BLOCK_P

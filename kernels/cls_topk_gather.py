@@ -11,6 +11,9 @@ from torch import Tensor
 from . import cpp, reference
 from .backend import choose_backend, on_device_of
 
+MAX_TOKENS = 4096
+"""Of an image whose scores one Triton program holds in registers; for more, plain PyTorch runs."""
+
 
 @torch.library.custom_op("lorarecycle::cls_topk_gather", mutates_args=(), device_types="cuda")
 def _cls_topk_gather(
@@ -122,6 +125,6 @@ def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: 
     """
     _check(q, k, x, num_keep, num_prefix)
     backend = choose_backend(q, has_cpp=True)
-    if x.numel() == 0 or backend == "reference":
+    if x.numel() == 0 or backend == "reference" or (backend == "triton" and x.shape[1] > MAX_TOKENS):
         return reference.cls_topk_gather(q, k, x, num_keep, num_prefix)
     return _cls_topk_gather(q.detach(), k.detach(), x, num_keep, num_prefix, backend)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import cdiv, next_power_of_2
+from .gpu_target import MAX_REGISTERS, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def _cls_topk_gather_fwd_kernel(
         weights = tl.exp2(logits - tl.max(logits, axis=0))
         scores += weights / tl.sum(weights, axis=0)
 
+    scores = tl.where(scores == scores, scores, float("inf"))  # NaN ranks first, whatever its sign bit
     is_patch = (offs_m >= P) & mask_m
     bits = tl.where(is_patch, scores.to(tl.int32, bitcast=True), -1)
     threshold = tl.full((), 0, tl.int32)
@@ -114,8 +115,8 @@ def _cls_topk_gather_bwd_kernel(
     BLOCK_KEEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    image = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    image = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask_rows = rows < M
     offs_keep = tl.arange(0, BLOCK_KEEP)
     index = tl.load(index_ptr + image * num_keep + offs_keep, mask=offs_keep < num_keep, other=-M).to(tl.int32)
@@ -134,18 +135,19 @@ def _cls_topk_gather_bwd_kernel(
 
 
 def cls_topk_gather_forward(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """`q`, `k` [B, H, M, d], `x` [B, M, D] -> [B, P + num_keep, D] and int64 [B, num_keep]."""
+    """`q`, `k` [B, H, M, d], `x` [B, M, D] -> [B, P + num_keep, D] and int64 [B, num_keep]; M up to `MAX_TOKENS`."""
     (B, H, M, d), D = q.shape, x.shape[-1]
     out = torch.empty((B, num_prefix + num_keep, D), dtype=x.dtype, device=x.device)
     index = torch.empty((B, num_keep), dtype=torch.int64, device=x.device)
     block_m = next_power_of_2(max(M, 16))
-    block_d = max(8, min(next_power_of_2(d), 16384 // block_m))
+    block_d = min(next_power_of_2(max(d, 4)), 16384 // block_m)
+    num_warps = 8 if block_m <= 1024 else 16
     _cls_topk_gather_fwd_kernel[(B,)](
         q, k, x, out, index, H, M, d, D, num_prefix, num_keep, d**-0.5 * 1.4426950408889634,
         q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(2), k.stride(3),
         x.stride(0), x.stride(1), x.stride(2),
         BLOCK_M=block_m, BLOCK_d=block_d, BLOCK_ROWS=16, BLOCK_D=min(512, next_power_of_2(D)), NUM_STAGES=2,
-        num_warps=8,
+        num_warps=num_warps, maxnreg=min(MAX_REGISTERS, 2048 // num_warps),
     )  # fmt: skip
     return out, index
 
@@ -156,7 +158,7 @@ def cls_topk_gather_backward(dout: Tensor, index: Tensor, num_tokens: int, num_p
     dx = torch.empty((B, num_tokens, D), dtype=dout.dtype, device=dout.device)
     block_keep = next_power_of_2(max(num_keep, 16))
     rows = max(1, min(16, 8192 // block_keep))
-    _cls_topk_gather_bwd_kernel[(cdiv(num_tokens, rows), B)](
+    _cls_topk_gather_bwd_kernel[(B, cdiv(num_tokens, rows))](
         dout, index, dx, num_tokens, D, num_prefix, num_keep, dout.stride(0), dout.stride(1), dout.stride(2),
         BLOCK_ROWS=rows, BLOCK_KEEP=block_keep, BLOCK_D=min(512, next_power_of_2(D)), num_warps=4,
     )  # fmt: skip

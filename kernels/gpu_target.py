@@ -7,6 +7,9 @@ import triton
 # Shared memory one block may use, in KB, by compute capability (CUDA C++ Programming Guide, Table 30).
 _SHARED_KB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
 
+MAX_REGISTERS = 255
+"""Of one thread; as `maxnreg` of a launch it keeps ptxas from spilling for the sake of more blocks side by side."""
+
 
 def arch() -> int:
     """Compute capability of the current GPU times ten, 90 for an H200; 0 where kernels are interpreted."""

@@ -112,6 +112,8 @@ def _check(
     form = "[L, S, R, K]" if many else "[S, R, K]"
     if lora_A.ndim != 3 + many or lora_A.shape[-1] != K:
         raise ValueError(f"`lora_A` must be {form} with K = {K}, got shape {list(lora_A.shape)}.")
+    if many and not lora_A.shape[0]:
+        raise ValueError(f"`lora_A` must hold at least one adapter, got shape {list(lora_A.shape)}.")
     S, R = lora_A.shape[-3:-1]
     if not 1 <= R <= MAX_RANK:
         raise ValueError(f"`lora_A` must have a rank from 1 to {MAX_RANK}, got rank {R}.")

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import arch, cdiv
+from .gpu_target import MAX_REGISTERS, arch, cdiv
 from .lora_qkv_triton import gemm_tile, precision, rank_block, run_end, skinny_product, tile_of
 
 
@@ -305,13 +305,15 @@ def _project(
     """Write `scaling * x F^T` [M, S, BLOCK_R]; `factor_strides` are those of adapter, segment and rank."""
     M, S, block_r = out.shape
     block_m, block_k, stages = (64, 32, 1) if arch() == 0 else (64, 64, 3)
-    if x.dtype == torch.float32 and block_k == 64:
+    if block_k == 64 and K % 16:  # loads of single elements, held in registers on their way
+        block_m, block_k, stages = (32, 16, 1) if x.dtype == torch.float32 else (64, 32, 1)
+    elif block_k == 64 and x.dtype == torch.float32:
         block_k, stages = 32, 2
     grid = (cdiv(M, block_m), S)
     _lora_qkv_project_kernel[grid](
         x, factor, ids, out, M, K, S, R, T, scaling, x.stride(0), stride_xs * x.stride(1), x.stride(1),
         *factor_strides, HAS_IDS=has_ids, EVEN_K=K % block_k == 0, PRECISION=precision(x),
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4, num_stages=stages,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4, num_stages=stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -330,8 +332,8 @@ def _factor_grad(
     """`h^T x` per adapter and segment, float32 [L, S, C * R]; splits are summed in a fixed order."""
     M, S, block_r = h.shape
     block_m, block_c, stages = (64, 64, 1) if arch() == 0 else (64, 128, 3)
-    if x.dtype == torch.float32 and block_c == 128:
-        block_m, block_c, stages = 32, 64, 2
+    if block_c == 128 and (x.dtype == torch.float32 or C % 16):
+        block_m, block_c, stages = 32, 64, 1
     tiles = cdiv(C, block_c) * S * L
     if has_ids:
         num_images = M // T
@@ -345,6 +347,7 @@ def _factor_grad(
         x, h, ids, out, M, C, S, R, T, num_images, splits,
         x.stride(0), stride_xs * x.stride(1), x.stride(1), *out_strides,
         HAS_IDS=has_ids, PRECISION=precision(x), BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r,
-        num_warps=8 if has_ids and block_r >= 32 else 4, num_stages=stages,
+        num_warps=8 if x.dtype == torch.float32 or (has_ids and block_r >= 32) else 4, num_stages=stages,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return out.sum(0)

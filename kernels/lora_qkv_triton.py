@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import arch, cdiv, large_shared, next_power_of_2
+from .gpu_target import MAX_REGISTERS, arch, cdiv, large_shared, next_power_of_2
 
 
 @triton.jit
@@ -188,20 +188,22 @@ def gemm_tile(M: int, N: int, K: int, segments: int, ranks: int, dtype: torch.dt
     if gpu == 0:
         tiles = [(64, 64, 32, 4, 1)]
     elif dtype == torch.float32:
-        tiles = [{16: (64, 64, 16, 8, 2), 32: (64, 64, 32, 8, 2)}.get(ranks, (32, 32, 32, 8 if gpu < 90 else 4, 2))]
-        if N % 16 or K % 16:
-            tiles = [(32, 32, 16, 4, 1)]
+        tiles = [(64, 64, 16, 8, 1) if ranks <= 16 and not (N % 16 or K % 16) else (32, 32, 16, 8, 1)]
     elif N % 16 or K % 16:  # loads of single elements, held in registers on their way
-        tiles = [(64, 64, 32, 8, 2)]
+        tiles = [(64, 64, 32, 8, 2) if gpu >= 90 else (32, 64, 32, 8, 2)]
     elif gpu >= 90 and large_shared(gpu):
         tiles = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4)]
-        tiles = tiles[ranks > 32 :]
+        tiles = tiles[ranks > 16 :]
+    elif ranks <= 32 and not (N % 32 or K % 32):
+        tiles = [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)]
     else:
-        tiles = [(128, 128, 32, 8, 3), (64, 64, 32, 4, 3)] if ranks <= 32 else [(64, 64, 32, 8, 3)]
+        tiles = [(64, 64, 32, 8, 3)]
     for tile in tiles:
         if cdiv(M, tile[0]) * cdiv(N, tile[1]) * segments >= 128 and tile[1] // 2 < N:
             break
-    return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+    chosen = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+    # Left to itself, ptxas spills a few registers of a float32 product to fit one more block beside it.
+    return chosen | {"maxnreg": MAX_REGISTERS} if dtype == torch.float32 else chosen
 
 
 def rank_block(R: int) -> int:

@@ -38,12 +38,13 @@ def lora_qkv(
     if adapter_ids is not None:
         own = adapter_ids.long().clamp(min=0)
         worn = (adapter_ids >= 0).to(x.dtype)[:, None, None, None]
-        h = torch.einsum("bmk,bsrk->bmsr", x.flatten(1, -2), lora_A[own] * worn)
+        h = torch.einsum("bmk,bsrk->bmsr", x.unsqueeze(1).flatten(1, -2), lora_A[own] * worn)
         low_rank = torch.einsum("bmsr,bsnr->bmsn", h, lora_B[own].unflatten(1, (S, -1)))
         return y + scaling * low_rank.reshape(y.shape)
     h = F.linear(x, lora_A.flatten(0, 1))  # [..., S R]
     spread = torch.block_diag(*lora_B.chunk(S))  # [N, S R]: one product for all segments
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), spread.T, alpha=scaling).view_as(y)
+    y_rows, h_rows = (t.unsqueeze(0).flatten(0, -2) for t in (y, h))  # of a single vector too
+    return torch.addmm(y_rows, h_rows, spread.T, alpha=scaling).view_as(y)
 
 
 def cls_attention(q: Tensor, k: Tensor, num_prefix: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import arch, cdiv, large_shared
+from .gpu_target import MAX_REGISTERS, arch, cdiv, large_shared
 from .lora_qkv_triton import precision, tile_of
 
 
@@ -144,7 +144,8 @@ def _tile(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     if gpu == 0:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+        return tile | {"maxnreg": MAX_REGISTERS}
     if K % 16 == 0 and large_shared(gpu) and cdiv(M, 128) * cdiv(N, 128) >= 128:
         return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}

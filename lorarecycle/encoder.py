@@ -165,10 +165,10 @@ class Encoder(nn.Module):
             class_token_only: only the class token of the last block is computed, the rest of its output is not.
 
         Raises:
-            ValueError: `adapter_ids` without a stack or a stack without them, ids that the stack does not have,
-                or tokens that cannot be pruned so.
+            ValueError: `adapter_ids` without a stack or a stack without them, not one for each image, ids that the
+                stack does not have, or tokens that cannot be pruned so.
         """
-        worn = _worn(lora, adapter_ids)
+        worn = _worn(lora, adapter_ids, images.shape[0])
         x = self._embed(images.to(self.dtype), kept)
         keep = self.kept_per_layer(prune or {}, x.shape[1] - self.num_prefix_tokens)
         attention = None
@@ -258,11 +258,14 @@ def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | Worn | None) -> Tenso
     return layer(x) if lora is None else lora.linear(name, layer, x)
 
 
-def _worn(lora: LoRA | LoRAStack | None, adapter_ids: Tensor | None) -> LoRA | Worn | None:
+def _worn(lora: LoRA | LoRAStack | None, adapter_ids: Tensor | None, B: int) -> LoRA | Worn | None:
     if isinstance(lora, LoRAStack):
         if adapter_ids is None:
             raise ValueError("`adapter_ids` must say which adapter of the `LoRAStack` each image wears, got None.")
-        return lora.worn_by(adapter_ids)
+        worn = lora.worn_by(adapter_ids)
+        if len(adapter_ids) != B:
+            raise ValueError(f"`adapter_ids` must hold one id per image, {B}, got {len(adapter_ids)}.")
+        return worn
     if adapter_ids is not None:
         raise ValueError(f"`adapter_ids` must come with a `LoRAStack` in `lora`, got {type(lora).__name__}.")
     return lora

@@ -78,29 +78,79 @@ def _batch_norm_prior(B: int, C: int, size: int, memory_format: torch.memory_for
     return launch
 
 
+# images, tokens, K, N, segments: one for each way in which `gemm_tile` and the masks of a tile are chosen
+LORA_SHAPES = {
+    "large": (100, 197, 768, 2304, 3),
+    "medium": (16, 197, 768, 2304, 3),
+    "small": (4, 50, 192, 576, 3),
+    "ragged_large": (100, 257, 1008, 3024, 3),  # multiples of 16 that no tile divides
+    "ragged": (4, 50, 48, 144, 3),
+    "proj": (16, 197, 768, 768, 1),
+    "odd": (3, 49, 100, 66, 3),
+    "odd_outputs": (2, 50, 48, 33, 1),
+}
+LORA_RANKS = (4, 32, 64)
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
-    "lora_qkv": _lora_qkv(100, 197, 768, 2304, 3, 4),
-    "lora_qkv/no_dx": _lora_qkv(100, 197, 768, 2304, 3, 4, need_x=False),
-    "lora_qkv/many": _lora_qkv(100, 197, 768, 2304, 3, 4, num_adapters=8),
-    "lora_qkv/rank64": _lora_qkv(100, 257, 1024, 3072, 3, 64),
-    "lora_qkv/many_rank64": _lora_qkv(100, 257, 1024, 3072, 3, 64, num_adapters=8),
+    **{
+        f"lora_qkv/{name}_rank{R}{many}": _lora_qkv(*shape, R, num_adapters=8 if many else None)
+        for name, shape in LORA_SHAPES.items()
+        for R in LORA_RANKS
+        for many in ("", "_many")
+    },
+    **{
+        f"lora_qkv/no_dx_{name}_rank{R}{many}": _lora_qkv(*shape, R, num_adapters=8 if many else None, need_x=False)
+        for name, shape in LORA_SHAPES.items()
+        if name in ("small", "odd")
+        for R in LORA_RANKS
+        for many in ("", "_many")
+    },
     "lora_qkv/fc1": _lora_qkv(100, 257, 1024, 4096, 1, 16),
-    "lora_qkv/tiny": _lora_qkv(4, 50, 192, 576, 3, 4),
-    "lora_qkv/medium": _lora_qkv(16, 197, 768, 2304, 3, 8),
-    "lora_qkv/odd": _lora_qkv(3, 49, 100, 66, 3, 3),
-    "lora_qkv/many_odd": _lora_qkv(3, 49, 100, 66, 3, 3, num_adapters=2),
-    "lora_qkv/rank32": _lora_qkv(100, 197, 768, 2304, 3, 32),
-    "lora_qkv/many_rank32": _lora_qkv(100, 197, 768, 2304, 3, 32, num_adapters=8),
-    "lora_qkv/many_tiny": _lora_qkv(4, 50, 192, 576, 3, 4, num_adapters=2),
-    "cls_topk_gather": _cls_topk_gather(100, 12, 197, 64, 49),
-    "cls_topk_gather/large": _cls_topk_gather(100, 16, 257, 64, 64),
-    "cls_topk_gather/dinov2": _cls_topk_gather(8, 12, 1374, 64, 342, 5),
-    "cls_topk_gather/odd": _cls_topk_gather(3, 3, 50, 80, 12),
-    "select_tokens": _select_tokens(100, 224, 16, 768, 49),
-    "select_tokens/patch14": _select_tokens(100, 224, 14, 1024, 64, 5),
-    "select_tokens/tiny": _select_tokens(4, 32, 8, 100, 4, 0),
-    "batch_norm_prior": _batch_norm_prior(100, 256, 56, torch.contiguous_format),
+    **{
+        f"cls_topk_gather/tokens{M}_width{D}": _cls_topk_gather(100, D // d, M, d, max(1, M // 4))
+        for M in (10, 17, 50, 101, 197, 400, 577, 1374, 4096)
+        for D, d in ((192, 64), (768, 64), (1280, 80))
+    },
+    "cls_topk_gather/registers": _cls_topk_gather(8, 12, 262, 64, 64, 5),
+    **{
+        f"select_tokens/patch{patch}_batch{B}": _select_tokens(B, 224, patch, 1024, 36)
+        for patch in (8, 14, 16, 32)
+        for B in (100, 1)
+    },
+    "select_tokens/registers": _select_tokens(16, 224, 14, 768, 49, 5),
+    "select_tokens/odd": _select_tokens(4, 32, 8, 100, 4, 0),
+    "batch_norm_prior/nchw": _batch_norm_prior(100, 256, 56, torch.contiguous_format),
     "batch_norm_prior/channels_last": _batch_norm_prior(100, 256, 56, torch.channels_last),
     "batch_norm_prior/deep": _batch_norm_prior(100, 2048, 7, torch.contiguous_format),
     "batch_norm_prior/odd": _batch_norm_prior(3, 70, 9, torch.channels_last),
 }
+
+
+def sweep() -> list[Callable[[torch.dtype], None]]:
+    """Launches of many more sizes: no configuration of theirs may be missing from `CASES`."""
+    launches = [
+        _lora_qkv(B, T, K, N, S, R, num_adapters=many, need_x=need_x)
+        for B, T in ((1, 1), (2, 50), (16, 197), (100, 197), (100, 257))
+        for K, N, S in (
+            *((D, 3 * D, 3) for D in (40, 48, 100, 192, 384, 768, 1000, 1024, 1408)),
+            *((768, 768, 1), (768, 3072, 1), (3072, 768, 1), (1408, 6144, 1), (48, 33, 1)),
+        )
+        for R in (1, 4, 17, 33, 64)
+        for many in (None, 8)
+        for need_x in (True, False)
+    ]
+    launches += [
+        _cls_topk_gather(B, D // 64 or 1, M, d, max(1, M // 4))
+        for B in (1, 100)
+        for M in (5, 17, 50, 101, 197, 257, 577, 1025, 2500, 4096)
+        for D, d in ((192, 64), (768, 64), (1280, 80))
+    ]
+    launches += [
+        _select_tokens(B, size, patch, D, keep, P)
+        for B in (1, 16, 100)
+        for size, patch in ((224, 16), (224, 14), (224, 8), (384, 32))
+        for D in (100, 192, 768, 1024)
+        for keep in (1, 36)
+        for P in (0, 1, 5)
+    ]
+    return launches

@@ -1,6 +1,8 @@
 """Compiles what a launcher would launch on an absent GPU; a program that prints one JSON line a kernel.
 
-    python gpu_compiler.py lora_qkv:bfloat16:90 cls_topk_gather:float32:80 ...
+    python gpu_compiler.py lora_qkv/large_rank4:bfloat16:90 cls_topk_gather/tokens197_width768:float32:80 ...
+    python gpu_compiler.py --cases             # names of the whole grid, a JSON list
+    python gpu_compiler.py --configurations    # those that a sweep of sizes would launch and the grid lacks
 
 The launcher runs on meta tensors; every launch is compiled with exactly the arguments, tiles and alignments
 it would have, and not started. Needs triton's own ptxas, no GPU and no driver.
@@ -13,6 +15,8 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,6 +64,7 @@ def compile_case(case: str, known: dict[str, dict[str, Any]]) -> list[dict[str, 
     from gpu_cases import CASES
 
     op, dtype, arch = case.split(":")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     triton.runtime.driver.set_active(_AbsentGPU(int(arch)))
     triton.knobs.compilation.always_compile = True  # the log of ptxas is not in the cache
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -87,14 +92,51 @@ def compile_case(case: str, known: dict[str, dict[str, Any]]) -> list[dict[str, 
 
     triton.runtime.jit.JITFunction.run = compile_only
     try:
-        CASES[op](getattr(torch, dtype))
+        CASES[op](torch.float32 if dtype == "tf32" else getattr(torch, dtype))
     finally:
         triton.runtime.jit.JITFunction.run = run
     return found
 
 
-if __name__ == "__main__":
+# Masks of absent operands only leave code out; they are no configurations of their own.
+_OPTIONAL = {"HAS_BIAS", "HAS_PREFIX"}
+
+
+def configurations(launches: Iterable[Callable[[torch.dtype], None]]) -> set[str]:
+    """Kernels, dtypes, chips and constants that launches would compile, without compiling them."""
+    found: set[str] = set()
+    run = triton.runtime.jit.JITFunction.run
+
+    def record(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        dtype = next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
+        chosen = {name: value for name, value in constants.items() if name not in _OPTIONAL}
+        found.add(f"{self.__name__} {dtype} sm_{arch} {chosen}")
+
+    triton.runtime.jit.JITFunction.run = record
+    try:
+        for launch, dtype, arch in product(launches, (torch.bfloat16, torch.float16, torch.float32), (80, 90)):
+            triton.runtime.driver.set_active(_AbsentGPU(arch))
+            launch(dtype)
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+    return found
+
+
+def _main(arguments: list[str]) -> None:
+    from gpu_cases import CASES, sweep
+
+    if arguments == ["--cases"]:
+        print(json.dumps(list(CASES)))  # noqa: T201
+        return
+    if arguments == ["--configurations"]:
+        swept = configurations(sweep())
+        print(json.dumps({"swept": len(swept), "missing": sorted(swept - configurations(CASES.values()))}))  # noqa: T201
+        return
     earlier: dict[str, dict[str, Any]] = {}
-    for name in sys.argv[1:]:
+    for name in arguments:
         for kernel in compile_case(name, earlier):
             print(json.dumps(kernel), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -82,6 +82,26 @@ def test_statistics_that_agree_have_no_gradient(backend, request):
     assert not dx.any()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("backend", ["triton", "cpp", "plain", "reference"])
+def test_a_map_that_holds_no_numbers_is_not_hidden(backend, layout, bad, request, monkeypatch):
+    """Loss and gradient are NaN, as in plain PyTorch, not a number that an optimiser would follow."""
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    if backend == "plain":
+        monkeypatch.setattr(cpp, "_loaded", False)
+    x, running_mean, running_var = (t.to(target) for t in _inputs((2, 40, 3, 3), torch.float32, FORMATS[layout]))
+    x[1, 1, 2, 0] = bad
+
+    def plain(*inputs):
+        return torch.ops.lorarecycle.batch_norm_prior(*inputs, "cpp")[0]
+
+    with use_backend("reference" if backend == "plain" else backend):
+        loss, dx = _run(plain if backend == "plain" else batch_norm_prior, x, running_mean, running_var)
+    assert loss.isnan()
+    assert dx.isnan().all()
+
+
 def test_without_a_compiler_inside_a_compiled_function(monkeypatch, assert_close):
     """A traced op cannot choose again, so its CPU implementation has a plain form of its own."""
     monkeypatch.setattr(cpp, "_loaded", False)

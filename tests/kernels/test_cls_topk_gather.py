@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lorarecycle.kernels import cls_topk_gather, reference, use_backend
+from lorarecycle.kernels.cls_topk_gather import MAX_TOKENS
 
 # images, heads, tokens, head width, width of the stream, patches kept, prefix tokens
 SIZES = [
@@ -74,6 +75,30 @@ def test_partial_ties(backend):
     k[0, 0, [3, 6, 8]] = 1.0
     _, index = cls_topk_gather(q.to(backend), k.to(backend), torch.zeros(1, 9, 2, device=backend), 5)
     assert index.tolist() == [[0, 1, 2, 5, 7]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf], ids=str)
+def test_scores_that_are_not_numbers_tie(bad, backend):
+    """A key that is no number makes all scores of its image NaN: the first patches are kept, none is made up."""
+    q, k, x = (t.to(backend) for t in _inputs((3, 2, 20, 8, 6, 5, 1), torch.float32))
+    k[1, 0, 7, 3] = bad
+    actual = _run(cls_topk_gather, q, k, x, 5, 1)
+    assert actual[1][1].tolist() == [0, 1, 2, 3, 4]
+    assert _same(actual, _run(reference.cls_topk_gather, q, k, x, 5, 1))
+
+
+def test_more_tokens_than_one_program_holds(device, monkeypatch):
+    from lorarecycle.kernels import cls_topk_gather_triton
+
+    def launched(*args):
+        raise AssertionError("the kernel was launched")
+
+    q, k, x = (t.to(device) for t in _inputs((1, 1, MAX_TOKENS + 1, 4, 3, 9, 1), torch.float32))
+    monkeypatch.setattr(cls_topk_gather_triton, "cls_topk_gather_forward", launched)
+    with use_backend("triton"):
+        assert _same(cls_topk_gather(q, k, x, 9), reference.cls_topk_gather(q, k, x, 9))
+        with pytest.raises(AssertionError, match="was launched"):
+            cls_topk_gather(q[:, :, :-1], k[:, :, :-1], x[:, :-1], 9)
 
 
 def test_non_contiguous(backend):

@@ -97,6 +97,21 @@ def test_non_contiguous(form, device, assert_close):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_any_number_of_leading_dimensions(backend, device, assert_close):
+    x, *rest = _inputs((4, 3, 24, 20, 3, 4), torch.float32, device)
+    with use_backend(backend):
+        expected = lora_qkv(x, *rest, 0.5)
+        assert_close(lora_qkv(x[1, 2], *rest, 0.5), expected[1, 2], 3e-6, "a vector")
+        assert_close(lora_qkv(x[1], *rest, 0.5), expected[1], 3e-6, "a matrix")
+        assert_close(lora_qkv(x.view(2, 2, 3, 24), *rest, 0.5).view(4, 3, 60), expected, 3e-6, "four dimensions")
+        weight, bias, lora_A, lora_B = rest
+        stacked, ids = (weight, bias, lora_A[None], lora_B[None], 0.5), torch.zeros(4, dtype=torch.int64)
+        assert_close(lora_qkv(x[:, 0], *stacked, ids), expected[:, 0], 3e-6, "ids of vectors")
+        four = lora_qkv(x.view(2, 1, 6, 24), *stacked, ids[:2])
+        assert_close(four.view(4, 3, 60), expected, 3e-6, "ids of four dimensions")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_mixed_ranks_and_no_adapter_on_k(backend, device, assert_close):
     """Zero-padded ranks 4, 0 (none) and 2 give what the merged weights give."""
     x, weight, bias, lora_A, lora_B = _inputs((2, 7, 24, 20, 3, 4), torch.float32, device)
@@ -231,6 +246,10 @@ _A, _B = torch.zeros(2, 3, 4, 16), torch.zeros(2, 24, 4)
         (
             {"lora_A": _A, "lora_B": _B, "adapter_ids": torch.tensor([0.0, 1.0])},
             r"`adapter_ids` must be int32 or int64, got torch.float32",
+        ),
+        (
+            {"lora_A": _A[:0], "lora_B": _B[:0], "adapter_ids": torch.tensor([-1, -1])},
+            r"`lora_A` must hold at least one adapter, got shape \[0, 3, 4, 16\]",
         ),
         ({"adapter_ids": torch.tensor([0, 0])}, r"`lora_A` must be \[L, S, R, K\]"),
     ],
