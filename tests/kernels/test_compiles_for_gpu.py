@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,11 @@ def test_every_configuration_that_can_be_launched_is_in_the_grid():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_full_grid(arch):
+def test_full_grid():
+    """One process for each chip, side by side."""
     (names,) = _compiler("--cases")
-    cases = _all_cases(names, arch)
-    _check(_compiler(*cases), cases)
+    grid = {arch: _all_cases(names, arch) for arch in SHARED_LIMIT}
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda cases: _compiler(*cases), grid.values())
+    for kernels, cases in zip(found, grid.values(), strict=True):
+        _check(kernels, cases)
