@@ -16,6 +16,8 @@ from lorarecycle.images import normalize
 from lorarecycle.seeds import stream
 
 EPOCHS, SAVE_LAST, BATCH = 40, 20, 20
+LEARNT = 10
+"""The last checkpoints of each task that a generator learns from, unless said otherwise."""
 TUNE_PER_CLASS, TEST_PER_CLASS = 20, 100
 
 

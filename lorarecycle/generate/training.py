@@ -120,8 +120,11 @@ def _resume(
     tensors, meta = load_tensors(path)
     if json.loads(meta.get("run", "null")) != run:
         raise ValueError(f"`checkpoint` {path} must be of the same settings and adapters; choose another file.")
-    step = int(json.loads(meta["step"]))
-    module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
+    try:
+        step = int(json.loads(meta["step"]))
+        module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"`checkpoint` {path} must be whole, got one without its weights; remove it.") from error
     for name, parameter in module.named_parameters():
         if f"adam.{name}.step" in tensors:  # a parameter that no term reaches has no state
             optimizer.state[parameter] = {

@@ -83,6 +83,11 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, 
         LoRAGenerator.fit(pool, vectors, {**quick, "seed": 1}, device="cpu", checkpoint=checkpoint, quiet=True)
     with pytest.raises(ValueError, match="must be of the same settings and adapters"):
         LoRAGenerator.fit(pool[1:], vectors[1:], quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    tensors, strings = load_tensors(checkpoint)
+    del tensors["module.to_mean.weight"]
+    save_file(tensors, checkpoint, strings)
+    with pytest.raises(ValueError, match="must be whole, got one without its weights; remove it"):
+        LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
 
 
 @pytest.mark.parametrize("normalisation", ["adapter", "tensor"])
