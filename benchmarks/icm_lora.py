@@ -170,6 +170,34 @@ class Bench:
                 vector = self.vector(task)
                 self.accuracy(f"generated, last {last}", task, lambda g=made, v=vector: g.sample(v, SAMPLES))
 
+    def choice(self) -> None:
+        """What the defaults were chosen by: rank 2 on the images that are neither tuned on nor tested on."""
+        for last in (SAVE_LAST, LEARNT, 5):
+            soup = self.generator(ModelSoup, 2, f"soup-of-the-task-last{last}", last=last, scope="task")
+            self.accuracy_of_rest(f"soup of the last {last}", lambda t, g=soup: g.sample(self.vector(t)))
+        plain = self.generator(LoRAGenerator, 2, f"icm-r2-n12-last{SAVE_LAST}-plain", last=SAVE_LAST, settle=0.0)
+        settled = self.generator(LoRAGenerator, 2, f"icm-r2-n12-last{SAVE_LAST}", last=SAVE_LAST)
+        fewer = self.generator(LoRAGenerator, 2, "icm-r2-n12")
+        for key, made in (("plain", plain), ("settled", settled), ("settled, fewer", fewer)):
+            self.accuracy_of_rest(f"generated, {key}", lambda t, g=made: g.sample(self.vector(t)))
+            last = LEARNT if made is fewer else SAVE_LAST
+            self.once(f"distance, {key}", lambda g=made, last=last: self.fit_error(g, last))
+        self.accuracy_of_rest("last checkpoint", lambda t: self.checkpoints(t, 2)[-1:])
+        self.accuracy_of_rest("mean of checkpoints", lambda t: self.checkpoints(t, 2)[3::4])
+
+    def accuracy_of_rest(self, key: str, make: Callable[[Task], list[Adapter]]) -> None:
+        for task in self.tasks[:SEEN]:
+            self.accuracy(f"rest: {key}", task._replace(test=task.rest), lambda t=task: make(t))
+
+    def fit_error(self, made: LoRAGenerator, last: int) -> float:
+        """Distance of a sample from the mean of the checkpoints learnt from, relative to its length, over tasks."""
+        found = []
+        for task in self.tasks[:SEEN]:
+            mean = torch.stack([made.layout.flatten(a) for a in self.checkpoints(task, 2)[-last:]]).mean(dim=0)
+            gap = made.layout.flatten(made.sample(self.vector(task))[0]) - mean
+            found.append((gap.norm() / mean.norm()).item())
+        return sum(found) / len(found)
+
     def diffusion(self) -> None:
         """COND P-DIFF, Tab. 1."""
         for task in self.tasks[:SEEN]:
@@ -295,6 +323,7 @@ def main() -> None:
         "tune",
         "main",
         "pools",
+        "choice",
         "diffusion",
         *(f"r{r}-n{n}" for r, n in FITS),
         "held-out",
