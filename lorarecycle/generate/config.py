@@ -30,8 +30,8 @@ class GenerateConfig:
     kl_weight: float = 0.005
     """Weight of the KL term (summed over z) beside the mean squared error."""
     settle: float = 0.25
-    """Share of the steps, at the end, in which batch norm uses its running statistics, as sampling does; 0 is plain
-    training, whose statistics of a small batch are not those of a sample."""
+    """Share of the steps, at the end, in which batch norm uses its running statistics, as sampling does: those of a
+    small batch are others. 0 is the paper's."""
     normalisation: Literal["adapter", "tensor"] = "adapter"
     """One mean and deviation per adapter (the paper's), or per tensor of each adapter."""
     heads: bool = True
