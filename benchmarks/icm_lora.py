@@ -23,7 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from icm_lora_adapters import EPOCHS, Task, head_accuracy, make_tasks, mean_accuracy, seconds_spent, tune_task
+from icm_lora_adapters import (
+    EPOCHS,
+    LEARNT,
+    SAVE_LAST,
+    Task,
+    head_accuracy,
+    make_tasks,
+    mean_accuracy,
+    seconds_spent,
+    tune_task,
+)
 from icm_lora_recycle import recycle_all
 from icm_lora_report import write_report
 from icm_lora_scaling import measure_scaling
@@ -79,7 +89,7 @@ class Bench:
         images = (task.test if other_images else task.images).images
         return torch.tensor(self.once(f"vector {name}", lambda: task_vector(self.backbone, images).tolist()))
 
-    def pool(self, r: int, last: int = 20) -> tuple[list[Adapter], list[torch.Tensor]]:
+    def pool(self, r: int, last: int = LEARNT) -> tuple[list[Adapter], list[torch.Tensor]]:
         adapters, vectors = [], []
         for task in self.tasks[:SEEN]:
             found = self.checkpoints(task, r)[-last:]
@@ -87,13 +97,14 @@ class Bench:
             vectors += [self.vector(task)] * len(found)
         return adapters, vectors
 
-    def generator(self, method: type[Generator], r: int, name: str, last: int = 20, **config: Any) -> Generator:
-        """A fitted generator; seconds, peak memory and steps are noted."""
+    def generator(self, method: type[Generator], r: int, name: str, last: int = LEARNT, **config: Any) -> Generator:
+        """A fitted generator, in as many steps from few checkpoints as from many; its costs are noted."""
         path = self.folder / "generators" / f"{name}.safetensors"
         if not path.exists():
             adapters, vectors = self.pool(r, last)
             if issubclass(method, LoRAGenerator):
-                config = {"batch_size": 2, "epochs": self.args.epochs, "seed": self.args.seed, **config}
+                epochs = self.args.epochs * SAVE_LAST // last
+                config = {"batch_size": 2, "epochs": epochs, "seed": self.args.seed, **config}
             extra: dict[str, Any] = {}
             if config.get("recipe") == "greedy":
                 extra["score"] = self.validation_score
@@ -136,7 +147,7 @@ class Bench:
             vector, other = self.vector(task), self.vector(task, other_images=True)
             runs = self.checkpoints(task, 2)
             self.accuracy("original", task, lambda runs=runs: runs[-1:])
-            self.accuracy("original, mean of checkpoints", task, lambda runs=runs: runs[3::4])
+            self.accuracy("original, mean of checkpoints", task, lambda runs=runs: runs[-LEARNT:][1::2])
             self.once(f"plain / {task.name}", lambda t=task: mean_accuracy(self.backbone, None, t.images, t.test))
             made = self.generator(LoRAGenerator, 2, "icm-r2-n12")
             self.accuracy("generated", task, lambda g=made, v=vector: g.sample(v, SAMPLES))
@@ -147,21 +158,51 @@ class Bench:
                 ("soup of the task", ModelSoup, {"scope": "task"}),
                 ("greedy soup of all", ModelSoup, {"recipe": "greedy"}),
             ):
-                last = 2 if config.get("recipe") else 20  # a greedy soup scores every adapter for every task
+                last = 2 if config.get("recipe") else LEARNT  # a greedy soup scores every adapter for every task
                 made = self.generator(method, 2, name.replace(" ", "-"), last=last, **config)
                 self.accuracy(name, task, lambda g=made, v=vector: g.sample(v, 1))
 
-    def late(self) -> None:
-        """The same at rank 2, from the last 5 checkpoints of each task only, in as many steps."""
-        made = self.generator(LoRAGenerator, 2, "icm-r2-n12-last5", last=5, epochs=4 * self.args.epochs)
+    def pools(self) -> None:
+        """The same at rank 2, from more and from fewer checkpoints of each task."""
+        for last in (SAVE_LAST, 5):
+            made = self.generator(LoRAGenerator, 2, f"icm-r2-n12-last{last}", last=last)
+            for task in self.tasks[:SEEN]:
+                vector = self.vector(task)
+                self.accuracy(f"generated, last {last}", task, lambda g=made, v=vector: g.sample(v, SAMPLES))
+
+    def choice(self) -> None:
+        """What the defaults were chosen by: rank 2 on the images that are neither tuned on nor tested on."""
+        for last in (SAVE_LAST, LEARNT, 5):
+            soup = self.generator(ModelSoup, 2, f"soup-of-the-task-last{last}", last=last, scope="task")
+            self.accuracy_of_rest(f"soup of the last {last}", lambda t, g=soup: g.sample(self.vector(t)))
+        plain = self.generator(LoRAGenerator, 2, f"icm-r2-n12-last{SAVE_LAST}-plain", last=SAVE_LAST, settle=0.0)
+        settled = self.generator(LoRAGenerator, 2, f"icm-r2-n12-last{SAVE_LAST}", last=SAVE_LAST)
+        fewer = self.generator(LoRAGenerator, 2, "icm-r2-n12")
+        for key, made in (("plain", plain), ("settled", settled), ("settled, fewer", fewer)):
+            self.accuracy_of_rest(f"generated, {key}", lambda t, g=made: g.sample(self.vector(t)))
+            last = LEARNT if made is fewer else SAVE_LAST
+            self.once(f"distance, {key}", lambda g=made, last=last: self.fit_error(g, last))
+        self.accuracy_of_rest("last checkpoint", lambda t: self.checkpoints(t, 2)[-1:])
+        self.accuracy_of_rest("mean of checkpoints", lambda t: self.checkpoints(t, 2)[3::4])
+
+    def accuracy_of_rest(self, key: str, make: Callable[[Task], list[Adapter]]) -> None:
         for task in self.tasks[:SEEN]:
-            vector = self.vector(task)
-            self.accuracy("generated, last 5", task, lambda v=vector: made.sample(v, SAMPLES))
+            self.accuracy(f"rest: {key}", task._replace(test=task.rest), lambda t=task: make(t))
+
+    def fit_error(self, made: LoRAGenerator, last: int) -> float:
+        """Distance of a sample from the mean of the checkpoints learnt from, relative to its length, over tasks."""
+        found = []
+        for task in self.tasks[:SEEN]:
+            mean = torch.stack([made.layout.flatten(a) for a in self.checkpoints(task, 2)[-last:]]).mean(dim=0)
+            gap = made.layout.flatten(made.sample(self.vector(task))[0]) - mean
+            found.append((gap.norm() / mean.norm()).item())
+        return sum(found) / len(found)
 
     def diffusion(self) -> None:
         """COND P-DIFF, Tab. 1."""
         for task in self.tasks[:SEEN]:
-            made = self.generator(CondPDiff, 2, "pdiff-r2", diffusion_epochs=self.args.epochs * 100)
+            epochs = self.args.epochs * 100 * SAVE_LAST // LEARNT  # a batch holds the latents of all
+            made = self.generator(CondPDiff, 2, "pdiff-r2", diffusion_epochs=epochs)
             vector = self.vector(task)
             self.accuracy("COND P-DIFF", task, lambda g=made, v=vector: g.sample(v, SAMPLES))
 
@@ -171,7 +212,7 @@ class Bench:
             made = self.generator(LoRAGenerator, r, f"icm-r{r}-n{layers}", conv_layers=layers)
             for task in self.tasks[:SEEN]:
                 vector = self.vector(task)
-                self.accuracy(f"original r={r}", task, lambda t=task, r=r: self.checkpoints(t, r)[3::4])
+                self.accuracy(f"original r={r}", task, lambda t=task, r=r: self.checkpoints(t, r)[-LEARNT:][1::2])
                 self.accuracy(f"last original r={r}", task, lambda t=task, r=r: self.checkpoints(t, r)[-1:])
                 self.accuracy(f"generated r={r} n={layers}", task, lambda g=made, v=vector: g.sample(v, 1))
             if layers == 12:
@@ -275,13 +316,14 @@ def folder_bytes(folder: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="keep adapters, generators and results here")
-    parser.add_argument("--epochs", type=int, default=50, help="of every fit, over 100 checkpoints (paper: 2000)")
+    parser.add_argument("--epochs", type=int, default=50, help="of every fit, over 100 checkpoints; more over fewer")
     parser.add_argument("--dtype", default="bfloat16", help="of every fit")
     parser.add_argument("--seed", type=int, default=0)
     parts = (
         "tune",
         "main",
-        "late",
+        "pools",
+        "choice",
         "diffusion",
         *(f"r{r}-n{n}" for r, n in FITS),
         "held-out",

@@ -16,15 +16,18 @@ from lorarecycle.images import normalize
 from lorarecycle.seeds import stream
 
 EPOCHS, SAVE_LAST, BATCH = 40, 20, 20
+LEARNT = 10
+"""The last checkpoints of each task that a generator learns from, unless said otherwise."""
 TUNE_PER_CLASS, TEST_PER_CLASS = 20, 100
 
 
 class Task(NamedTuple):
-    """Five classes, with the images to tune on and others of the same classes to test on."""
+    """Five classes, with images to tune on, others of the same classes to test on, and the rest to choose settings."""
 
     name: str
     images: LabelledImages
     test: LabelledImages
+    rest: LabelledImages
 
 
 def make_tasks(data: LabelledImages, count: int, seed: int) -> list[Task]:
@@ -32,8 +35,7 @@ def make_tasks(data: LabelledImages, count: int, seed: int) -> list[Task]:
     tasks = []
     for i, names in enumerate(class_lists(data, count, 5, seed)):
         images, rest = data.select_classes(names).split(TUNE_PER_CLASS, stream(seed, "tune", i))
-        test = rest.sample(TEST_PER_CLASS, stream(seed, "test", i))
-        tasks.append(Task(f"task-{i}", images, test))
+        tasks.append(Task(f"task-{i}", images, *rest.split(TEST_PER_CLASS, stream(seed, "test", i))))
     return tasks
 
 

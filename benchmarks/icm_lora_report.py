@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icm_lora_adapters import SAVE_LAST, TEST_PER_CLASS, TUNE_PER_CLASS, Task
+from icm_lora_adapters import LEARNT, SAVE_LAST, TEST_PER_CLASS, TUNE_PER_CLASS, Task
 
 from lorarecycle.files import write_json, write_text
 
 Facts = dict[str, Any]
+EARLIER = "(*)"
+"""Marks rows that were measured under other settings than the rest; `facts["earlier"]` lists them."""
 RANKS, LAYERS = (1, 2, 4, 8), (10, 12, 14)
 
 
@@ -20,6 +22,7 @@ def write_report(facts: Facts, tasks: Sequence[Task], seen: int, output: Path) -
     parts = [
         head(facts, tasks, seen),
         methods(facts, tasks[:seen]),
+        choice(facts, tasks[:seen]),
         ranks(facts, tasks[:seen]),
         layers(facts, tasks[:seen]),
         vectors(facts, tasks[:seen]),
@@ -34,6 +37,7 @@ def write_report(facts: Facts, tasks: Sequence[Task], seen: int, output: Path) -
 
 def head(facts: Facts, tasks: Sequence[Task], seen: int) -> str:
     settings = facts["settings"]
+    note = f"Rows with {EARLIER}: {facts['earlier_note']}\n\n" if facts.get("earlier") else ""
     names = "; ".join(f"{task.name}: {', '.join(task.test.class_names)}" for task in tasks)
     return (
         "# ICM-LoRA: adapters from task vectors\n\n"
@@ -42,12 +46,13 @@ def head(facts: Facts, tasks: Sequence[Task], seen: int) -> str:
         f"ViT-Tiny at 112 x 112 pixels. {len(tasks)} five-way tasks of CIFAR-FS train classes without a class in "
         f"common, {seen} of which the generators learn from. An adapter (q and v of every block, with its head) is "
         f"tuned on {TUNE_PER_CLASS} images per class for {settings['tuning_epochs']} epochs at batch 20 (bfloat16), "
-        f"all from the same start; the checkpoints of the last {SAVE_LAST} epochs are kept. Fits: "
-        f"{settings['fit_epochs']} epochs over {seen * SAVE_LAST} checkpoints at batch 2, {settings['dtype']} "
-        "(the paper: 2000 epochs), the rest as in `GenerateConfig`. "
+        f"all from the same start; the checkpoints of the last {SAVE_LAST} epochs are kept, and a generator learns "
+        f"from the last {LEARNT} unless a row says otherwise. Fits: {settings['fit_epochs'] * SAVE_LAST // LEARNT} "
+        f"epochs over {seen * LEARNT} checkpoints at batch 2, {settings['dtype']} (the paper: 2000 epochs), the rest "
+        "as in `GenerateConfig`. "
         f"Accuracies in % on {TEST_PER_CLASS} other images of each class; a "
         "difference of 0.2 is one image. Parts of the benchmark without a row here have not been measured yet.\n\n"
-        f"Tasks: {names}."
+        f"{note}Tasks: {names}."
     )
 
 
@@ -58,6 +63,7 @@ def methods(facts: Facts, tasks: Sequence[Task]) -> str:
         ("original adapter, mean over checkpoints", "original, mean of checkpoints"),
         ("ICM-LoRA, generated", "generated"),
         ("ICM-LoRA, generated, learnt from the last 5 checkpoints", "generated, last 5"),
+        (f"ICM-LoRA, generated, learnt from all {SAVE_LAST} checkpoints", f"generated, last {SAVE_LAST}"),
         ("ICM-LoRA, generated from the vector of other images", "generated, vector of other images"),
         ("COND P-DIFF, generated", "COND P-DIFF"),
         ("nearest task vector (keeps all checkpoints)", "nearest"),
@@ -78,6 +84,36 @@ def methods(facts: Facts, tasks: Sequence[Task]) -> str:
     return "## Accuracy on the tasks learnt from (Tab. 1)\n\n" + table
 
 
+def choice(facts: Facts, tasks: Sequence[Task]) -> str:
+    rows = (
+        ("original adapter, last checkpoint", "last checkpoint", None),
+        (f"original adapter, mean over the last {SAVE_LAST}", "mean of checkpoints", None),
+        (f"average of the task's last {SAVE_LAST} checkpoints", f"soup of the last {SAVE_LAST}", None),
+        (f"average of the task's last {LEARNT}", f"soup of the last {LEARNT}", None),
+        ("average of the task's last 5", "soup of the last 5", None),
+        (f"ICM-LoRA from the last {SAVE_LAST}, `settle=0`", "generated, plain", "plain"),
+        (f"ICM-LoRA from the last {SAVE_LAST}, default `settle`", "generated, settled", "settled"),
+        (f"ICM-LoRA from the last {LEARNT}, default `settle`", "generated, settled, fewer", "settled, fewer"),
+    )
+    lines = []
+    for label, key, error in rows:
+        values = [facts.get(f"rest: {key} / {task.name}") for task in tasks]
+        if None not in values:
+            gap = facts.get(f"distance, {error}")
+            lines.append(f"| {label} | {sum(values) / len(values):.2f} | {'' if gap is None else f'{100 * gap:.1f}'} |")
+    if not lines:
+        return ""
+    return (
+        "## What the settings were chosen by\n\nRank 2 on the images of each class that are neither tuned on nor "
+        "reported elsewhere here (30 per class), and how far a sample lies from the mean of the checkpoints learnt "
+        "from.\n\n| r = 2 | accuracy | distance, % |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n\nAs z hardly "
+        "matters, a sample is the mean of the checkpoints learnt from, and an error of the fit. In a batch of 2, batch "
+        "norm sees other statistics than in a sample; a last quarter of the steps under its running statistics "
+        "(`settle`) takes much of that error away. What the mean of many checkpoints lacks against the last one, "
+        "fewer and later checkpoints bring."
+    )
+
+
 def ranks(facts: Facts, tasks: Sequence[Task]) -> str:
     rows = []
     for r in RANKS:
@@ -93,6 +129,7 @@ def ranks(facts: Facts, tasks: Sequence[Task]) -> str:
 
 def layers(facts: Facts, tasks: Sequence[Task]) -> str:
     rows = [(f"n = {n}", f"generated r=2 n={n}" if n != 12 else "generated") for n in LAYERS]
+    rows.append(("n = 12 under the settings of those marked", "generated before"))
     return "## By convolutional layers (Tab. 5)\n\n" + accuracy_table("r = 2", rows, facts, tasks)
 
 
@@ -203,5 +240,7 @@ def accuracy_table(corner: str, rows: Sequence[tuple[str, str]], facts: Facts, t
         if all(value is not None for value in values):
             found = [float(value) for value in values if value is not None]
             cells = [f"{value:.1f}" for value in found]
+            if any(f"{key} / {name}" in facts.get("earlier", ()) for name in names):
+                label = f"{label} {EARLIER}"
             lines.append(f"| {label} | " + " | ".join(cells) + f" | {sum(found) / len(found):.2f} |")
     return "\n".join(lines)

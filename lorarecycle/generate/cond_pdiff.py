@@ -64,6 +64,7 @@ class CondPDiff(LoRAGenerator):
             lr=config.lr,
             seed=config.seed,
             name=f"fit {self.method} autoencoder",
+            settle=config.settle,
             checkpoint=machine.checkpoint,
             run=run_record(self, examples, machine),
             quiet=machine.quiet,
@@ -132,6 +133,9 @@ class CondPDiff(LoRAGenerator):
     def _state(self) -> dict[str, Tensor]:
         denoiser = {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
         return {**super()._state(), **denoiser, "latents": self.latents}
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {**super()._shapes(), "latents": (2, self.config.latent)}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         super()._set_state(tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import _at_least, _one_of, _positive
+from ..config import _at_least, _between, _one_of, _positive
 from .cvae import channel_plan
 
 
@@ -29,6 +29,9 @@ class GenerateConfig:
     """Width of the latent z."""
     kl_weight: float = 0.005
     """Weight of the KL term (summed over z) beside the mean squared error."""
+    settle: float = 0.25
+    """Share of the steps, at the end, in which batch norm uses its running statistics, as sampling does: those of a
+    small batch are others. 0 is the paper's."""
     normalisation: Literal["adapter", "tensor"] = "adapter"
     """One mean and deviation per adapter (the paper's), or per tensor of each adapter."""
     heads: bool = True
@@ -40,7 +43,7 @@ class GenerateConfig:
         _at_least("epochs", self.epochs, 1)
         _at_least("batch_size", self.batch_size, 2)
         _positive("lr", self.lr)
-        _at_least("conv_layers", self.conv_layers, 1)
+        _between("conv_layers", self.conv_layers, 1, 20)  # vectors are padded to a multiple of 2 ** conv_layers
         if self.channels is not None and (len(self.channels) != self.conv_layers or min(self.channels) < 1):
             raise ValueError(
                 f"`channels` must be one positive number for each of {self.conv_layers} layers, got {self.channels}."
@@ -49,6 +52,7 @@ class GenerateConfig:
             raise ValueError(f"`kernel` must be odd and at least 3, got {self.kernel}.")
         _at_least("latent", self.latent, 1)
         _at_least("kl_weight", self.kl_weight, 0)
+        _between("settle", self.settle, 0, 1)
         _one_of("normalisation", self.normalisation, ("adapter", "tensor"))
 
     @property

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
@@ -121,11 +122,11 @@ class Generator(ABC):
             n adapters (`PeftAdapter` where those learnt from are).
 
         Raises:
-            ValueError: a task vector of another width, not finite; `n` below 1.
+            ValueError: a task vector of another width, not finite; `n` below 1 or no whole number.
         """
         condition = check_vector(task_vector, self.conditions.shape[1])
-        if n < 1:
-            raise ValueError(f"`n` must be at least 1, got {n}.")
+        if not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"`n` must be a whole number of at least 1, got {n!r}.")
         nearest = self.nearest(condition)
         with torch.no_grad():
             vectors = self._sample(condition, nearest, n, seed)
@@ -183,7 +184,10 @@ class Generator(ABC):
                 tensors.pop("conditions"),
                 metadata["class_names"],
             )
+            if len(generator.class_names) != len(generator.conditions):
+                raise ValueError(f"{len(generator.class_names)} class lists for {len(generator.conditions)} conditions")
             generator._set_state(tensors)
+            _check_state({"conditions": generator.conditions, **generator._state()}, generator._shapes())
         return generator
 
     # --- what a method fills in -------------------------------------------------------------------------------
@@ -204,6 +208,10 @@ class Generator(ABC):
 
     @abstractmethod
     def _set_state(self, tensors: dict[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Shapes of the tensors of `_state` that no network checks; None is any size."""
 
     # --- shared -----------------------------------------------------------------------------------------------
 
@@ -230,7 +238,14 @@ class Generator(ABC):
         class_names: list[tuple[str, ...]] = [()] * len(conditions)
         for adapter, task in zip(pool, tasks.tolist(), strict=True):
             if layout.has_heads and isinstance(adapter, Adapter) and adapter.head is not None:
-                class_names[task] = adapter.head.class_names
+                known, own = class_names[task], adapter.head.class_names
+                if known and own != known:
+                    raise ValueError(
+                        f"`task_vectors` must differ between tasks, got one for adapter {adapter.name!r} of classes "
+                        f"{', '.join(own)} and one of {', '.join(known)}; give each task its own, or leave heads out "
+                        "(heads=False)."
+                    )
+                class_names[task] = own
         return cls(layout, config, conditions, class_names), Examples(flat, tasks, tuple(a.name for a in pool))
 
     def _adapter(self, vector: Tensor, condition: Tensor, nearest: int, name: str) -> AnyAdapter:
@@ -266,6 +281,16 @@ def _reading(path: str | PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def _check_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    for name, tensor in tensors.items():
+        if not name.startswith("losses.") and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is NaN or infinite")
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape)
+        if len(found) != len(shape) or any(size not in (None, own) for size, own in zip(shape, found, strict=True)):
+            raise ValueError(f"{name} is {list(found)}, not {list(shape)}")
+
+
 def draws(shape: Sequence[int], n: int, seed: int, *names: object) -> Tensor:
     """n standard normal draws [n, *shape], the i-th the same for every n."""
     return torch.stack([torch.randn(*shape, generator=stream(seed, *names, i)) for i in range(n)])
@@ -291,4 +316,6 @@ def _machine(device: Any, dtype: Any, checkpoint: str | PathLike[str] | None, qu
     where, precision = resolve(device, dtype)
     if where.type == "cpu" and dtype in (None, "auto"):
         precision = torch.float32
+    if precision is torch.float16:  # gradients underflow without a scaler of the loss
+        raise ValueError("`dtype` must be float32 or bfloat16 for a fit, got float16.")
     return Machine(where, precision, None if checkpoint is None else Path(checkpoint), quiet)

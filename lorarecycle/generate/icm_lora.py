@@ -73,6 +73,7 @@ class LoRAGenerator(Generator):
             lr=self.config.lr,
             seed=self.config.seed,
             name=f"fit {self.method}",
+            settle=self.config.settle,
             checkpoint=machine.checkpoint,
             run=run_record(self, examples, machine),
             quiet=machine.quiet,
@@ -83,10 +84,13 @@ class LoRAGenerator(Generator):
 
     def _normalise(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """Normalised, padded vectors [n, padded], and the mean statistics [T, parts, 2] of each condition."""
-        pairs = [normalise(vector, self._sizes) for vector in examples.vectors]
-        statistics = torch.stack([pair[1] for pair in pairs])
-        of_conditions = [statistics[examples.tasks == t].mean(dim=0) for t in range(len(self.conditions))]
-        return self._pad(torch.stack([pair[0] for pair in pairs])), torch.stack(of_conditions)
+        normal = examples.vectors.new_zeros(len(examples.vectors), self.padded)
+        statistics = []
+        for row, vector in zip(normal, examples.vectors, strict=True):
+            row[: len(vector)], found = normalise(vector, self._sizes)
+            statistics.append(found)
+        every = torch.stack(statistics)
+        return normal, torch.stack([every[examples.tasks == t].mean(dim=0) for t in range(len(self.conditions))])
 
     def _pad(self, vectors: Tensor) -> Tensor:
         return F.pad(vectors, (0, self.padded - vectors.shape[-1]))
@@ -109,6 +113,9 @@ class LoRAGenerator(Generator):
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         losses = {f"losses.{name}": value for name, value in self.losses.items()}
         return {"statistics": self.statistics, **state, **losses}
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"statistics": (len(self.conditions), len(self._sizes), 2)}
 
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         self.statistics = tensors["statistics"]

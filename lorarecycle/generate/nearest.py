@@ -34,5 +34,8 @@ class NearestTask(Generator):
     def _state(self) -> dict[str, Tensor]:
         return {"vectors": self.vectors, "tasks": self.tasks}
 
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"vectors": (len(self.tasks), self.layout.size), "tasks": (None,)}
+
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         self.vectors, self.tasks = tensors["vectors"], tensors["tasks"]

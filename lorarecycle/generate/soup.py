@@ -92,6 +92,9 @@ class ModelSoup(Generator):
     def _state(self) -> dict[str, Tensor]:
         return {"soups": self.soups}
 
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"soups": (len(self.conditions), self.layout.size)}
+
     def _set_state(self, tensors: dict[str, Tensor]) -> None:
         self.soups = tensors["soups"]
 

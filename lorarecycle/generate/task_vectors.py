@@ -86,9 +86,16 @@ def check_vector(vector: Any, width: int | None = None, what: str = "`task_vecto
     """Any array as a task vector, float32 [D] on the CPU.
 
     Raises:
+        TypeError: no array of real numbers.
         ValueError: not one-dimensional, not finite, or of another width.
     """
-    found = torch.as_tensor(vector).detach().float().cpu()
+    try:
+        given = torch.as_tensor(vector)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be an array of numbers [D], got {type(vector).__name__} ({error}).") from error
+    if given.is_complex():
+        raise TypeError(f"{what} must hold real numbers, got {given.dtype}.")
+    found = given.detach().float().cpu()
     if found.ndim != 1 or not len(found):
         raise ValueError(f"{what} must be an array [D], got shape {list(found.shape)}.")
     if not torch.isfinite(found).all():

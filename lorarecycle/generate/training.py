@@ -31,6 +31,7 @@ def train(
     lr: float,
     seed: int,
     name: str,
+    settle: float = 0.0,
     checkpoint: Path | None = None,
     run: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -43,6 +44,7 @@ def train(
         count: examples; each epoch draws them in a new order, its last batch filled up from the epoch's start.
         epochs, batch_size, lr, seed: of the training.
         name: of the run: progress bar and random streams.
+        settle: share of the steps, at the end, in which batch norm no longer counts and uses its running statistics.
         checkpoint: safetensors file written every 200 steps and at the end; where it exists, training goes on from
             it and ends with the same bits.
         run: JSON that a checkpoint must agree with.
@@ -62,8 +64,12 @@ def train(
     history: dict[str, Tensor] = {}
     done = _resume(checkpoint, run, module, optimizer, history, steps)
     module.train()
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
     bar = track(range(done, steps), name, quiet=quiet, initial=done)
     for step in bar:
+        if step >= (1 - settle) * steps:
+            for norm in norms:
+                norm.eval()
         epoch, batch = divmod(step, per_epoch)
         order = torch.randperm(count, generator=stream(seed, name, "order", epoch))
         index = order[torch.arange(batch * batch_size, (batch + 1) * batch_size) % count]
@@ -114,8 +120,11 @@ def _resume(
     tensors, meta = load_tensors(path)
     if json.loads(meta.get("run", "null")) != run:
         raise ValueError(f"`checkpoint` {path} must be of the same settings and adapters; choose another file.")
-    step = int(json.loads(meta["step"]))
-    module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
+    try:
+        step = int(json.loads(meta["step"]))
+        module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"`checkpoint` {path} must be whole, got one without its weights; remove it.") from error
     for name, parameter in module.named_parameters():
         if f"adam.{name}.step" in tensors:  # a parameter that no term reaches has no state
             optimizer.state[parameter] = {

@@ -1,8 +1,11 @@
 """Soup, nearest task vector and COND P-DIFF, in the interface of the generator."""
 
+import json
+
 import pytest
 import torch
 
+from lorarecycle.files import load_tensors, save_tensors
 from lorarecycle.generate import CondPDiff, ModelSoup, NearestTask, load_generator
 from lorarecycle.generate.cond_pdiff import schedule
 
@@ -82,6 +85,17 @@ def test_a_stopped_diffusion_goes_on_to_the_same_bits(pool, vectors, quick, tmp_
     second.unlink()  # as if stopped between the two
     resumed = CondPDiff.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
     assert torch.equal(flat(whole, whole.sample(vectors[0])), flat(resumed, resumed.sample(vectors[0])))
+
+
+@pytest.mark.parametrize(("method", "tensor"), [(ModelSoup, "soups"), (NearestTask, "vectors")])
+def test_a_file_that_does_not_fit_itself(pool, vectors, method, tensor, tmp_path):
+    path = method.fit(pool, vectors).save(tmp_path / "g.safetensors")
+    tensors, strings = load_tensors(path)
+    metadata = {key: json.loads(value) for key, value in strings.items() if key != "format"}
+    for broken in (tensors[tensor][:1], tensors[tensor][:, :3]):
+        save_tensors(path, {**tensors, tensor: broken}, metadata)
+        with pytest.raises(ValueError, match=rf"g.safetensors must hold all .*{tensor} is \["):
+            load_generator(path)
 
 
 def test_the_noise_schedule():

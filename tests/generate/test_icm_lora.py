@@ -66,15 +66,15 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, 
     checkpoint = tmp_path / "checkpoint.safetensors"
     wanted = save_tensors
 
-    def stop_at_ten(path, tensors, metadata):
+    def stop_late(path, tensors, metadata):
         wanted(path, tensors, metadata)
-        if metadata["step"] == 10:
+        if metadata["step"] == 15:  # of 18, batch norm has settled
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorarecycle.generate.training.save_tensors", stop_at_ten)
+    monkeypatch.setattr("lorarecycle.generate.training.save_tensors", stop_late)
     with pytest.raises(KeyboardInterrupt):
         LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
-    assert json.loads(load_tensors(checkpoint)[1]["step"]) == 10
+    assert json.loads(load_tensors(checkpoint)[1]["step"]) == 15
     monkeypatch.setattr("lorarecycle.generate.training.save_tensors", wanted)
     resumed = LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
     assert same(resumed.sample(vectors[0])[0], whole.sample(vectors[0])[0])
@@ -83,6 +83,11 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, 
         LoRAGenerator.fit(pool, vectors, {**quick, "seed": 1}, device="cpu", checkpoint=checkpoint, quiet=True)
     with pytest.raises(ValueError, match="must be of the same settings and adapters"):
         LoRAGenerator.fit(pool[1:], vectors[1:], quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    tensors, strings = load_tensors(checkpoint)
+    del tensors["module.to_mean.weight"]
+    save_file(tensors, checkpoint, strings)
+    with pytest.raises(ValueError, match="must be whole, got one without its weights; remove it"):
+        LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
 
 
 @pytest.mark.parametrize("normalisation", ["adapter", "tensor"])
@@ -196,6 +201,9 @@ def test_bad_input(pool, vectors, quick, tiny_backbone, make_adapter, build_vit)
     broken = make_adapter(tiny_backbone, seed=7)
     broken.factors["blocks.1.attn.v"].lora_B[0, 0] = float("nan")  # after the adapter's own check
     refuse("blocks.1.attn.v.lora_B of adapter 'adapter-7' must be finite", [pool[0], broken], vectors[:2])
+    refuse("`task_vectors` must differ between tasks, got one for .* of classes", pool, [vectors[0]] * 6)
+    refuse(r"`task_vectors\[1\]` must be an array of numbers \[D\], got str", pool[:2], [vectors[0], "cats"], TypeError)
+    refuse("must hold real numbers, got torch.complex64", pool[:2], torch.eye(2, dtype=torch.complex64), TypeError)
     refuse("`config` must name settings of GenerateConfig .*, got layers", pool, vectors, TypeError, {"layers": 3})
     refuse("must be a GenerateConfig or a mapping, got str", pool, vectors, TypeError, "fast")
     refuse("lower `lr`", pool, vectors, FloatingPointError, {**quick, "lr": 1e30})
@@ -205,8 +213,11 @@ def test_bad_requests(pool, vectors, quick, make_adapter, tiny_backbone):
     generator = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
     with pytest.raises(ValueError, match=r"the width of those that the generator learnt from \(5\), got 4"):
         generator.sample(vectors[0][:4])
-    with pytest.raises(ValueError, match="`n` must be at least 1, got 0"):
-        generator.sample(vectors[0], 0)
+    for n in (0, 2.5, None):
+        with pytest.raises(ValueError, match=f"`n` must be a whole number of at least 1, got {n}"):
+            generator.sample(vectors[0], n)
+    with pytest.raises(ValueError, match="`dtype` must be float32 or bfloat16 for a fit, got float16"):
+        LoRAGenerator.fit(pool, vectors, quick, device="cpu", dtype="float16", quiet=True)
     with pytest.raises(ValueError, match="at most .* of the same architecture fits"):
         generator.reconstruct(make_adapter(tiny_backbone, r=3), vectors[0])
     with pytest.raises(ValueError, match=r"must have blocks.0.attn.v.lora_A, .* got none"):
@@ -251,6 +262,10 @@ def test_damaged_files(pool, vectors, quick, tmp_path):
     for name in ("statistics", "conditions", "model.to_mean.bias"):
         refuse(name.removeprefix("model."), {key: value for key, value in tensors.items() if key != name})
     refuse("to_mean.bias", {**tensors, "model.to_mean.bias": torch.zeros(3)})
+    refuse("to_mean.bias is NaN", {**tensors, "model.to_mean.bias": tensors["model.to_mean.bias"] * torch.nan})
+    refuse("conditions is NaN", {**tensors, "conditions": tensors["conditions"] * torch.inf})
+    refuse(r"statistics is \[1, 1, 2\], not \[2, 1, 2\]", {**tensors, "statistics": tensors["statistics"][:1]})
+    refuse("2 class lists for 1 conditions", {**tensors, "conditions": tensors["conditions"][:1]})
     refuse("unexpected keyword argument 'layers'", config={**metadata["config"], "layers": 3})
     refuse("`epochs` must be at least 1", config={**metadata["config"], "epochs": 0})
     refuse("shapes", layout={})
@@ -269,6 +284,8 @@ def test_damaged_files(pool, vectors, quick, tmp_path):
     [
         ({"epochs": 0}, "`epochs` must be at least 1"),
         ({"batch_size": 1}, "`batch_size` must be at least 2"),
+        ({"conv_layers": 40}, "`conv_layers` must be between 1 and 20"),
+        ({"settle": 1.5}, "`settle` must be between 0 and 1"),
         ({"kernel": 4}, "`kernel` must be odd"),
         ({"channels": (8, 16)}, "one positive number for each of 12 layers"),
         ({"kl_weight": -1.0}, "`kl_weight` must be at least 0"),
@@ -291,6 +308,20 @@ def test_every_example_is_seen_in_every_epoch():
     assert [len(batch) for batch in seen] == [2] * 9
     for epoch in range(3):
         assert {i for batch in seen[3 * epoch : 3 * epoch + 3] for i in batch} == set(range(5))
+
+
+def test_batch_norm_settles():
+    """In the last steps a small batch sees the statistics that a sample sees."""
+    module, modes = torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1), torch.nn.BatchNorm1d(1)), []
+
+    def terms(index, generator):
+        modes.append((module.training, module[1].training))
+        return {"loss": module(torch.randn(len(index), 1, 4, generator=generator)).square().mean()}
+
+    train(module, terms, 4, epochs=4, batch_size=2, lr=0.1, seed=0, name="t", settle=0.25, quiet=True)
+    assert modes == [(True, True)] * 6 + [(True, False)] * 2
+    assert module[1].num_batches_tracked == 6
+    assert not module.training
 
 
 def test_adapters_without_head_of_one_site():
