@@ -1,7 +1,8 @@
 """Tables from benchmark runs: `python benchmarks/report.py RUN.json... --output benchmarks/results/speed_cpu.md`.
 
 Takes what `pytest benchmarks --benchmark-only --benchmark-json=RUN.json` wrote. Writes one table per group, every form
-beside the plain way of the same run, and the same figures as JSON beside it.
+beside the plain way of the same run, and the same figures as JSON beside it. Groups of an earlier report in that place
+that the runs do not measure again stay, with the machine that they are of.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a .md file; the .json goes beside it")
     args = parser.parse_args()
     results = [result for path in args.runs for result in read(path)]
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    record = args.output.with_suffix(".json")
+    again = {result["group"] for result in results}
+    earlier = json.loads(record.read_text()) if record.exists() else []
+    results += [result for result in earlier if result["group"] not in again]
+    record.write_text(json.dumps(results, indent=1) + "\n")
     args.output.write_text(tables(results))
     print(tables(results))
 
@@ -43,18 +48,30 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Markdown, a table for each group in the order of the runs."""
-    first = next(result for result in results if "torch" in result)
-    on_cpu = f"{first['cpu']}, {first['cores']} cores, {first.get('threads', '?')} threads"
-    machine = f"{first['device'] if 'ceiling_GB_per_s' in first else on_cpu}, torch {first['torch']}"
-    lines = ["# Speed", "", f"{machine}. Medians; how many times as fast as the plain way of the same run.", ""]
+    """Markdown, a table for each group in the order of the runs; the machine wherever it changes."""
+    lines = ["# Speed", "", "Medians; how many times as fast as the plain way of the same run.", ""]
+    machine = ""
     for group in dict.fromkeys(result["group"] for result in results):
-        forms = {result["form"]: result["median_ms"] for result in results if result["group"] == group}
+        rows = [result for result in results if result["group"] == group]
+        own = _machine(rows)
+        if own is not None and own != machine:
+            lines += [f"## {own}", ""]
+            machine = own
+        forms = {row["form"]: row["median_ms"] for row in rows}
         plain = next((name for name in PLAIN if name in forms), next(iter(forms)))
         lines += [f"**{group}**", "", f"| form | median, ms | times as fast as {plain} |", "| --- | --- | --- |"]
         lines += [f"| {name} | {_rounded(ms)} | {forms[plain] / ms:.2f} |" for name, ms in forms.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _machine(rows: list[dict[str, Any]]) -> str | None:
+    """What the rows ran on; None where no benchmark noted it."""
+    noted = next((row for row in rows if "torch" in row), None)
+    if noted is None:
+        return None
+    name = f"{noted['device']}, {noted['cpu']}" if "ceiling_GB_per_s" in noted else noted["cpu"]
+    return f"{name}, {noted['cores']} cores, {noted.get('threads', '?')} threads, torch {noted['torch']}"
 
 
 def _rounded(ms: float) -> str:
