@@ -1,8 +1,10 @@
-"""Few-shot accuracy on CIFAR-FS and EuroSAT: plain ViT, warm start, meta-LoRA from surrogates, from real images.
+r"""Few-shot accuracy on CIFAR-FS and EuroSAT: plain ViT, warm start, meta-LoRA from surrogates, from real images.
 
     python benchmarks/accuracy.py --work-dir work                                         # 8 adapters, one seed
-    python benchmarks/accuracy.py --work-dir work --experiments main-8 main-20 sparse-75 mixed-ranks --seeds 0 1 2
-    python benchmarks/accuracy.py --work-dir paper --experiments --preset paper --latent-size 0   # a picture only
+    python benchmarks/accuracy.py --work-dir work --experiments main-8 main-20 --seeds 0 1 2
+    python benchmarks/accuracy.py --work-dir work --experiments sparse-75 mixed-ranks ablations 224px
+    python benchmarks/accuracy.py --work-dir paper --experiments --preset paper --latent-size 0 --images-per-class 4 \
+        --output paper/report.json                                                        # a picture only
 
 Adapters are tuned on 5-way tasks of CIFAR-FS train classes; every method is evaluated on the same tasks of the test
 classes (and on EuroSAT, another domain). The bound trains on the adapters' own images, with the paper's loss and as
