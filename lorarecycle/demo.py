@@ -27,7 +27,7 @@ RECYCLE = RecycleConfig(
     InversionConfig(images_per_class=10, prune={2: 0.5}),
     MetaConfig(n_way=3, n_query=9, flip=False, gain=1.0),
 )
-"""The tasks have digits in common, so what the adapters share is large already and `gain` need not amplify it; chosen on
+"""Tasks have digits in common, so what the adapters share is large already: `gain` need not amplify it. Chosen on the
 digits 0 to 3, with adapters of 4 to 9."""
 
 
