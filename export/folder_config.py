@@ -13,7 +13,6 @@ from ..files import read_json
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1
-_KEYS = ("image_size", "mean", "std", "input_dtype", "batch_size", "embed_dim", "distance", "sha256")
 
 
 def _is_size(value: Any) -> bool:
@@ -33,6 +32,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "embed_dim": (_is_size, "a width"),
     "sha256": (lambda value: isinstance(value, dict), "hashes by file name"),
 }
+_KEYS = (*_RULES, "distance")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

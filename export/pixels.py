@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .optional import explain_missing
+
 _CHANNELS = (1, 3, 4)
 
 
@@ -108,18 +110,9 @@ def _decode(images: Any, name: str) -> Iterator[np.ndarray]:
 
 
 def _import_pillow() -> Any:
-    """PIL.Image.
-
-    Raises:
-        ImportError: it is missing; the message says what needs it.
-    """
-    try:
+    fix = "install `pillow`, or pass arrays of the model's size."
+    with explain_missing("image files and images of another size need Pillow", fix):
         from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            f"image files and images of another size need Pillow ({error}); install `pillow`, or pass arrays of the "
-            "model's size."
-        ) from None
     return Image
 
 

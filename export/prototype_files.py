@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomic
+from .optional import explain_missing
 
 SUFFIXES = (".npz", ".safetensors")
 FORMAT_VERSION = 2
@@ -41,9 +42,8 @@ def write_prototypes(path: str | PathLike[str], prototypes: np.ndarray, classes:
             with open(temporary, "wb") as file:
                 np.savez(file, prototypes=prototypes, facts=np.array(facts))
         else:
-            safetensors.numpy.save_file(
-                {"prototypes": np.ascontiguousarray(prototypes)}, str(temporary), metadata={"facts": facts}
-            )
+            tensors = {"prototypes": np.ascontiguousarray(prototypes)}
+            safetensors.numpy.save_file(tensors, str(temporary), metadata={"facts": facts})
 
     return write_atomic(path, write)
 
@@ -83,17 +83,9 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
 
 
 def _import_safetensors() -> Any:
-    """The package.
-
-    Raises:
-        ImportError: it is missing; the message says what does without.
-    """
-    try:
+    fix = "install `safetensors`, or use a .npz file."
+    with explain_missing("prototypes in a .safetensors file need safetensors", fix):
         import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            f"prototypes in a .safetensors file need safetensors ({error}); install `safetensors`, or use a .npz file."
-        ) from None
     return safetensors
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .optional import explain_missing
+
 PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider")
 """In the order in which they are tried."""
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -109,16 +111,15 @@ def import_onnxruntime() -> Any:
     Raises:
         ImportError: it is missing; the message names the extra.
     """
-    try:
+    fix = (
+        "install `lorarecycle[onnx]` for the CPU or `lorarecycle[onnx-gpu]` for CUDA, not both (with "
+        "`--force-reinstall` after removing one of two)."
+    )
+    with explain_missing("`lorarecycle.export` needs onnxruntime", fix):
         import onnxruntime
 
         if not hasattr(onnxruntime, "InferenceSession"):  # both extras were installed, one was removed
             raise ImportError("its folder is there without its files")
-    except ImportError as error:
-        raise ImportError(
-            f"`lorarecycle.export` needs onnxruntime ({error}); install `lorarecycle[onnx]` for the CPU or "
-            "`lorarecycle[onnx-gpu]` for CUDA, not both (with `--force-reinstall` after removing one of two)."
-        ) from None
     return onnxruntime
 
 
