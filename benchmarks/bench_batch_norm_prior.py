@@ -1,10 +1,11 @@
-"""`batch_norm_prior` at layers of a ResNet-50: against the permute-copy form and `var_mean`."""
+"""`batch_norm_prior` at layers of a ResNet-50: against the permute-copy form and `var_mean`; with the layer itself:
+against PyTorch's layer and the permute-copy form."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from lorarecycle.kernels import batch_norm_prior, reference
+from lorarecycle.kernels import batch_norm_prior, batch_norm_with_prior, reference
 
 CUDA = torch.cuda.is_available()
 LAYERS = {"layer1": (256, 56), "layer3": (1024, 14), "layer4": (2048, 7)}
@@ -52,3 +53,28 @@ def bench_forward_and_backward(form, op, inputs, measure, benchmark, grad):
     benchmark.group = f"batch_norm_prior forward and backward {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
     x = inputs[0].requires_grad_()
     measure(grad(lambda: op(*inputs), [x]), bytes=3 * x.nbytes)
+
+
+def _layer_and_permute_copy(x, running_mean, running_var):
+    y = torch.nn.functional.batch_norm(x, running_mean, running_var)
+    return y, _permute_copy(x, running_mean, running_var)
+
+
+@pytest.mark.parametrize("form", ["ours", "permute_copy", "layer_and_op"])
+def bench_with_layer(form, inputs, measure, benchmark):
+    """The frozen layer and its prior, forward and backward; "layer_and_op" is PyTorch's layer beside our op."""
+    benchmark.group = f"batch_norm_with_prior {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
+    x = inputs[0].requires_grad_()
+    dy = torch.randn_like(x)
+    forms = {
+        "ours": batch_norm_with_prior,
+        "permute_copy": _layer_and_permute_copy,
+        "layer_and_op": lambda *args: (torch.nn.functional.batch_norm(*args), batch_norm_prior(*args)),
+    }
+
+    def step():
+        y, loss = forms[form](*inputs)
+        torch.autograd.backward([y, loss], [dy, torch.ones_like(loss)])
+        x.grad = None
+
+    measure(step, bytes=5 * x.nbytes)

@@ -24,6 +24,7 @@ from lorarecycle.hardware import default_dtype
 from lorarecycle.inversion import inversion_loss
 from lorarecycle.lora import LoRA
 from lorarecycle.meta import query_loss
+from lorarecycle.packed import pack
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests and benchmarks are no packages
 import baseline
@@ -88,6 +89,8 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     head_of_adapter = Head(torch.randn(5, model.width)).to(place)
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
     loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
+    if loss_of is inversion_loss:  # as `invert` does
+        teacher, natural = pack(teacher), natural if natural is None else pack(natural)
 
     def step() -> None:
         seen = images.roll((3, -2), dims=(2, 3))

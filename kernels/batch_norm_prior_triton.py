@@ -19,6 +19,9 @@ from .gpu_target import arch, cdiv, next_power_of_2
 def _batch_norm_prior_stats_kernel(
     x_ptr,  # [G, C, P]
     partial_ptr,  # [splits, 3, C]: count, mean, sum of squared distances from that mean
+    scale_ptr,  # [C], with AFFINE
+    shift_ptr,  # [C], with AFFINE
+    y_ptr,  # [G, C, P] = scale * x + shift, with AFFINE
     C,
     P,
     num_tiles,  # tiles of pixels of all groups
@@ -26,6 +29,7 @@ def _batch_norm_prior_stats_kernel(
     stride_xg,
     stride_xc,
     stride_xp,
+    AFFINE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -33,6 +37,9 @@ def _batch_norm_prior_stats_kernel(
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_p = tl.arange(0, BLOCK_P)
     mask_c = offs_c < C
+    if AFFINE:
+        scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
+        shift = tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0)
     tiles_p = tl.cdiv(P, BLOCK_P)
     count = tl.zeros((BLOCK_C,), dtype=tl.float32)
     mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -41,9 +48,12 @@ def _batch_norm_prior_stats_kernel(
         first_p = (tile % tiles_p) * BLOCK_P
         p = first_p + offs_p
         mask = mask_c[:, None] & (p < P)[None, :]
-        x_ptrs = x_ptr + (tile // tiles_p).to(tl.int64) * stride_xg + first_p.to(tl.int64) * stride_xp
-        x_ptrs += offs_c[:, None] * stride_xc + offs_p[None, :] * stride_xp
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        first = (tile // tiles_p).to(tl.int64) * stride_xg + first_p.to(tl.int64) * stride_xp
+        within = offs_c[:, None] * stride_xc + offs_p[None, :] * stride_xp
+        x = tl.load(x_ptr + first + within, mask=mask, other=0.0).to(tl.float32)
+        if AFFINE:
+            y = x * scale[:, None] + shift[:, None]
+            tl.store(y_ptr + first + within, y.to(y_ptr.dtype.element_ty), mask=mask)
         tile_count = tl.minimum(P - first_p, BLOCK_P).to(tl.float32)
         tile_mean = tl.sum(x, axis=1) / tile_count
         centred = tl.where(mask, x - tile_mean[:, None], 0.0)
@@ -103,6 +113,8 @@ def _batch_norm_prior_loss_kernel(
 def _batch_norm_prior_bwd_kernel(
     dloss_ptr,  # scalar
     x_ptr,  # [G, C, P]
+    dy_ptr,  # [G, C, P], with AFFINE
+    scale_ptr,  # [C], with AFFINE
     running_mean_ptr,  # [C]
     running_var_ptr,  # [C]
     stats_ptr,  # [2, C]
@@ -116,9 +128,7 @@ def _batch_norm_prior_bwd_kernel(
     stride_xg,
     stride_xc,
     stride_xp,
-    stride_dg,
-    stride_dc,
-    stride_dp,
+    AFFINE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -136,18 +146,19 @@ def _batch_norm_prior_bwd_kernel(
     # A norm of zero has gradient zero, as in PyTorch.
     slope = 2.0 * dloss * var_gap / tl.where(var_norm == 0.0, float("inf"), var_norm)
     offset = dloss * mean_gap / tl.where(mean_norm == 0.0, float("inf"), mean_norm)
+    if AFFINE:
+        scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
     tiles_p = tl.cdiv(P, BLOCK_P)
     for tile in range(split, num_tiles, num_splits):
         first_p = (tile % tiles_p) * BLOCK_P
-        group = (tile // tiles_p).to(tl.int64)
         mask = mask_c[:, None] & (first_p + offs_p < P)[None, :]
-        x_ptrs = x_ptr + group * stride_xg + first_p.to(tl.int64) * stride_xp
-        x_ptrs += offs_c[:, None] * stride_xc + offs_p[None, :] * stride_xp
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        first = (tile // tiles_p).to(tl.int64) * stride_xg + first_p.to(tl.int64) * stride_xp
+        within = offs_c[:, None] * stride_xc + offs_p[None, :] * stride_xp
+        x = tl.load(x_ptr + first + within, mask=mask, other=0.0).to(tl.float32)
         dx = offset[:, None] + slope[:, None] * (x - mean[:, None])
-        dx_ptrs = dx_ptr + group * stride_dg + first_p.to(tl.int64) * stride_dp
-        dx_ptrs += offs_c[:, None] * stride_dc + offs_p[None, :] * stride_dp
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if AFFINE:
+            dx += scale[:, None] * tl.load(dy_ptr + first + within, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + first + within, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _layout(x: Tensor) -> tuple[int, int, tuple[int, int, int]]:
@@ -167,32 +178,45 @@ def _tile(C: int, P: int, pixels_adjoin: bool) -> tuple[int, int]:
     return block_c, 2048 // block_c
 
 
-def batch_norm_prior_forward(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`x` [B, C, H, W], dense -> loss (scalar), mean and variance [2, C], the two norms [2], all float32."""
+def batch_norm_prior_forward(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`x` [B, C, H, W], dense -> `scale * x + shift` like `x`, or empty without them; loss (scalar), mean and variance
+    [2, C], the two norms [2], all float32."""
     C = x.shape[1]
     groups, P, strides = _layout(x)
     block_c, block_p = _tile(C, P, strides[2] == 1)
     num_tiles = groups * cdiv(P, block_p)
     splits = min(num_tiles, 2 if arch() == 0 else max(1, min(64, 1056 // cdiv(C, block_c))))
+    y = x.new_empty(0) if scale is None else torch.empty_like(x)
     partial = torch.empty((splits, 3, C), dtype=torch.float32, device=x.device)
     stats = torch.empty((2, C), dtype=torch.float32, device=x.device)
     norms = torch.empty(2, dtype=torch.float32, device=x.device)
     loss = torch.empty((), dtype=torch.float32, device=x.device)
+    scale, shift = (partial if t is None else t.contiguous() for t in (scale, shift))
     _batch_norm_prior_stats_kernel[(cdiv(C, block_c), splits)](
-        x, partial, C, P, num_tiles, splits, *strides, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4,
+        x, partial, scale, shift, y, C, P, num_tiles, splits, *strides,
+        AFFINE=y.numel() > 0, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=4,
     )  # fmt: skip
     block_s = next_power_of_2(splits)
     _batch_norm_prior_loss_kernel[(1,)](
         partial, running_mean.contiguous(), running_var.contiguous(), stats, norms, loss, C, splits,
         BLOCK_C=min(next_power_of_2(C), max(64, 4096 // block_s)), BLOCK_S=block_s, num_warps=8,
     )  # fmt: skip
-    return loss, stats, norms
+    return y, loss, stats, norms
 
 
 def batch_norm_prior_backward(
-    dloss: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, stats: Tensor, norms: Tensor
+    dy: Tensor | None,
+    x: Tensor,
+    dloss: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    stats: Tensor,
+    norms: Tensor,
+    scale: Tensor | None,
 ) -> Tensor:
-    """Gradient of `x`, in its memory format."""
+    """Gradient of `x`, in its memory format, which is that of `dy`, too; `dy` and `scale` are there or not together."""
     C = x.shape[1]
     groups, P, strides = _layout(x)
     block_c, block_p = _tile(C, P, strides[2] == 1)
@@ -200,8 +224,9 @@ def batch_norm_prior_backward(
     splits = min(num_tiles, 2 if arch() == 0 else 4096)
     dx = torch.empty_like(x)
     _batch_norm_prior_bwd_kernel[(cdiv(C, block_c), splits)](
-        dloss, x, running_mean.contiguous(), running_var.contiguous(), stats, norms, dx,
-        C, P, num_tiles, splits, groups * P, *strides, *_layout(dx)[2],
-        BLOCK_C=block_c, BLOCK_P=block_p, num_warps=8,
+        dloss, x, x if dy is None else dy, stats if scale is None else scale.contiguous(),
+        running_mean.contiguous(), running_var.contiguous(), stats, norms, dx,
+        C, P, num_tiles, splits, groups * P, *strides,
+        AFFINE=dy is not None, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=8,
     )  # fmt: skip
     return dx

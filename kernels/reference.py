@@ -194,3 +194,27 @@ def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
     var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
     mean_distance = torch.linalg.vector_norm(mean - running_mean.to(wide))
     return mean_distance + torch.linalg.vector_norm(var - running_var.to(wide))
+
+
+def batch_norm_with_prior(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """A batch-norm layer that normalises with its running statistics, and its prior.
+
+    Args:
+        x: input of the layer, [B, C, H, W].
+        running_mean, running_var: [C].
+        weight, bias: [C] or None.
+        eps: added to the variance.
+
+    Returns:
+        output of the layer, as `x`; the prior, as `batch_norm_prior`.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    frozen = (None if t is None else t.to(wide) for t in (running_mean, running_var, weight, bias))
+    return F.batch_norm(x, *frozen, eps=eps), batch_norm_prior(x, running_mean, running_var)

@@ -183,9 +183,11 @@ class Encoder(nn.Module):
                 if i in keep:
                     index = reference.top_patches(reference.cls_attention(q, k, self.num_prefix_tokens), keep[i])
                 x, q = x[:, :1], q[:, :, :1]
-            x = x + block.ls1(self._attention_output(i, block, q, k, v, worn))
-            if i in keep and not narrow:
+            elif i in keep:  # before the attention: a row that is dropped need not attend
                 x, index = cls_topk_gather(q, k, x, keep[i], self.num_prefix_tokens)
+                rows = reference.gather_tokens(q.transpose(1, 2).flatten(2), index, self.num_prefix_tokens)
+                q = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            x = x + block.ls1(self._attention_output(i, block, q, k, v, worn))
             if index is not None:
                 kept = index if kept is None else kept.gather(1, index)
                 attention = attention.gather(1, index) if attention is not None else None
@@ -200,7 +202,7 @@ class Encoder(nn.Module):
         if kept is not None and positions is not None and isinstance(patches.norm, nn.Identity):
             weight, bias = patches.proj.weight, patches.proj.bias
             return vit.norm_pre(select_tokens(images, kept, weight, bias, positions[0], prefix[0]))
-        x = patches.norm(patches.proj(images).flatten(2).transpose(1, 2))
+        x = patches.norm(_embed_patches(patches.proj, images))
         x = x if positions is None else x + positions
         if kept is not None:
             x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -252,6 +254,15 @@ class Encoder(nn.Module):
             raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
         x = mlp.norm(mlp.act(_linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
         return _linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)
+
+
+def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
+    """[B, N, D]; as a matrix product where the images want a gradient: a convolution's is slow on a CPU."""
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return proj(images).flatten(2).transpose(1, 2)
+    p = proj.weight.shape[-1]
+    pixels = images.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, p, p]
+    return nn.functional.linear(pixels.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
 def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:

@@ -13,6 +13,8 @@ from .canvas import first_canvas, step_size
 from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
+from .packed import pack
+from .plain_vit import share
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
@@ -56,10 +58,12 @@ def invert(
     prior = load_prior(backbone, config, dtype) if prior is None else prior
     teacher = backbone.merge(adapter).to(dtype=dtype)
     head = head.to(backbone.device)
+    loss_of = compiled(inversion_loss, compile, backbone.device)
+    if config.steps and loss_of is inversion_loss:  # Inductor arranges weights itself
+        teacher, prior = pack(teacher.clone()), prior if prior is None else pack(share(prior))
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     digest = adapter.digest()
-    loss_of = compiled(inversion_loss, compile, backbone.device)
     images = []
     with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
         for i, batch in enumerate(batches):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import load_tensors
-from .kernels import batch_norm_prior
+from .kernels import batch_norm_prior, batch_norm_with_prior
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,7 +51,10 @@ class BatchNormPrior(nn.Module):
             )
         self._layers: list[Any] = layers
         for layer in layers:
-            layer.register_forward_pre_hook(_measure)
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__ = _MeasuredBatchNorm  # our copy; names and weights stay what they are
+            else:
+                layer.register_forward_pre_hook(_measure)
         for module in self.network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
@@ -133,6 +136,23 @@ class BatchNormPrior(nn.Module):
         for layer in self._layers:
             layer.prior_loss = None
         return torch.stack(losses).sum()
+
+
+class _MeasuredBatchNorm(nn.BatchNorm2d):
+    """A frozen batch-norm layer that leaves its prior in `prior_loss`."""
+
+    prior_loss: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if torch.compiler.is_compiling():  # Inductor joins the layer with the activation that follows it
+            self.prior_loss = batch_norm_prior(input, self.running_mean, self.running_var)
+            return super().forward(input)
+        y, self.prior_loss = batch_norm_with_prior(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        )
+        return y
 
 
 def _measure(layer: Any, args: tuple[Tensor, ...]) -> None:

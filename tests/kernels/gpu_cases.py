@@ -63,7 +63,9 @@ def _select_tokens(
     return launch
 
 
-def _batch_norm_prior(B: int, C: int, size: int, memory_format: torch.memory_format) -> Callable[[torch.dtype], None]:
+def _batch_norm_prior(
+    B: int, C: int, size: int, memory_format: torch.memory_format, affine: bool = False
+) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
         from lorarecycle.kernels.batch_norm_prior_triton import (
             batch_norm_prior_backward,
@@ -72,8 +74,10 @@ def _batch_norm_prior(B: int, C: int, size: int, memory_format: torch.memory_for
 
         x = torch.empty((B, C, size, size), dtype=dtype, device="meta", memory_format=memory_format)
         running = torch.empty((2, C), device="meta")
-        loss, stats, norms = batch_norm_prior_forward(x, running[0], running[1])
-        batch_norm_prior_backward(loss, x, running[0], running[1], stats, norms)
+        scale, shift = torch.empty((2, C), device="meta") if affine else (None, None)
+        _, loss, stats, norms = batch_norm_prior_forward(x, running[0], running[1], scale, shift)
+        dy = x if affine else None
+        batch_norm_prior_backward(dy, x, loss, running[0], running[1], stats, norms, scale)
 
     return launch
 
@@ -119,10 +123,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     },
     "select_tokens/registers": _select_tokens(16, 224, 14, 768, 49, 5),
     "select_tokens/odd": _select_tokens(4, 32, 8, 100, 4, 0),
-    "batch_norm_prior/nchw": _batch_norm_prior(100, 256, 56, torch.contiguous_format),
-    "batch_norm_prior/channels_last": _batch_norm_prior(100, 256, 56, torch.channels_last),
-    "batch_norm_prior/deep": _batch_norm_prior(100, 2048, 7, torch.contiguous_format),
-    "batch_norm_prior/odd": _batch_norm_prior(3, 70, 9, torch.channels_last),
+    **{
+        f"batch_norm_prior/{name}{'_affine' if affine else ''}": _batch_norm_prior(*shape, affine)
+        for name, shape in {
+            "nchw": (100, 256, 56, torch.contiguous_format),
+            "channels_last": (100, 256, 56, torch.channels_last),
+            "deep": (100, 2048, 7, torch.contiguous_format),
+            "odd": (3, 70, 9, torch.channels_last),
+        }.items()
+        for affine in (False, True)
+    },
 }
 
 

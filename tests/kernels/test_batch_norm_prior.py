@@ -1,10 +1,10 @@
-"""`batch_norm_prior`: Triton and C++ against the float64 reference in both memory formats; errors."""
+"""`batch_norm_prior`, alone and with its layer: Triton and C++ against the float64 reference in both memory formats."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from lorarecycle.kernels import batch_norm_prior, cpp, reference, use_backend
+from lorarecycle.kernels import batch_norm_prior, batch_norm_with_prior, cpp, reference, use_backend
 
 # Relative to the largest value, loss and gradient: statistics are float32 whatever the map is.
 TOLERANCES = {torch.float32: (1e-6, 3e-6), torch.float16: (1e-6, 2e-3), torch.bfloat16: (1e-6, 1e-2)}
@@ -52,6 +52,81 @@ def test_cpp(shape, layout, dtype, cpp_backend, assert_close):
     _check("cpp", "cpu", shape, dtype, layout, assert_close)
 
 
+def _run_layer(op, x, running_mean, running_var, *affine):
+    """Output, loss and the gradient of both together."""
+    x = x.detach().requires_grad_()
+    y, loss = op(x, running_mean, running_var, *affine)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y)  # NCHW, whatever x is
+    return y, loss, torch.autograd.grad((y * dy).sum() + 1.3 * loss, x)[0]
+
+
+def _check_layer(backend, device, shape, dtype, layout, assert_close, affine=True):
+    x, running_mean, running_var = (t.to(device) for t in _inputs(shape, dtype, FORMATS[layout]))
+    weight_bias = (running_mean + 0.5, running_mean * 2) if affine else ()
+    with use_backend(backend):
+        got = _run_layer(batch_norm_with_prior, x, running_mean, running_var, *weight_bias)
+    expected = _run_layer(reference.batch_norm_with_prior, x.double(), running_mean, running_var, *weight_bias)
+    assert [t.dtype for t in got] == [dtype, torch.float32, dtype]
+    assert got[0].stride() == got[2].stride() == x.stride()
+    loss_tolerance, tolerance = TOLERANCES[dtype]
+    for name, value, wanted, limit in zip(
+        ("y", "loss", "dx"), got, expected, (tolerance, loss_tolerance, tolerance), strict=True
+    ):
+        assert_close(value, wanted, limit, name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_triton(shape, layout, dtype, device, assert_close):
+    _check_layer("triton", device, shape, dtype, layout, assert_close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 40, 40), (1, 130, 70, 30)], ids=str)
+def test_layer_cpp(shape, layout, dtype, cpp_backend, assert_close):
+    _check_layer("cpp", "cpu", shape, dtype, layout, assert_close)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp", "plain", "reference"])
+def test_layer_without_weight_and_bias(backend, request, monkeypatch, assert_close):
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    if backend == "plain":
+        monkeypatch.setattr(cpp, "_loaded", False)
+    backend = "cpp" if backend == "plain" else backend
+    _check_layer(backend, target, (2, 6, 5, 7), torch.float32, "channels_last", assert_close, affine=False)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_layer_of_which_only_the_output_or_only_the_loss_is_used(backend, request, assert_close):
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    x, running_mean, running_var = (t.to(target) for t in _inputs((2, 6, 5, 7), torch.float32, FORMATS["nchw"]))
+    x.requires_grad_()
+    for part in (0, 1):
+        with use_backend(backend):
+            out = batch_norm_with_prior(x, running_mean, running_var, eps=0.1)[part]
+        wanted = reference.batch_norm_with_prior(x.double(), running_mean, running_var, eps=0.1)[part]
+        assert_close(
+            torch.autograd.grad(out.square().sum(), x)[0], torch.autograd.grad(wanted.square().sum(), x)[0], 1e-5, "dx"
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_number_of_threads_does_not_matter(threads, cpp_backend):
+    x, running_mean, running_var = _inputs((5, 64, 30, 30), torch.float32, FORMATS["channels_last"])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, threads):
+            torch.set_num_threads(n)
+            with use_backend("cpp"):
+                found.append(_run(batch_norm_prior, x, running_mean, running_var))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_a_mean_far_from_zero_does_not_cancel(backend, layout, request, assert_close):
@@ -94,7 +169,7 @@ def test_a_map_that_holds_no_numbers_is_not_hidden(backend, layout, bad, request
     x[1, 1, 2, 0] = bad
 
     def plain(*inputs):
-        return torch.ops.lorarecycle.batch_norm_prior(*inputs, "cpp")[0]
+        return torch.ops.lorarecycle.batch_norm_prior(*inputs, None, None, "cpp")[1]
 
     with use_backend("reference" if backend == "plain" else backend):
         loss, dx = _run(plain if backend == "plain" else batch_norm_prior, x, running_mean, running_var)
@@ -107,23 +182,29 @@ def test_without_a_compiler_inside_a_compiled_function(monkeypatch, assert_close
     monkeypatch.setattr(cpp, "_loaded", False)
     x, running_mean, running_var = _inputs((2, 6, 5, 7), torch.float32, FORMATS["nchw"])
     x.requires_grad_()
-    loss, _, _ = torch.ops.lorarecycle.batch_norm_prior(x, running_mean, running_var, "cpp")
+    _, loss, _, _ = torch.ops.lorarecycle.batch_norm_prior(x, running_mean, running_var, None, None, "cpp")
     (dx,) = torch.autograd.grad(1.3 * loss, x)
     for got, wanted in zip((loss, dx), _run(reference.batch_norm_prior, x, running_mean, running_var), strict=True):
         assert_close(got, wanted, 3e-6, "plain")
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
-def test_opcheck(backend, request):
+def test_opcheck(backend, affine, request):
     request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
     target = request.getfixturevalue("device") if backend == "triton" else "cpu"
     x, running_mean, running_var = (t.to(target) for t in _inputs((2, 3, 4, 4), torch.float32, FORMATS["nchw"]))
-    args = (x.requires_grad_(), running_mean, running_var, backend)
+    scale, shift = (running_var + 1, running_mean) if affine else (None, None)
+    args = (x.requires_grad_(), running_mean, running_var, scale, shift, backend)
     torch.library.opcheck(torch.ops.lorarecycle.batch_norm_prior.default, args)
 
 
-def test_gradcheck_of_the_reference():
+def test_gradcheck_of_the_references():
     x, running_mean, running_var = (t.double() for t in _inputs((2, 3, 2, 3), torch.float32, FORMATS["nchw"]))
+    assert torch.autograd.gradcheck(
+        lambda t: reference.batch_norm_with_prior(t, running_mean, running_var, running_var + 1, running_mean),
+        x.requires_grad_(),
+    )
     assert torch.autograd.gradcheck(
         lambda t: reference.batch_norm_prior(t, running_mean, running_var), x.requires_grad_()
     )
@@ -154,3 +235,11 @@ def test_errors_name_argument_rule_and_value(changes, message):
     arguments = {"x": torch.zeros(2, 3, 4, 4), "running_mean": torch.zeros(3), "running_var": torch.zeros(3)}
     with pytest.raises(ValueError, match=message):
         batch_norm_prior(**(arguments | changes))
+
+
+def test_errors_of_the_layer_name_weight_and_bias():
+    x, channels = torch.zeros(2, 3, 4, 4), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"`weight` must be \[3\] to fit `x`, got shape \[2\]"):
+        batch_norm_with_prior(x, channels, channels, torch.ones(2))
+    with pytest.raises(ValueError, match=r"`bias` must have a floating-point dtype, got torch.int64"):
+        batch_norm_with_prior(x, channels, channels, torch.ones(3), torch.ones(3).long())
