@@ -108,8 +108,8 @@ class MetaConfig:
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
-    gain: float = 4.5
-    """Largest factor on the mean of the adapters' updates in their sum."""
+    gain: float | None = None
+    """Factor on the mean of the adapters' updates; when None, found from how alike they are (see `warm_start`)."""
     r: int = 16
     """Rank of the meta-LoRA."""
     lora_alpha: float = 16.0
@@ -142,7 +142,8 @@ class MetaConfig:
         if self.guide_size is not None:
             _at_least("guide_size", self.guide_size, 1)
         _one_of("init", self.init, ("adapters", "random"))
-        _positive("gain", self.gain)
+        if self.gain is not None:
+            _positive("gain", self.gain)
         _at_least("r", self.r, 1)
         _positive("lora_alpha", self.lora_alpha)
         _sites(self.sites)

@@ -25,10 +25,8 @@ UNSEEN = ("6", "7", "8", "9")
 TUNE = TuneConfig(epochs=6, lr=3e-3, flip=False)
 RECYCLE = RecycleConfig(
     InversionConfig(images_per_class=10, prune={2: 0.5}),
-    MetaConfig(n_way=3, n_query=9, flip=False, gain=1.0, lr=1e-3),
+    MetaConfig(n_way=3, n_query=9, flip=False),
 )
-"""Tasks have digits in common, so what the adapters share is large already: `gain` need not amplify it. `gain` and `lr`
-were chosen on the digits 0 to 3, with adapters of 4 to 9."""
 
 
 def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False) -> str:
