@@ -109,7 +109,7 @@ class MetaConfig:
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
     gain: float | None = None
-    """Factor on the mean of the adapters' updates; when None, found from how alike they are (see `warm_start`)."""
+    """Factor on the mean of the adapters' updates; when None, `common_gain`: by how alike they are."""
     r: int = 16
     """Rank of the meta-LoRA."""
     lora_alpha: float = 16.0

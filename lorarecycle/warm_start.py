@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,21 +19,17 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
     """Factors that start where many adapters point: `gain` times the mean of their updates `scaling * B A`.
 
     What adapters of different tasks share is small in each one, as each update is confined to a random subspace of
-    its rank, and it is spread over all of them; averaging uncovers it, but small as it is. How small tells the
-    adapters' likeness: the inner product of two updates, on average over pairs and relative to an update's squared
-    length, is the squared length of the shared part. So the mean is amplified by `0.5 / sqrt(likeness)`, which makes
-    the shared part half as long as an update, but by no more than n (the sum of all) and no less than 1 (the mean).
-
-    At each site the mean is cut to the rank of `like` by a singular value decomposition of the stacked factors, one
-    site after the other: never more than a matrix of one site's size. The cost grows with the square of the ranks' sum
-    up to the width, linearly from there.
+    its rank, and it is spread over all of them; averaging uncovers it, and the gain brings it to size. At each site the
+    mean is cut to the rank of `like` by a singular value decomposition of the stacked factors, one site after the
+    other: never more than a matrix of one site's size. The cost grows with the square of the ranks' sum up to the
+    width, linearly from there.
 
     Args:
         adapters: for one base model; ranks, scalings and sites may differ, heads are not used. An adapter without a
             site counts as zero there.
         like: gives sites, ranks and scalings; what the adapters leave open stays as it is there: sites that none of
             them has, ranks beyond the sum of theirs. It is not changed.
-        gain: factor on the mean; found from the adapters' likeness when None.
+        gain: factor on the mean; `common_gain` when None.
 
     Returns:
         new factors, on the device of `like`; singular values are shared evenly between `lora_A` and `lora_B`.
@@ -41,13 +37,48 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
     Raises:
         ValueError: no adapters, `gain` not positive, shapes that differ at a site.
     """
-    if not adapters:
-        raise ValueError("`adapters` must hold at least one adapter, got none; use init='random'.")
     if gain is not None and not gain > 0:
         raise ValueError(f"`gain` must be positive, got {gain}.")
-    n, factors = len(adapters), like.factors()
-    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    together = apart = 0.0  # squared length of the sum of all updates; sum of the updates' squared lengths
+    factors = like.factors()
+    pools = _by_site(adapters, factors)
+    gain = _gain(adapters, pools) if gain is None else gain
+    for site, parts in pools.items():
+        factors[site] = _sum(parts, factors[site], gain / len(adapters))
+    return LoRA(factors).to(next(like.parameters()).device)
+
+
+def common_gain(adapters: Sequence[Adapter], like: LoRA) -> float:
+    """Factor on the mean of many updates that makes what they share half as long as one of them.
+
+    The inner product of two updates, on average over pairs and relative to an update's squared length, is the squared
+    length of what they share: their likeness, near 0 for adapters tuned from different random factors, 1 for equal
+    ones. The gain is `0.5 / sqrt(likeness)`, but no more than the number of adapters (their sum) and no less than 1
+    (their mean).
+
+    Args:
+        adapters, like: as in `warm_start`; only the sites of `like` count.
+
+    Raises:
+        ValueError: no adapters, or shapes that differ at a site.
+    """
+    return _gain(adapters, _by_site(adapters, like.factors()))
+
+
+def _gain(adapters: Sequence[Adapter], pools: dict[str, list[LoRAFactors]]) -> float:
+    n = len(adapters)
+    together = sum(_squared_length(*_stacked(parts)) for parts in pools.values())
+    apart = sum(_squared_length(*_stacked([part])) for parts in pools.values() for part in parts)
+    if n == 1 or apart == 0:
+        return 1.0
+    likeness = (together - apart) / ((n - 1) * apart)
+    return min(float(n), max(1.0, SHARED / math.sqrt(likeness))) if likeness > 0 else float(n)
+
+
+def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) -> dict[str, list[LoRAFactors]]:
+    """The adapters' factors at each site that any of them has."""
+    if not adapters:
+        raise ValueError("`adapters` must hold at least one adapter, got none; use init='random'.")
+    pools = {}
     for site, start in factors.items():
         parts = [adapter.factors[site] for adapter in adapters if site in adapter.factors]
         shapes = {(p.lora_B.shape[0], p.lora_A.shape[1]) for p in parts}
@@ -57,37 +88,28 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
                 f"where it has {[start.lora_B.shape[0], start.lora_A.shape[1]]}."
             )
         if parts:
-            U, S, Vh = _sum(parts, start.r)
-            sums[site] = U, S[: start.r], Vh
-            together += S.square().sum().item()
-            apart += sum(_squared_length(p) for p in parts)
-    if gain is None:
-        gain = _gain(n, (together - apart) / ((n - 1) * apart) if n > 1 and apart > 0 else 1.0)
-    for site, (U, S, Vh) in sums.items():
-        start = factors[site]
-        root = (S * gain / (n * start.scaling)).sqrt()
-        new_A, new_B = start.lora_A.clone(), start.lora_B.clone()
-        new_A[: len(root)] = (root[:, None] * Vh).to(new_A)
-        new_B[:, : len(root)] = (U * root).to(new_B)
-        factors[site] = LoRAFactors(new_A, new_B, start.scaling)
-    return LoRA(factors).to(next(like.parameters()).device)
+            pools[site] = parts
+    return pools
 
 
-def _gain(n: int, likeness: float) -> float:
-    """Factor on the mean of n updates whose mean cosine is `likeness`; the sum where they have nothing in common."""
-    return min(float(n), max(1.0, SHARED / math.sqrt(likeness))) if likeness > 0 else float(n)
+def _stacked(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:
+    """[R, in] and [out, R], R the sum of the ranks; their product is the sum of the updates."""
+    return torch.cat([p.lora_A for p in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1)
 
 
-def _squared_length(part: LoRAFactors) -> float:
-    gram = (part.lora_B.T @ part.lora_B) * (part.lora_A @ part.lora_A.T)
-    return part.scaling**2 * gram.sum().item()
+def _squared_length(lora_A: Tensor, lora_B: Tensor) -> float:
+    return (lora_B @ lora_A).square().sum().item()
 
 
-def _sum(parts: Sequence[LoRAFactors], r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first r singular vectors of the sum of updates, and all its singular values."""
-    lora_A = torch.cat([p.lora_A for p in parts])  # [R, in], R the sum of the ranks
-    lora_B = torch.cat([p.lora_B * p.scaling for p in parts], dim=1)  # [out, R]
+def _sum(parts: Sequence[LoRAFactors], start: LoRAFactors, factor: float) -> LoRAFactors:
+    """`factor` times the sum of updates, in the rank and scaling of `start`."""
+    lora_A, lora_B = _stacked(parts)
     basis_in, small_A = torch.linalg.qr(lora_A.T)
     basis_out, small_B = torch.linalg.qr(lora_B)
     U, S, Vh = torch.linalg.svd(small_B @ small_A.T, full_matrices=False)
-    return basis_out @ U[:, :r], S, Vh[:r] @ basis_in.T
+    r = min(start.r, len(S))
+    root = (S[:r] * (factor / start.scaling)).sqrt()
+    new_A, new_B = start.lora_A.clone(), start.lora_B.clone()
+    new_A[:r] = (root[:, None] * (Vh[:r] @ basis_in.T)).to(new_A)
+    new_B[:, :r] = (basis_out @ U[:, :r] * root).to(new_B)
+    return LoRAFactors(new_A, new_B, start.scaling)

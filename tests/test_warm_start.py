@@ -5,7 +5,7 @@ import torch
 
 from lorarecycle.adapter import Adapter, LoRAFactors
 from lorarecycle.lora import LoRA
-from lorarecycle.warm_start import warm_start
+from lorarecycle.warm_start import common_gain, warm_start
 
 
 def fresh(backbone, **options) -> LoRA:
@@ -47,8 +47,9 @@ def with_common_part(share: float, n: int) -> list[Adapter]:
 )
 def test_what_adapters_share_grows_to_half_the_length_of_an_update(tiny_backbone, share, n, gain):
     """But their sum is the most, and their mean the least."""
-    adapters = with_common_part(share, n)
-    warm = update(warm_start(adapters, fresh(tiny_backbone, r=32, sites=("v",), layers=(0,))), "blocks.0.attn.v")
+    adapters, like = with_common_part(share, n), fresh(tiny_backbone, r=32, sites=("v",), layers=(0,))
+    assert common_gain(adapters, like) == pytest.approx(gain, rel=1e-4)
+    warm = update(warm_start(adapters, like), "blocks.0.attn.v")
     torch.testing.assert_close(warm, gain * sum(a.delta("blocks.0.attn.v") for a in adapters) / n, rtol=1e-4, atol=1e-5)
     if 1 < gain < n:
         assert warm[0, 0].item() == pytest.approx(0.5, rel=1e-4)
