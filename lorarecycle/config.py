@@ -107,7 +107,7 @@ class MetaConfig:
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     init: Literal["adapters", "random"] = "adapters"
-    """What the meta-LoRA starts as: the adapters' updates added up, see `warm_start`, or random factors."""
+    """What the meta-LoRA starts as: the adapters' mean update, amplified (see `warm_start`), or random factors."""
     gain: float | None = None
     """Factor on the mean of the adapters' updates; when None, `common_gain`: by how alike they are."""
     r: int = 16
