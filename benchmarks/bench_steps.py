@@ -90,7 +90,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
     loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
     if loss_of is inversion_loss:  # as `invert` does
-        teacher, natural = pack(teacher), natural if natural is None else pack(natural)
+        teacher = pack(teacher)
 
     def step() -> None:
         seen = images.roll((3, -2), dims=(2, 3))

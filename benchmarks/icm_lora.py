@@ -19,6 +19,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +287,11 @@ class Bench:
             self.once(f"sampling {path.stem}", work)
 
     def scaling(self) -> None:
-        self.once("scaling", measure_scaling)
+        def work() -> list[dict[str, float]]:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # whose memory holds nothing else
+                return fresh.submit(measure_scaling).result()
+
+        self.once("scaling", work)
 
     def report(self) -> None:
         self.facts["settings"] = {

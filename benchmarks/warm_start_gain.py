@@ -2,7 +2,7 @@
 
     python benchmarks/warm_start_gain.py --work-dir /tmp/warm-start-gain
 
-Tunes pools of adapters that differ in number, rank and likeness on CIFAR-FS train classes (136 adapters, kept in the
+Tunes pools of adapters that differ in number, rank and likeness on CIFAR-FS train classes (144 adapters, kept in the
 work folder), and tests the warm start of each pool on 600 one-shot tasks of 200 images of each validation class. Needs
 cifar_fs.npz and vit_tiny_patch16_224.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise).
 Writes benchmarks/results/warm_start_gain.md and .json.
@@ -57,6 +57,7 @@ def pools(train: LabelledImages) -> dict[str, list[Wanted]]:
         **{f"{n}" if n <= 12 else f"{n}, each class several times": usual[:n] for n in (2, 4, 8, 20, 50, 100)},
         "8, tasks of 5 out of 10 classes": [Wanted(f"overlap/{i}", drawn(i, "overlap", 10), 100 + i) for i in range(8)],
         "6, tasks of 5 out of 15 classes": [Wanted(f"mid/{i}", drawn(i, "mid", 15), 300 + i) for i in range(6)],
+        "8, from the same random factors": [Wanted(f"start/{i}", names, 600) for i, names in enumerate(tasks[:8])],
         "6, one and the same task": [Wanted(f"same/{i}", few[:5], 200 + i) for i in range(6)],
         "8 of rank 1": low,
         "8 of rank 16": high,

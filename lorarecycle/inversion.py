@@ -14,7 +14,6 @@ from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
 from .packed import pack
-from .plain_vit import share
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
@@ -60,7 +59,7 @@ def invert(
     head = head.to(backbone.device)
     loss_of = compiled(inversion_loss, compile, backbone.device)
     if config.steps and loss_of is inversion_loss:  # Inductor arranges weights itself
-        teacher, prior = pack(teacher.clone()), prior if prior is None else pack(share(prior))
+        teacher = pack(teacher)
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     digest = adapter.digest()

@@ -37,8 +37,8 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
     Raises:
         ValueError: no adapters, `gain` not positive, shapes that differ at a site.
     """
-    if gain is not None and not gain > 0:
-        raise ValueError(f"`gain` must be positive, got {gain}.")
+    if gain is not None and not 0 < gain < math.inf:
+        raise ValueError(f"`gain` must be positive and finite, got {gain}.")
     factors = like.factors()
     pools = _by_site(adapters, factors)
     gain = _gain(adapters, pools) if gain is None else gain

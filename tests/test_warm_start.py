@@ -97,7 +97,11 @@ def test_shared_knowledge_outgrows_what_is_private(tiny_backbone):
 
 @pytest.mark.parametrize(
     ("pool", "gain", "message"),
-    [([], 4.5, "`adapters` must hold at least one"), (None, 0.0, "`gain` must be positive, got 0.0")],
+    [
+        ([], 4.5, "`adapters` must hold at least one"),
+        (None, 0.0, "`gain` must be positive and finite, got 0.0"),
+        (None, torch.inf, "got inf"),
+    ],
 )
 def test_bad_arguments(tiny_backbone, make_adapter, pool, gain, message):
     with pytest.raises(ValueError, match=message):

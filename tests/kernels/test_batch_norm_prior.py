@@ -188,12 +188,13 @@ def test_without_a_compiler_inside_a_compiled_function(monkeypatch, assert_close
         assert_close(got, wanted, 3e-6, "plain")
 
 
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
-def test_opcheck(backend, affine, request):
+def test_opcheck(backend, affine, layout, request):
     request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
     target = request.getfixturevalue("device") if backend == "triton" else "cpu"
-    x, running_mean, running_var = (t.to(target) for t in _inputs((2, 3, 4, 4), torch.float32, FORMATS["nchw"]))
+    x, running_mean, running_var = (t.to(target) for t in _inputs((2, 3, 4, 4), torch.float32, FORMATS[layout]))
     scale, shift = (running_var + 1, running_mean) if affine else (None, None)
     args = (x.requires_grad_(), running_mean, running_var, scale, shift, backend)
     torch.library.opcheck(torch.ops.lorarecycle.batch_norm_prior.default, args)
