@@ -82,11 +82,10 @@ def rows(work_dir: Path, data: Path) -> Iterator[dict[str, object]]:
     like = random_factors(backbone, MetaConfig(), 0)
     for title, wanted in pools(train).items():
         adapters = [tuned(work_dir, backbone, train, one) for one in wanted]
-        own = common_gain(adapters, like)
+        own = common_gain(adapters, like, backbone)
         found = {}
-        for gain in (None, *(g for g in GAINS if g <= len(adapters))):
-            warm = warm_start(adapters, like, gain=gain).to_adapter(name="warm", like=backbone)
-            found["own" if gain is None else str(gain)] = accuracy(warm)
+        for name, gain in {"own": own, **{str(g): g for g in GAINS if g <= len(adapters)}}.items():
+            found[name] = accuracy(warm_start(adapters, like, gain=gain).to_adapter(name="warm", like=backbone))
         yield {"pool": title, "own_gain": own, "accuracy": found}
 
 

@@ -88,8 +88,17 @@ class Backbone(Encoder):
         Raises:
             ValueError: the backbone has no such site.
         """
+        out, width = self.site_weight(site).shape
+        return out, width
+
+    def site_weight(self, site: str) -> torch.Tensor:
+        """A site's frozen weight, [out, in], a view.
+
+        Raises:
+            ValueError: the backbone has no such site.
+        """
         weight, rows = self._site_weight(site)
-        return len(range(*rows.indices(weight.shape[0]))), weight.shape[1]
+        return weight.detach()[rows]
 
     def check(self, adapter: Adapter) -> None:
         """Make sure that an adapter fits.

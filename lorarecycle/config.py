@@ -109,7 +109,7 @@ class MetaConfig:
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' mean update, amplified (see `warm_start`), or random factors."""
     gain: float | None = None
-    """Factor on the mean of the adapters' updates; when None, `common_gain`: by how alike they are."""
+    """Factor on the mean of the adapters' updates; `common_gain` when None."""
     r: int = 16
     """Rank of the meta-LoRA."""
     lora_alpha: float = 16.0

@@ -26,7 +26,7 @@ from .progress import track
 from .prototypes import distance_logits
 from .seeds import stream
 from .surrogate import Surrogate
-from .warm_start import warm_start
+from .warm_start import common_gain, warm_start
 
 CHECKPOINT_EVERY = 100
 
@@ -101,7 +101,8 @@ def meta_train(
     lora = random_factors(backbone, config, seed)
     guide = None
     if config.init == "adapters":
-        lora = warm_start(adapters, lora, gain=config.gain)
+        gain = common_gain(adapters, lora, backbone) if config.gain is None else config.gain
+        lora = warm_start(adapters, lora, gain=gain)
         guide = lora.to_adapter(name="guide", like=backbone)
     if config.distill > 0:
         targets = feature_targets(backbone, guide, bank.images, image_size=config.guide_size, flip=config.flip)

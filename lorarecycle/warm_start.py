@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, LoRAFactors
+from .backbone import Backbone
 from .lora import LoRA
 
-SHARED = 0.5
-"""Length that what the adapters share is given, relative to one adapter's update."""
+GAIN, LENGTH, SHARED = 4.5, 0.035, 0.5
+"""Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
 
 
-def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = None) -> LoRA:
+def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float) -> LoRA:
     """Factors that start where many adapters point: `gain` times the mean of their updates `scaling * B A`.
 
     What adapters of different tasks share is small in each one, as each update is confined to a random subspace of
@@ -29,7 +30,7 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
             site counts as zero there.
         like: gives sites, ranks and scalings; what the adapters leave open stays as it is there: sites that none of
             them has, ranks beyond the sum of theirs. It is not changed.
-        gain: factor on the mean; `common_gain` when None.
+        gain: factor on the mean, such as `common_gain`; as many as there are adapters make their sum.
 
     Returns:
         new factors, on the device of `like`; singular values are shared evenly between `lora_A` and `lora_B`.
@@ -37,41 +38,40 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float | None = 
     Raises:
         ValueError: no adapters, `gain` not positive, shapes that differ at a site.
     """
-    if gain is not None and not 0 < gain < math.inf:
+    if not 0 < gain < math.inf:
         raise ValueError(f"`gain` must be positive and finite, got {gain}.")
     factors = like.factors()
-    pools = _by_site(adapters, factors)
-    gain = _gain(adapters, pools) if gain is None else gain
-    for site, parts in pools.items():
+    for site, parts in _by_site(adapters, factors).items():
         factors[site] = _sum(parts, factors[site], gain / len(adapters))
     return LoRA(factors).to(next(like.parameters()).device)
 
 
-def common_gain(adapters: Sequence[Adapter], like: LoRA) -> float:
-    """Factor on the mean of many updates that makes what they share half as long as one of them.
+def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> float:
+    """How far to amplify the mean of many updates.
 
-    The inner product of two updates, on average over pairs and relative to an update's squared length, is the squared
-    length of what they share: their likeness, near 0 for adapters tuned from different random factors, 1 for equal
-    ones. The gain is `0.5 / sqrt(likeness)`, but no more than the number of adapters (their sum) and no less than 1
+    4.5, but less where that would change the weights by more than 3.5 % of their length, as it does with adapters tuned
+    far. More where adapters have little in common: the inner product of two updates, on average over pairs and relative
+    to an update's squared length, is the squared length of what they share, their likeness; `0.5 / sqrt(likeness)`
+    makes the shared part half as long as an update. No more than the number of adapters (their sum) and no less than 1
     (their mean).
 
     Args:
         adapters, like: as in `warm_start`; only the sites of `like` count.
+        backbone: that the adapters are for.
 
     Raises:
         ValueError: no adapters, or shapes that differ at a site.
     """
-    return _gain(adapters, _by_site(adapters, like.factors()))
-
-
-def _gain(adapters: Sequence[Adapter], pools: dict[str, list[LoRAFactors]]) -> float:
-    n = len(adapters)
+    n, pools = len(adapters), _by_site(adapters, like.factors())
     together = sum(_squared_length(*_stacked(parts)) for parts in pools.values())
     apart = sum(_squared_length(*_stacked([part])) for parts in pools.values() for part in parts)
-    if n == 1 or apart == 0:
+    if n == 1 or together == 0:
         return 1.0
+    weights = sum(backbone.site_weight(site).float().square().sum().item() for site in pools)
+    gain = min(GAIN, LENGTH * n * math.sqrt(weights / together))
     likeness = (together - apart) / ((n - 1) * apart)
-    return min(float(n), max(1.0, SHARED / math.sqrt(likeness))) if likeness > 0 else float(n)
+    gain = max(gain, SHARED / math.sqrt(likeness) if likeness > 0 else n)
+    return min(float(n), max(1.0, gain))
 
 
 def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) -> dict[str, list[LoRAFactors]]:

@@ -31,28 +31,34 @@ def test_the_mean_is_amplified_by_the_gain(tiny_backbone, make_adapter, n):
         torch.testing.assert_close(update(warm, site), expected, rtol=1e-4, atol=1e-5)
 
 
-def with_common_part(share: float, n: int) -> list[Adapter]:
-    """Updates of length 1, orthogonal to one another but for a common part of squared length `share`."""
+def with_common_part(share: float, n: int, length: float) -> list[Adapter]:
+    """Updates of one length, orthogonal to one another but for a common part of squared length `share` in each."""
     adapters = []
     for i in range(n):
         lora_A = torch.zeros(2, 32)
         lora_A[0, 0], lora_A[1, i + 1] = share**0.5, (1 - share) ** 0.5
-        adapters.append(Adapter({"blocks.0.attn.v": LoRAFactors(lora_A, torch.eye(32)[:, :2], 1.0)}))
+        adapters.append(Adapter({"blocks.0.attn.v": LoRAFactors(lora_A, torch.eye(32)[:, :2], length)}))
     return adapters
 
 
 @pytest.mark.parametrize(
-    ("share", "n", "gain"),
-    [(0.04, 8, 2.5), (0.01, 20, 5.0), (0.01, 3, 3.0), (0.0, 6, 6.0), (0.5, 8, 1.0), (1.0, 8, 1.0), (0.3, 1, 1.0)],
+    ("share", "n", "length", "gain"),
+    [
+        (0.2, 10, 1e-3, 4.5),  # small: the usual one
+        (0.2, 10, 0.02, 0.035 / 0.02 / (0.2 + 0.08) ** 0.5),  # until the mean has 3.5 % of the weights' length
+        (0.2, 10, 1.0, 0.5 / 0.2**0.5),  # but what is shared may have half the length of an update
+        (0.005, 20, 1e-3, 0.5 / 0.005**0.5),  # little in common: more than usual
+        (0.0, 6, 1.0, 6.0),  # nothing in common, and few: the sum
+        (0.005, 3, 1e-3, 3.0),
+        (0.5, 8, 1.0, 1.0),  # large and alike: the mean
+        (0.3, 1, 1e-3, 1.0),
+    ],
 )
-def test_what_adapters_share_grows_to_half_the_length_of_an_update(tiny_backbone, share, n, gain):
-    """But their sum is the most, and their mean the least."""
-    adapters, like = with_common_part(share, n), fresh(tiny_backbone, r=32, sites=("v",), layers=(0,))
-    assert common_gain(adapters, like) == pytest.approx(gain, rel=1e-4)
-    warm = update(warm_start(adapters, like), "blocks.0.attn.v")
-    torch.testing.assert_close(warm, gain * sum(a.delta("blocks.0.attn.v") for a in adapters) / n, rtol=1e-4, atol=1e-5)
-    if 1 < gain < n:
-        assert warm[0, 0].item() == pytest.approx(0.5, rel=1e-4)
+def test_common_gain(tiny_backbone, share, n, length, gain):
+    like = fresh(tiny_backbone, r=32, sites=("v",), layers=(0,))
+    weight = tiny_backbone.site_weight("blocks.0.attn.v").norm().item()
+    adapters = with_common_part(share, n, length * weight)
+    assert common_gain(adapters, like, tiny_backbone) == pytest.approx(gain, rel=1e-4)
 
 
 def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):
@@ -74,7 +80,9 @@ def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):
 
 
 def test_factors_are_balanced(tiny_backbone, make_adapter):
-    warm = warm_start([make_adapter(tiny_backbone, seed=i) for i in range(3)], fresh(tiny_backbone, r=4, lora_alpha=4))
+    warm = warm_start(
+        [make_adapter(tiny_backbone, seed=i) for i in range(3)], fresh(tiny_backbone, r=4, lora_alpha=4), gain=2.0
+    )
     lora_A, lora_B, _ = warm.factors()["blocks.0.attn.v"]
     torch.testing.assert_close(lora_A.norm(dim=1), lora_B.norm(dim=0), rtol=1e-4, atol=1e-5)
 
@@ -89,7 +97,7 @@ def test_shared_knowledge_outgrows_what_is_private(tiny_backbone):
         for _ in range(n):
             lora_A = torch.randn(4, 32, generator=g) / 32**0.5
             adapters.append(Adapter({site: LoRAFactors(lora_A, shared @ lora_A.T, 1.0)}))
-        found = update(warm_start(adapters, fresh(tiny_backbone, r=2, sites=("v",), layers=(0,))), site)
+        found = update(warm_start(adapters, fresh(tiny_backbone, r=2, sites=("v",), layers=(0,)), gain=4.5), site)
         likeness.append(torch.cosine_similarity(found.flatten(), shared.flatten(), dim=0).item())
     assert likeness[0] < likeness[1] < likeness[2]
     assert likeness[2] > 0.9
@@ -111,4 +119,4 @@ def test_bad_arguments(tiny_backbone, make_adapter, pool, gain, message):
 def test_adapters_of_another_width(tiny_backbone):
     other = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 16), torch.ones(16, 2), 1.0)})
     with pytest.raises(ValueError, match=r"`adapters` must fit the model.*\(16, 16\).*\[32, 32\]"):
-        warm_start([other], fresh(tiny_backbone))
+        warm_start([other], fresh(tiny_backbone), gain=1.0)
