@@ -216,5 +216,6 @@ def batch_norm_with_prior(
         output of the layer, as `x`; the prior, as `batch_norm_prior`.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frozen = (None if t is None else t.to(wide) for t in (running_mean, running_var, weight, bias))
-    return F.batch_norm(x, *frozen, eps=eps), batch_norm_prior(x, running_mean, running_var)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    y = F.batch_norm(x, running_mean.to(wide), running_var.to(wide), weight, bias, eps=eps)
+    return y, batch_norm_prior(x, running_mean, running_var)
