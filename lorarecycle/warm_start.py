@@ -12,7 +12,7 @@ from .adapter import Adapter, LoRAFactors
 from .backbone import Backbone
 from .lora import LoRA
 
-GAIN, LENGTH, SHARED = 4.5, 0.035, 0.5
+GAIN, SHARED, LENGTH = 4.5, 0.5, 0.04
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
 
 
@@ -49,11 +49,11 @@ def warm_start(adapters: Sequence[Adapter], like: LoRA, *, gain: float) -> LoRA:
 def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> float:
     """How far to amplify the mean of many updates.
 
-    4.5, but less where that would change the weights by more than 3.5 % of their length, as it does with adapters tuned
-    far. More where adapters have little in common: the inner product of two updates, on average over pairs and relative
+    4.5, or more where they have little in common: the inner product of two updates, on average over pairs and relative
     to an update's squared length, is the squared length of what they share, their likeness; `0.5 / sqrt(likeness)`
-    makes the shared part half as long as an update. No more than the number of adapters (their sum) and no less than 1
-    (their mean).
+    makes the shared part half as long as an update. But no more than changes the weights by 4 % of their length, which
+    holds back adapters that were tuned far, and no more than the number of adapters (their sum). At least 1 (their
+    mean).
 
     Args:
         adapters, like: as in `warm_start`; only the sites of `like` count.
@@ -68,10 +68,9 @@ def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> 
     if n == 1 or together == 0:
         return 1.0
     weights = sum(backbone.site_weight(site).float().square().sum().item() for site in pools)
-    gain = min(GAIN, LENGTH * n * math.sqrt(weights / together))
     likeness = (together - apart) / ((n - 1) * apart)
-    gain = max(gain, SHARED / math.sqrt(likeness) if likeness > 0 else n)
-    return min(float(n), max(1.0, gain))
+    wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
+    return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / together), n))
 
 
 def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) -> dict[str, list[LoRAFactors]]:

@@ -44,13 +44,12 @@ def with_common_part(share: float, n: int, length: float) -> list[Adapter]:
 @pytest.mark.parametrize(
     ("share", "n", "length", "gain"),
     [
-        (0.2, 10, 1e-3, 4.5),  # small: the usual one
-        (0.2, 10, 0.02, 0.035 / 0.02 / (0.2 + 0.08) ** 0.5),  # until the mean has 3.5 % of the weights' length
-        (0.2, 10, 1.0, 0.5 / 0.2**0.5),  # but what is shared may have half the length of an update
-        (0.005, 20, 1e-3, 0.5 / 0.005**0.5),  # little in common: more than usual
-        (0.0, 6, 1.0, 6.0),  # nothing in common, and few: the sum
+        (0.2, 10, 1e-3, 4.5),  # the usual one
+        (0.005, 20, 1e-3, 0.5 / 0.005**0.5),  # little in common: more
+        (0.0, 6, 1e-3, 6.0),  # nothing in common: the sum
         (0.005, 3, 1e-3, 3.0),
-        (0.5, 8, 1.0, 1.0),  # large and alike: the mean
+        (0.2, 10, 0.02, 0.04 / 0.02 / (0.2 + 0.08) ** 0.5),  # the mean may become 4 % of the weights' length
+        (0.5, 8, 1.0, 1.0),  # and is left as it is where it is more
         (0.3, 1, 1e-3, 1.0),
     ],
 )
