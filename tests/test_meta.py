@@ -149,11 +149,12 @@ def test_surrogates_must_go_together(tiny_backbone, tiny_data):
 
 def test_training_starts_from_the_adapters(tiny_backbone, tiny_data, make_adapter):
     adapters = [make_adapter(tiny_backbone, seed=i, head=False) for i in range(2)]
-    config = MetaConfig(**{**vars(CONFIG), "steps": 0, "init": "adapters", "r": 8})
-    untrained = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=adapters, quiet=True).meta_lora
-    for site in adapters[0].sites:
-        both = adapters[0].delta(site) + adapters[1].delta(site)
-        torch.testing.assert_close(untrained.delta(site), both, rtol=1e-4, atol=1e-5)
+    for gain, used in ((2.0, 2.0), (None, 1.0)):  # the factors are large: `common_gain` is 1
+        config = MetaConfig(**{**vars(CONFIG), "steps": 0, "init": "adapters", "r": 8, "gain": gain})
+        untrained = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=adapters, quiet=True).meta_lora
+        for site in adapters[0].sites:
+            mean = (adapters[0].delta(site) + adapters[1].delta(site)) / 2
+            torch.testing.assert_close(untrained.delta(site), used * mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="`adapters` must be given to start from them, got none"):
         meta_train(tiny_backbone, surrogates(tiny_data), config, quiet=True)
 
