@@ -146,12 +146,17 @@ def tuned_adapters(bench: Bench, experiment: Experiment) -> tuple[list[Adapter],
         rank = experiment.ranks[i % len(experiment.ranks)]
         folder = bench.work_dir / "adapters" / (f"task-{i}" if rank == 4 else f"task-{i}-rank{rank}")
         images = data.select_classes(names)
-        if not folder.exists():
-            config = TuneConfig(epochs=bench.tune_epochs, seed=i, r=rank, lora_alpha=float(rank))
-            tune(backbone, images, config, name=folder.name).save(folder)
-        adapters.append(Adapter.load(folder))
+        config = TuneConfig(epochs=bench.tune_epochs, seed=i, r=rank, lora_alpha=float(rank))
+        adapters.append(tuned(backbone, images, config, folder))
         tasks.append(images.resize(experiment.image_size))
     return adapters, tasks
+
+
+def tuned(backbone: Backbone, images: LabelledImages, config: TuneConfig, folder: Path) -> Adapter:
+    """An adapter, from its folder where it is there."""
+    if not folder.exists():
+        tune(backbone, images, config, name=folder.name).save(folder)
+    return Adapter.load(folder)
 
 
 def class_lists(train: LabelledImages, n_tasks: int, n_way: int, seed: int = 0) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """ICM-LoRA against its baselines on CIFAR-FS train classes: accuracy, ranks, layers, storage, new tasks, recycling.
 
-    python benchmarks/icm_lora.py --work-dir /tmp/icm-lora
+    python benchmarks/icm_lora.py --work-dir WORK
 
 Tunes an adapter on each of 7 five-way tasks (2 of them stay unseen by the generators), keeps the checkpoints of the
 last epochs, fits every generator on those of 5 tasks and tests on other images of the same classes. What is in the

@@ -1,6 +1,6 @@
 """How far to amplify what adapters have in common: the warm start's own gain beside fixed ones, on validation classes.
 
-    python benchmarks/warm_start_gain.py --work-dir /tmp/warm-start-gain
+    python benchmarks/warm_start_gain.py --work-dir WORK
 
 Tunes pools of adapters that differ in number, rank and likeness on CIFAR-FS train classes (144 adapters, kept in the
 work folder), and tests the warm start of each pool on 600 one-shot tasks of 200 images of each validation class. Needs
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fidelity import class_lists
+from fidelity import class_lists, tuned
 
-from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset, tune
+from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset
 from lorarecycle.evaluation import Evaluation, extract_features, sample_tasks, task_accuracies
 from lorarecycle.files import write_json, write_text
 from lorarecycle.meta import random_factors
@@ -39,6 +39,9 @@ class Wanted(NamedTuple):
     classes: Sequence[str]
     seed: int
     r: int = 4
+
+    def config(self) -> TuneConfig:
+        return TuneConfig(epochs=2, seed=self.seed, r=self.r, lora_alpha=float(self.r))
 
 
 def pools(train: LabelledImages) -> dict[str, list[Wanted]]:
@@ -79,23 +82,17 @@ def rows(work_dir: Path, data: Path) -> Iterator[dict[str, object]]:
         return Evaluation(task_accuracies(features, tasks), tasks).accuracy
 
     yield {"pool": "plain ViT", "accuracy": {"none": accuracy(None)}}
-    like = random_factors(backbone, MetaConfig(), 0)
+    like, low_precision = random_factors(backbone, MetaConfig(), 0), backbone.clone().to(torch.bfloat16)
     for title, wanted in pools(train).items():
-        adapters = [tuned(work_dir, backbone, train, one) for one in wanted]
+        adapters = [
+            tuned(low_precision, train.select_classes(one.classes), one.config(), work_dir / one.folder)
+            for one in wanted
+        ]
         own = common_gain(adapters, like, backbone)
         found = {}
         for name, gain in {"own": own, **{str(g): g for g in GAINS if g <= len(adapters)}}.items():
             found[name] = accuracy(warm_start(adapters, like, gain=gain).to_adapter(name="warm", like=backbone))
         yield {"pool": title, "own_gain": own, "accuracy": found}
-
-
-def tuned(work_dir: Path, backbone: Backbone, train: LabelledImages, wanted: Wanted) -> Adapter:
-    folder = work_dir / wanted.folder
-    if not folder.exists():
-        config = TuneConfig(epochs=2, seed=wanted.seed, r=wanted.r, lora_alpha=float(wanted.r))
-        model = backbone.clone().to(torch.bfloat16)
-        tune(model, train.select_classes(wanted.classes), config, name=folder.name).save(folder)
-    return Adapter.load(folder)
 
 
 def main() -> None:

@@ -128,6 +128,21 @@ def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: 
     return gather_tokens(x, index, num_prefix), index
 
 
+def cut_patches(images: Tensor, patch_size: int) -> Tensor:
+    """All patches, in the order of a convolution's weight.
+
+    Args:
+        images: [B, C, H, W].
+        patch_size: p, which divides both sides.
+
+    Returns:
+        [B, H / p, W / p, C, p, p].
+    """
+    B, C, H, W = images.shape
+    p = patch_size
+    return images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+
+
 def gather_patches(images: Tensor, kept: Tensor, patch_size: int) -> Tensor:
     """Pixels of the kept patches.
 
@@ -139,11 +154,9 @@ def gather_patches(images: Tensor, kept: Tensor, patch_size: int) -> Tensor:
     Returns:
         [B, k, C * p * p], in the order of a convolution's weight.
     """
-    B, C, H, W = images.shape
-    p = patch_size
-    patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-    image = torch.arange(B, device=images.device)[:, None]
-    row, column = kept // (W // p), kept % (W // p)
+    patches = cut_patches(images, patch_size)
+    image = torch.arange(len(images), device=images.device)[:, None]
+    row, column = kept // patches.shape[2], kept % patches.shape[2]
     return patches[image, row, column].flatten(2)
 
 

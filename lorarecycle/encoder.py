@@ -260,9 +260,8 @@ def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
     """[B, N, D]; as a matrix product where the images want a gradient: a convolution's is slow on a CPU."""
     if not (torch.is_grad_enabled() and images.requires_grad):
         return proj(images).flatten(2).transpose(1, 2)
-    p = proj.weight.shape[-1]
-    pixels = images.unflatten(2, (-1, p)).unflatten(4, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, p, p]
-    return nn.functional.linear(pixels.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
+    patches = reference.cut_patches(images, proj.weight.shape[-1])
+    return nn.functional.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
 def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:

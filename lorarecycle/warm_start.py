@@ -63,8 +63,8 @@ def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> 
         ValueError: no adapters, or shapes that differ at a site.
     """
     n, pools = len(adapters), _by_site(adapters, like.factors())
-    together = sum(_squared_length(*_stacked(parts)) for parts in pools.values())
-    apart = sum(_squared_length(*_stacked([part])) for parts in pools.values() for part in parts)
+    together = sum((lora_B @ lora_A).square().sum().item() for lora_A, lora_B in map(_stacked, pools.values()))
+    apart = sum(a.delta(site).square().sum().item() for a in adapters for site in pools if site in a.factors)
     if n == 1 or together == 0:
         return 1.0
     weights = sum(backbone.site_weight(site).float().square().sum().item() for site in pools)
@@ -94,10 +94,6 @@ def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) ->
 def _stacked(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:
     """[R, in] and [out, R], R the sum of the ranks; their product is the sum of the updates."""
     return torch.cat([p.lora_A for p in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1)
-
-
-def _squared_length(lora_A: Tensor, lora_B: Tensor) -> float:
-    return (lora_B @ lora_A).square().sum().item()
 
 
 def _sum(parts: Sequence[LoRAFactors], start: LoRAFactors, factor: float) -> LoRAFactors:
