@@ -16,21 +16,22 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorarecycle import Backbone, BatchNormPrior, Head, MetaConfig
+from lorarecycle import Backbone, BatchNormPrior, Head, LoRAStack, MetaConfig
 from lorarecycle.compiling import compiled
 from lorarecycle.hardware import default_dtype
-from lorarecycle.inversion import inversion_loss
 from lorarecycle.lora import LoRA
 from lorarecycle.meta import query_loss
 from lorarecycle.packed import pack
+from lorarecycle.teachers import Teachers, inversion_losses
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests and benchmarks are no packages
 import baseline
 
 ARCHITECTURES = {"ViT-Tiny/16": "vit_tiny_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
 CUDA = torch.cuda.is_available()
+ADAPTERS = 4
 N_WAY, N_SHOT, N_QUERY = 5, 5 if CUDA else 1, 15
 PRUNE = {6: 0.75}
 
@@ -80,26 +81,70 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     prune = PRUNE if form.endswith("pruned") else None
     if form.startswith("plain"):
         plain = baseline.PlainViT(vit, freeze=False).to(place)
-        head = nn.Linear(model.width, 5).to(place)
+        linear = nn.Linear(model.width, 5).to(place)
         prior = baseline.PlainPrior(resnet).to(place)
-        time_step(lambda: baseline.inversion_step(plain, head, prior, images, labels, optimizer, prune), rounds=5)
+        time_step(lambda: baseline.inversion_step(plain, linear, prior, images, labels, optimizer, prune), rounds=5)
         return
     dtype = default_dtype(place)
     teacher = Backbone(vit).to(place, dtype)
-    head_of_adapter = Head(torch.randn(5, model.width)).to(place)
+    head = Head(torch.randn(5, model.width)).to(place)
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
-    loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
-    if loss_of is inversion_loss:  # as `invert` does
+    losses_of = compiled(inversion_losses, True if form.startswith("compiled") else None, place)
+    if losses_of is inversion_losses:  # as `invert` does
         teacher = pack(teacher)
+    teachers = Teachers(teacher, (head,), (B,))
+    time_step(lambda: inversion_step(losses_of, teachers, natural, images, labels, optimizer, prune), rounds=5)
+
+
+def inversion_step(
+    losses_of: Callable[..., Tensor],
+    teachers: Teachers,
+    prior: BatchNormPrior | None,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    prune: dict[int, float] | None = None,
+) -> None:
+    """What `invert` does at each step, less its bookkeeping."""
+    seen = images.roll((3, -2), dims=(2, 3))
+    losses = losses_of(teachers, seen, labels, prune, prior, 0.01, 224)
+    optimizer.zero_grad()
+    losses.sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        images.clamp_(-1, 1)
+
+
+@pytest.mark.parametrize("form", ["one_by_one", "together"])
+def bench_inversion_of_several(form, model, vit, place, time_step, benchmark):
+    """A step of several adapters: one after the other with merged weights, or in one batch with their factors worn."""
+    B = 25 if CUDA else 5
+    benchmark.group = f"inversion step of {ADAPTERS} adapters, {model.name}, batch {B} each"
+    dtype = default_dtype(place)
+    backbone = Backbone(vit).to(place, dtype)
+    heads = tuple(Head(torch.randn(5, model.width)).to(place) for _ in range(ADAPTERS))
+    prior = BatchNormPrior(timm.create_model("resnet50", num_classes=5), dtype=dtype).to(place)
+    losses_of = compiled(inversion_losses, None, place)
+    adapters = [
+        LoRA.random(backbone, generator=torch.Generator().manual_seed(i)).to_adapter(name=f"a{i}", like=backbone)
+        for i in range(ADAPTERS)
+    ]
+    if form == "together":
+        stack = LoRAStack(adapters).to(place)
+        ids = torch.arange(ADAPTERS, device=place).repeat_interleave(B)
+        batches = [Teachers(backbone, heads, (B,) * ADAPTERS, stack, ids)]
+    else:
+        merged = [backbone.merge(adapter) for adapter in adapters]
+        if losses_of is inversion_losses:
+            merged = [pack(one) for one in merged]
+        batches = [Teachers(one, (head,), (B,)) for one, head in zip(merged, heads, strict=True)]
+    images = [torch.randn(sum(t.rows), 3, 224, 224).to(place).requires_grad_() for t in batches]
+    labels = [torch.arange(sum(t.rows), device=place) % 5 for t in batches]
+    optimizers = [torch.optim.Adam([x], lr=0.25, betas=(0.5, 0.99)) for x in images]
 
     def step() -> None:
-        seen = images.roll((3, -2), dims=(2, 3))
-        loss = loss_of(teacher, head_of_adapter, seen, labels, prune, natural, 0.01, 224)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            images.clamp_(-1, 1)
+        for teachers, x, wanted, optimizer in zip(batches, images, labels, optimizers, strict=True):
+            inversion_step(losses_of, teachers, prior, x, wanted, optimizer)
 
     time_step(step, rounds=5)
 

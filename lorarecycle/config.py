@@ -21,7 +21,9 @@ class InversionConfig:
     images_per_class: int = 20
     """Images synthesised for each class of an adapter."""
     batch_size: int = 25
-    """Images optimised together; the batch-norm prior compares their joint statistics."""
+    """Images of an adapter optimised together; the batch-norm prior compares their joint statistics."""
+    adapters_per_batch: int = 1
+    """Adapters that `recycle` inverts side by side, each with a batch of its own (see `invert_together`)."""
     steps: int = 0
     """Adam steps per batch; none leaves the images as they start, which must be shapes then."""
     patience: int | None = None
@@ -60,6 +62,7 @@ class InversionConfig:
     def __post_init__(self) -> None:
         _at_least("images_per_class", self.images_per_class, 1)
         _at_least("batch_size", self.batch_size, 1)
+        _at_least("adapters_per_batch", self.adapters_per_batch, 1)
         _one_of("init", self.init, ("noise", "shapes"))
         _at_least("steps", self.steps, 0)
         if self.steps == 0 and self.init != "shapes":

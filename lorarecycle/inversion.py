@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +15,14 @@ from .canvas import first_canvas, step_size
 from .compiling import Compile, compiled
 from .config import InversionConfig, as_plain
 from .images import normalize
+from .lora_stack import LoRAStack
 from .packed import pack
 from .prior import BatchNormPrior
 from .progress import track
 from .seeds import stream
 from .shapes import enlarge
 from .surrogate import Surrogate
+from .teachers import Teachers, inversion_losses
 
 
 def invert(
@@ -52,23 +56,64 @@ def invert(
         ValueError: no head, an adapter that does not fit, or settings that do not fit the backbone.
         FloatingPointError: the loss of a batch was never finite.
     """
+    return invert_together(
+        backbone, [adapter], config, prior=prior, seed=seed, dtype=dtype, compile=compile, quiet=quiet
+    )[0]
+
+
+def invert_together(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    config: InversionConfig | None = None,
+    *,
+    prior: BatchNormPrior | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    compile: Compile = None,
+    quiet: bool = False,
+) -> list[Surrogate]:
+    """Invert several adapters in one batch: images of all pass through the frozen weights at once.
+
+    Each image wears the factors of its own adapter (`LoRAStack`), and each adapter has its own statistics in the
+    prior, its own random numbers, best step and end. So the surrogates are those of `invert`, up to rounding. It
+    pays where one adapter's images are too few to keep the hardware busy; elsewhere merged weights are faster.
+
+    Args:
+        backbone, config, prior, seed, dtype, compile, quiet: as in `invert`; `config.batch_size` counts the images
+            of one adapter.
+        adapters: at least one, with heads.
+
+    Returns:
+        a `Surrogate` for each adapter, in their order.
+
+    Raises:
+        ValueError: no adapters; otherwise as `invert`.
+        FloatingPointError: the loss of a batch was never finite.
+    """
+    if not adapters:
+        raise ValueError("`adapters` must hold at least one adapter, got none.")
     config = config or InversionConfig()
-    head = check_invertible(backbone, adapter, config)
+    heads = [check_invertible(backbone, adapter, config) for adapter in adapters]
     prior = load_prior(backbone, config, dtype) if prior is None else prior
-    teacher = backbone.merge(adapter).to(dtype=dtype)
-    head = head.to(backbone.device)
-    loss_of = compiled(inversion_loss, compile, backbone.device)
-    if config.steps and loss_of is inversion_loss:  # Inductor arranges weights itself
-        teacher = pack(teacher)
-    labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
-    batches = labels.split(config.batch_size)
-    digest = adapter.digest()
-    images = []
-    with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
-        for i, batch in enumerate(batches):
-            generator = stream(seed, "inversion", digest, i)
-            images.append(_optimise(teacher, head, batch, config, prior, generator, loss_of, bar.update))
-    return _finish(teacher, adapter, head, torch.cat(images), labels, config, digest)
+    jobs = [_Job.of(backbone, *each, config, dtype) for each in zip(adapters, heads, strict=True)]
+    losses_of = compiled(inversion_losses, compile, backbone.device)
+    if len(jobs) == 1:
+        frozen, stack = jobs[0].teacher, None
+        if config.steps and losses_of is inversion_losses:  # Inductor arranges weights itself
+            frozen = pack(frozen)
+    else:
+        frozen, stack = backbone.clone().to(dtype=dtype), LoRAStack(adapters).to(backbone.device)
+    rounds = max(len(job.batches) for job in jobs)
+    names = ", ".join(adapter.name for adapter in adapters)
+    with track(range(rounds * config.steps), f"invert {names}", quiet=quiet) as bar:
+        for i in range(rounds):
+            present = [k for k, job in enumerate(jobs) if i < len(job.batches)]
+            starts = [jobs[k].start(i, config, seed) for k in present]
+            teachers = _side_by_side(frozen, stack, jobs, present, [len(start.labels) for start in starts])
+            done = _optimise(teachers, starts, config, prior, losses_of, bar.update)
+            for k, images in zip(present, done, strict=True):
+                jobs[k].images.append(images)
+    return [_finish(job, config) for job in jobs]
 
 
 def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConfig) -> Head:
@@ -95,73 +140,110 @@ def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype |
     return BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype).to(backbone.device)
 
 
+class _Start(NamedTuple):
+    """Everything drawn for one batch of one adapter."""
+
+    canvas: Tensor
+    """float32 [B, 3, s, s], normalised."""
+    labels: Tensor
+    """int64 [B]."""
+    shifts: list[tuple[int, int]]
+    """Roll of each step, rows and columns."""
+    flips: list[bool]
+    """Whether each step sees mirror images."""
+
+    def seen(self, images: Tensor, step: int) -> Tensor:
+        """Its images as a step sees them."""
+        rolled = images.roll(self.shifts[step], dims=(2, 3))
+        return rolled.flip(-1) if self.flips[step] else rolled
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One adapter on its way to a surrogate."""
+
+    adapter: Adapter
+    head: Head
+    teacher: Backbone
+    """With the adapter merged."""
+    batches: tuple[Tensor, ...]
+    """Wanted classes of the images, batch after batch."""
+    digest: str
+    images: list[Tensor] = field(default_factory=list)
+    """Finished batches, uint8 [B, 3, H, W]."""
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, adapter: Adapter, head: Head, config: InversionConfig, dtype: torch.dtype | None
+    ) -> _Job:
+        labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
+        batches = labels.split(config.batch_size)
+        teacher = backbone.merge(adapter).to(dtype=dtype)
+        return cls(adapter, head.to(backbone.device), teacher, batches, adapter.digest())
+
+    def start(self, i: int, config: InversionConfig, seed: int) -> _Start:
+        generator = stream(seed, "inversion", self.digest, i)
+        labels = self.batches[i].to(self.teacher.device)
+        canvas = first_canvas(self.teacher, self.head, labels, config, generator)
+        return _Start(canvas, labels, *_augmentation(config, canvas.shape[-1], generator))
+
+
+def _side_by_side(
+    frozen: Backbone, stack: LoRAStack | None, jobs: Sequence[_Job], present: Sequence[int], rows: Sequence[int]
+) -> Teachers:
+    """Those of the jobs that have images in a batch; `frozen` holds the only adapter where there is no stack."""
+    heads = tuple(jobs[k].head for k in present)
+    if stack is None:
+        return Teachers(frozen, heads, tuple(rows))
+    worn = torch.tensor(present).repeat_interleave(torch.tensor(rows))
+    return Teachers(frozen, heads, tuple(rows), stack, worn.to(frozen.device))
+
+
 def _optimise(
-    teacher: Backbone,
-    head: Head,
-    labels: Tensor,
+    teachers: Teachers,
+    starts: Sequence[_Start],
     config: InversionConfig,
     prior: BatchNormPrior | None,
-    generator: torch.Generator,
-    loss_of: Callable[..., Tensor],
+    losses_of: Callable[..., Tensor],
     advance: Callable[[int], object],
-) -> Tensor:
-    """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
-    size = config.image_size or teacher.image_size
-    device = teacher.device
-    labels = labels.to(device)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+) -> list[Tensor]:
+    """Images uint8 [B, 3, H, W] of each adapter, of the step with its lowest loss."""
+    backbone, rows = teachers.backbone, teachers.rows
+    size, device = config.image_size or backbone.image_size, backbone.device
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
     low, high = -mean / std, (1 - mean) / std
-    x = first_canvas(teacher, head, labels, config, generator).requires_grad_()
+    labels = torch.cat([start.labels for start in starts])
+    x = torch.cat([start.canvas for start in starts]).requires_grad_()
+    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
-    best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
-    shifts, flips = _augmentation(config, x.shape[-1], generator)
+    best, best_loss = x.detach().clone(), torch.full((len(rows),), torch.inf, device=device)
     prune_from = round(config.prune_from * config.steps) if config.prune else 0
-    settled = torch.tensor(torch.inf, device=device)
+    settled, moving = best_loss, torch.ones_like(best_loss, dtype=torch.bool)
     for step in range(config.steps):
-        seen = x.roll(shifts[step], dims=(2, 3))
-        if flips[step]:
-            seen = seen.flip(-1)
+        seen = torch.cat([start.seen(part, step) for start, part in zip(starts, x.split(rows), strict=True)])
         prune = config.prune if step >= prune_from else None
-        loss = loss_of(teacher, head, seen, labels, prune, prior, config.prior_weight, size)
+        losses = losses_of(teachers, seen, labels, prune, prior, config.prior_weight, size)
         optimizer.param_groups[0]["lr"] = step_size(step, config)
         optimizer.zero_grad()
-        loss.backward()
+        losses.sum().backward()
         with torch.no_grad():
-            better = loss < best_loss  # stays on the device: no synchronisation at every step
-            best_loss = torch.where(better, loss, best_loss)
-            best = torch.where(better, x, best)
+            better = (losses < best_loss) & moving  # stays on the device: no synchronisation at every step
+            best_loss = torch.where(better, losses, best_loss)
+            best = torch.where(better[owner].view(-1, 1, 1, 1), x, best)
         optimizer.step()
         with torch.no_grad():
             x.clamp_(low, high)
         advance(1)
         if config.patience is not None and step >= prune_from and (step + 1) % config.patience == 0:
-            if best_loss > 0.99 * settled:
+            moving = moving & (best_loss <= 0.99 * settled)
+            if not moving.any():
                 advance(config.steps - step - 1)
                 break
             settled = best_loss
-    if config.steps and not best_loss.isfinite():
-        raise FloatingPointError(f"the loss of {teacher.name!r} was never finite in {config.steps} steps; lower `lr`.")
+    if config.steps and not best_loss.isfinite().all():
+        raise FloatingPointError(f"the loss of {backbone.name!r} was never finite in {config.steps} steps; lower `lr`.")
     pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
-    return pixels.round().to(torch.uint8).cpu()
-
-
-def inversion_loss(
-    teacher: Backbone,
-    head: Head,
-    images: Tensor,
-    labels: Tensor,
-    prune: dict[int, float] | None,
-    prior: BatchNormPrior | None,
-    prior_weight: float,
-    image_size: int,
-) -> Tensor:
-    """Eq. 1: cross-entropy of the teacher plus the weighted batch-norm prior, a float32 scalar.
-
-    The teacher sees the images enlarged to `image_size`, the prior as they are.
-    """
-    logits = head(teacher(enlarge(images, image_size), prune=prune, pool=head.pool))
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    return loss if prior is None else loss + prior_weight * prior(images, teacher.mean, teacher.std)
+    return list(pixels.round().to(torch.uint8).cpu().split(rows))
 
 
 def _augmentation(
@@ -175,16 +257,9 @@ def _augmentation(
 
 
 @torch.no_grad()
-def _finish(
-    teacher: Backbone,
-    adapter: Adapter,
-    head: Head,
-    images: Tensor,
-    labels: Tensor,
-    config: InversionConfig,
-    digest: str,
-) -> Surrogate:
+def _finish(job: _Job, config: InversionConfig) -> Surrogate:
     """Teacher logits, scores and kept tokens of the finished images."""
+    teacher, head, images = job.teacher, job.head, torch.cat(job.images)
     logits, scores, kept = [], [], []
     for chunk in images.split(config.batch_size):
         x = normalize(chunk.to(teacher.device), teacher.mean, teacher.std)
@@ -198,13 +273,13 @@ def _finish(
             kept.append(index.cpu())
     return Surrogate(
         images=images,
-        labels=labels,
+        labels=torch.cat(job.batches),
         teacher_logits=torch.cat(logits),
         class_names=head.class_names,
         patch_size=teacher.patch_size,
         kept=torch.cat(kept) if kept else None,
         scores=torch.cat(scores),
-        adapter=adapter.name,
-        adapter_digest=digest,
+        adapter=job.adapter.name,
+        adapter_digest=job.digest,
         config=as_plain(config),
     )

@@ -21,7 +21,7 @@ from .config import InversionConfig, MetaConfig, RecycleConfig, as_plain
 from .episodes import check_episodes
 from .files import read_json, remove_leftovers, write_json, write_text
 from .hardware import resolve
-from .inversion import check_invertible, invert, load_prior
+from .inversion import check_invertible, invert_together, load_prior
 from .meta import meta_train, random_factors
 from .prior import BatchNormPrior
 from .surrogate import Surrogate
@@ -261,25 +261,32 @@ def _invert_all(
     compile: Compile,
     quiet: bool,
 ) -> list[Surrogate]:
-    """One surrogate for each adapter, those that are on disk already read from there."""
-    surrogates = []
-    for adapter, path in zip(pool, _surrogate_paths(folder, pool), strict=True):
-        if path is not None and path.exists():
-            surrogates.append(Surrogate.load(path))
-            continue
-        surrogate = invert(
-            backbone,
-            adapter,
-            config.inversion,
-            prior=prior,
-            seed=config.seed,
-            dtype=dtype,
-            compile=compile,
-            quiet=quiet,
-        )
-        if path is not None:
-            surrogate.save(path)
-        surrogates.append(surrogate)
+    """One surrogate for each adapter, those that are on disk already read from there.
+
+    Adapters that share batches are inverted anew together where any of theirs is missing: the bits depend on it.
+    """
+    surrogates: list[Surrogate] = []
+    paths = _surrogate_paths(folder, pool)
+    for first in range(0, len(pool), config.inversion.adapters_per_batch):
+        group = slice(first, first + config.inversion.adapters_per_batch)
+        found = [Surrogate.load(path) if path is not None and path.exists() else None for path in paths[group]]
+        if any(surrogate is None for surrogate in found):
+            made = invert_together(
+                backbone,
+                pool[group],
+                config.inversion,
+                prior=prior,
+                seed=config.seed,
+                dtype=dtype,
+                compile=compile,
+                quiet=quiet,
+            )
+            for old, new, path in zip(found, made, paths[group], strict=True):
+                if old is None and path is not None:
+                    new.save(path)
+                surrogates.append(old or new)
+        else:
+            surrogates += [surrogate for surrogate in found if surrogate is not None]
     return surrogates
 
 

@@ -43,14 +43,14 @@ def test_the_teacher_recognises_its_surrogates(tiny_backbone, make_adapter):
 def test_the_images_returned_are_those_of_the_lowest_loss(tiny_backbone, make_adapter, monkeypatch):
     adapter = make_adapter(tiny_backbone)
     seen = []
-    original = module.inversion_loss
+    original = module.inversion_losses
 
-    def spoilt_at_the_end(teacher, head, images, labels, *rest):
-        loss = original(teacher, head, images, labels, *rest)
-        seen.append((loss.item(), images.detach().clone()))
-        return loss + (100 if len(seen) > 5 else 0)
+    def spoilt_at_the_end(teachers, images, *rest):
+        losses = original(teachers, images, *rest)
+        seen.append((losses.item(), images.detach().clone()))
+        return losses + (100 if len(seen) > 5 else 0)
 
-    monkeypatch.setattr(module, "inversion_loss", spoilt_at_the_end)
+    monkeypatch.setattr(module, "inversion_losses", spoilt_at_the_end)
     surrogate = invert(tiny_backbone, adapter, InversionConfig(**FAST | {"steps": 9, "batch_size": 9}), quiet=True)
     best = min(seen[:5], key=lambda pair: pair[0])[1]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (tiny_backbone.mean, tiny_backbone.std))
@@ -61,11 +61,11 @@ def test_the_images_returned_are_those_of_the_lowest_loss(tiny_backbone, make_ad
 def test_a_settled_batch_stops(tiny_backbone, make_adapter, monkeypatch):
     steps = []
 
-    def falls_for_ten_steps(teacher, head, images, labels, *rest):
-        steps.append(len(labels))
-        return images.sum() * 0 + max(20 - len(steps), 10)
+    def falls_for_ten_steps(teachers, images, *rest):
+        steps.append(len(images))
+        return images.sum()[None] * 0 + max(20 - len(steps), 10)
 
-    monkeypatch.setattr(module, "inversion_loss", falls_for_ten_steps)
+    monkeypatch.setattr(module, "inversion_losses", falls_for_ten_steps)
     settings = FAST | {"steps": 100, "batch_size": 9}
     for patience, prune, expected in ((8, {}, 24), (8, {1: 0.5}, 40), (None, {}, 100)):
         steps.clear()
@@ -75,7 +75,7 @@ def test_a_settled_batch_stops(tiny_backbone, make_adapter, monkeypatch):
 
 
 def test_a_loss_that_is_never_finite_is_an_error(tiny_backbone, make_adapter, monkeypatch):
-    monkeypatch.setattr(module, "inversion_loss", lambda *args: args[2].sum() * torch.nan)
+    monkeypatch.setattr(module, "inversion_losses", lambda *args: args[1].sum()[None] * torch.nan)
     with pytest.raises(FloatingPointError, match="never finite in 30 steps; lower `lr`"):
         invert(tiny_backbone, make_adapter(tiny_backbone), InversionConfig(**FAST), quiet=True)
 
@@ -108,13 +108,13 @@ def test_pruned_inversion_keeps_the_tokens_of_the_finished_images(tiny_backbone,
 
 def test_pruning_starts_after_its_share_of_the_steps(tiny_backbone, make_adapter, monkeypatch):
     calls = []
-    original = module.inversion_loss
+    original = module.inversion_losses
 
-    def spy(teacher, head, images, labels, prune, *rest):
+    def spy(teachers, images, labels, prune, *rest):
         calls.append(prune)
-        return original(teacher, head, images, labels, prune, *rest)
+        return original(teachers, images, labels, prune, *rest)
 
-    monkeypatch.setattr(module, "inversion_loss", spy)
+    monkeypatch.setattr(module, "inversion_losses", spy)
     config = InversionConfig(**FAST | {"steps": 8, "batch_size": 9, "prune": {1: 0.5}})
     invert(tiny_backbone, make_adapter(tiny_backbone), config, quiet=True)
     assert calls == [None] * 2 + [{1: 0.5}] * 6

@@ -63,7 +63,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     card = (work / "meta_lora" / "README.md").read_text()
     for adapter in adapters:
         assert adapter.digest() in card
-    monkeypatch.setattr("lorarecycle.recycling.invert", lambda *a, **k: pytest.fail("inverted again"))
+    monkeypatch.setattr("lorarecycle.recycling.invert_together", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
 
 

@@ -1,0 +1,79 @@
+"""The frozen classifiers that inversion asks about its images: one adapter's, or those of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .adapter import Head
+from .backbone import Backbone
+from .lora_stack import LoRAStack
+from .prior import BatchNormPrior
+from .shapes import enlarge
+
+
+class Teachers(NamedTuple):
+    """K adapters, each of which looks at its own rows of a batch of images."""
+
+    backbone: Backbone
+    """With the adapter merged where there is one; bare where they wear a stack."""
+    heads: tuple[Head, ...]
+    """K of them."""
+    rows: tuple[int, ...]
+    """Images of each, one after the other."""
+    stack: LoRAStack | None = None
+    """Factors of all K; None where they are merged."""
+    adapter_ids: Tensor | None = None
+    """int64 [sum of rows], with a stack only."""
+
+    def logits(self, images: Tensor, prune: Mapping[int, float] | None = None) -> list[Tensor]:
+        """What each adapter says of its own images, K times float32 [rows, C]; images normalised [B, 3, H, W]."""
+        encoding = self.backbone.encode(
+            images,
+            lora=self.stack,
+            adapter_ids=self.adapter_ids,
+            prune=prune,
+            class_token_only=all(head.pool == "token" for head in self.heads),
+        )
+        parts = encoding.tokens.split(self.rows)
+        return [head(self.backbone.pool(part, head.pool)) for head, part in zip(self.heads, parts, strict=True)]
+
+
+def inversion_losses(
+    teachers: Teachers,
+    images: Tensor,
+    labels: Tensor,
+    prune: Mapping[int, float] | None,
+    prior: BatchNormPrior | None,
+    prior_weight: float,
+    image_size: int,
+) -> Tensor:
+    """Eq. 1 for each adapter: cross-entropy of the teacher plus the weighted batch-norm prior of its own images.
+
+    The teachers see the images enlarged to `image_size`, the prior as they are.
+
+    Args:
+        teachers: K adapters.
+        images: normalised, [B, 3, s, s], those of one adapter after those of another.
+        labels: int64 [B].
+        prune: `{layer: ratio}`, see `Backbone.forward`.
+        prior: compares the statistics of each adapter's images; none when None.
+        prior_weight: alpha_R.
+        image_size: side in pixels.
+
+    Returns:
+        float32 [K].
+    """
+    logits = teachers.logits(enlarge(images, image_size), prune)
+    losses = [cross_entropy(own, wanted) for own, wanted in zip(logits, labels.split(teachers.rows), strict=True)]
+    if prior is not None:
+        mean, std = teachers.backbone.mean, teachers.backbone.std
+        losses = [
+            loss + prior_weight * prior(own, mean, std)
+            for loss, own in zip(losses, images.split(teachers.rows), strict=True)
+        ]
+    return torch.stack(losses)
