@@ -2,7 +2,7 @@ r"""Few-shot accuracy on CIFAR-FS and EuroSAT: plain ViT, warm start, meta-LoRA 
 
     python benchmarks/accuracy.py --work-dir work                                         # 8 adapters, one seed
     python benchmarks/accuracy.py --work-dir work --experiments main-8 main-20 --seeds 0 1 2
-    python benchmarks/accuracy.py --work-dir work --experiments sparse-75 mixed-ranks ablations 224px
+    python benchmarks/accuracy.py --work-dir work --experiments sparse-25 sparse-50 sparse-75 mixed-ranks ablations 224px
     python benchmarks/accuracy.py --work-dir paper --experiments --preset paper --latent-size 0 --images-per-class 4 \
         --output paper/report.json                                                        # a picture only
 
@@ -42,6 +42,8 @@ EXPERIMENTS = {
         Experiment("main-8"),
         Experiment("main-20", adapters=20),
         Experiment("ablations", ablations=True),
+        Experiment("sparse-25", sparsity=0.25),
+        Experiment("sparse-50", sparsity=0.5),
         Experiment("sparse-75", sparsity=0.75),
         Experiment("mixed-ranks", ranks=(4, 8)),
         Experiment("224px", image_size=224),

@@ -122,8 +122,7 @@ class MetaConfig:
     layers: tuple[int, ...] | None = None
     """Blocks that it adapts; all when None (Tab. 10)."""
     lr: float | None = None
-    """Highest learning rate of a cycle; when None, `default_lr` of the backbone's width and of the share of the tokens
-    that are read (the paper's is 1e-3)."""
+    """Highest learning rate of a cycle; `default_lr` of the backbone's width when None (the paper's is 1e-3)."""
     lr_min: float = 1e-5
     """Lowest learning rate of a cycle."""
     cycle: int = 100

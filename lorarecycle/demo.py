@@ -1,4 +1,4 @@
-"""The whole job on handwritten digits in minutes: a small ViT and real images that come along, no network."""
+"""The whole job in minutes: handwritten digits over photographs, a small ViT, all of which come along; no network."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from .evaluation import Evaluation, evaluate
 from .files import write_json, write_text
 from .pictures import draw_losses, draw_surrogates
 from .recycling import recycle
+from .seeds import stream
 from .surrogate import Surrogate
 from .tuning import tune
 
-TASKS = (("0", "1", "2"), ("0", "3", "4"), ("1", "3", "5"), ("2", "4", "5"))
+TASKS = tuple(map(tuple, ("012", "345", "024", "135", "034", "125", "014", "235")))
 """Digits that each adapter is tuned on; 6, 7, 8 and 9 stay unseen."""
 UNSEEN = ("6", "7", "8", "9")
-TUNE = TuneConfig(epochs=6, lr=3e-3, flip=False)
+TUNE = TuneConfig(epochs=4, lr=2e-3, flip=False)
 RECYCLE = RecycleConfig(
     InversionConfig(images_per_class=10, prune={2: 0.5}),
-    MetaConfig(n_way=3, n_query=9, flip=False),
+    MetaConfig(n_way=3, n_query=9, flip=False, gain=2.0),
 )
+"""The gain was chosen with adapters of the digits 3 to 8, on tasks of the others."""
+BRIGHTNESS = 0.4
+"""Of the photographs that the digits lie on."""
 
 
 def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False) -> str:
@@ -44,7 +48,7 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
         ImportError: scikit-learn or matplotlib is missing; the message names the extra.
     """
     output = Path(output)
-    digits = load_dataset("digits")
+    digits = on_photographs(load_dataset("digits", size=32), seed)
     backbone = Backbone.load("demo")
     adapters = [_adapter(backbone, digits, task, output, seed, quiet) for task in TASKS]
     work_dir = output / "work"
@@ -72,6 +76,25 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
     return report
 
 
+def on_photographs(digits: LabelledImages, seed: int) -> LabelledImages:
+    """Each digit in front of a random piece of one of the two photographs that scikit-learn carries.
+
+    So unlike what the ViT was made for that adapters have much in common to tell; after MNIST-M (Ganin et al. 2016).
+    """
+    from sklearn.datasets import load_sample_images
+
+    photos = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images]
+    generator = stream(seed, "photographs")
+    side = digits.images.shape[-1]
+    pieces = []
+    for _ in range(len(digits)):
+        photo = photos[int(torch.randint(len(photos), (), generator=generator))]
+        top, left = (int(torch.randint(n - 2 * side, (), generator=generator)) for n in photo.shape[1:])
+        pieces.append(photo[:, top : top + 2 * side : 2, left : left + 2 * side : 2])
+    ground = (BRIGHTNESS * torch.stack(pieces)).to(torch.uint8)
+    return LabelledImages(torch.maximum(digits.images, ground), digits.labels, digits.class_names)
+
+
 def _adapter(
     backbone: Backbone, digits: LabelledImages, task: tuple[str, ...], output: Path, seed: int, quiet: bool
 ) -> Adapter:
@@ -94,8 +117,8 @@ def _report(results: dict[str, list[Evaluation]], output: Path) -> str:
     tasks = results[next(iter(results))][0].tasks
     return "\n".join(
         [
-            f"{len(TASKS)} adapters tuned on digits 0 to 5, recycled without their images; {len(tasks)} "
-            f"{tasks.n_way}-way tasks of the digits {', '.join(UNSEEN)}:",
+            f"{len(TASKS)} adapters tuned on digits 0 to 5 over photographs, recycled without their images; "
+            f"{len(tasks)} {tasks.n_way}-way tasks of the digits {', '.join(UNSEEN)}:",
             "",
             *lines,
             "",

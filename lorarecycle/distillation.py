@@ -9,6 +9,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .backbone import Backbone
 from .images import normalize
+from .patch_grids import magnify, mirror
 from .shapes import enlarge
 
 
@@ -18,6 +19,7 @@ def feature_targets(
     guide: Adapter | None,
     images: Tensor,
     *,
+    kept: Tensor | None = None,
     image_size: int | None = None,
     flip: bool = True,
     batch_size: int = 64,
@@ -32,6 +34,9 @@ def feature_targets(
         backbone: its device and dtype are used.
         guide: adapter that it wears, such as the warm start; none when None.
         images: uint8 [n, 3, H, W], on any device.
+        kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
+            it when None. A guide that saw more would teach the student to make up for what is missing, which whole
+            images then pay for.
         image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
             is larger, when None.
         flip: take the mean over an image and its mirror image, for students that see either.
@@ -42,12 +47,19 @@ def feature_targets(
     """
     size = image_size or max(native_size(backbone), images.shape[-1])
     model = backbone if guide is None else backbone.merge(guide)
+    columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
+    side = size // backbone.patch_size
     parts = []
-    for part in images.split(batch_size):
-        pixels = enlarge(part.to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        pixels = enlarge(images[part].to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
         views = [pixels, pixels.flip(-1)] if flip else [pixels]
-        features = model(normalize(torch.cat(views), model.mean, model.std, model.dtype)).float()
-        parts.append(features.unflatten(0, (len(views), len(part))).mean(dim=0))
+        read = None
+        if kept is not None:
+            own = magnify(kept[part].to(backbone.device), (rows, columns), (side, side))
+            read = torch.cat([own, mirror(own, side)] if flip else [own])
+        features = model(normalize(torch.cat(views), model.mean, model.std, model.dtype), kept=read).float()
+        parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
     targets = torch.cat(parts)
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
 

@@ -22,6 +22,7 @@ from .episodes import Episode, EpisodeSampler
 from .files import load_tensors, save_tensors
 from .images import normalize
 from .lora import LoRA
+from .patch_grids import mirror
 from .progress import track
 from .prototypes import distance_logits
 from .seeds import stream
@@ -105,9 +106,16 @@ def meta_train(
         lora = warm_start(adapters, lora, gain=gain)
         guide = lora.to_adapter(name="guide", like=backbone)
     if config.distill > 0:
-        targets = feature_targets(backbone, guide, bank.images, image_size=config.guide_size, flip=config.flip)
+        targets = feature_targets(
+            backbone,
+            guide,
+            bank.images,
+            kept=bank.kept,
+            image_size=config.guide_size,
+            flip=config.flip,
+        )
         bank = bank._replace(targets=targets)
-    lr = default_lr(backbone.embed_dim, _seen_share(backbone, bank)) if config.lr is None else config.lr
+    lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
     run = {
@@ -159,17 +167,9 @@ def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
     )
 
 
-def default_lr(embed_dim: int, seen: float = 1.0) -> float:
-    """5e-3 where it was chosen: up to width 192, with all tokens.
-
-    Wider ViTs get less, as 1 / width (Yang et al. 2022, Tensor Programs V), and a student that sees only a share `seen`
-    of the tokens gets that share: what it learns at a faster rate does not carry over to whole images.
-    """
-    return 5e-3 * min(1, 192 / embed_dim) * seen
-
-
-def _seen_share(backbone: Backbone, bank: Bank) -> float:
-    return 1.0 if bank.kept is None else bank.kept.shape[1] / backbone.num_patches(*bank.images.shape[-2:])
+def default_lr(embed_dim: int) -> float:
+    """5e-3 up to width 192, where it was chosen; above that as 1 / width (Yang et al. 2022, Tensor Programs V)."""
+    return 5e-3 * min(1, 192 / embed_dim)
 
 
 def learning_rate(step: int, config: MetaConfig, lr: float) -> float:
@@ -274,11 +274,6 @@ def query_loss(
     logits = distance_logits(features[S:], centres, config.distance)
     loss = F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
     return loss if follow is None else torch.lerp(loss, F.mse_loss(features, follow), config.distill)
-
-
-def mirror(kept: Tensor, columns: int) -> Tensor:
-    """Positions of kept patches after a left-right flip of the image, int64 [n, k]."""
-    return kept - 2 * (kept % columns) + columns - 1
 
 
 def _write_checkpoint(

@@ -1,6 +1,7 @@
 """Compiled steps: one graph each, no recompilation within a phase, the same results."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from lorarecycle import BatchNormPrior, InversionConfig, MetaConfig, Surrogate, invert, meta_train
 from lorarecycle.compiling import compiled
+from lorarecycle.inversion import invert_together
 from lorarecycle.lora import LoRA
 from lorarecycle.meta import query_loss
 
@@ -44,6 +46,17 @@ def test_inversion_has_one_graph_before_pruning_and_one_after(tiny_backbone, mak
     difference = (surrogate.images.int() - eager.images.int()).abs().float()
     assert difference.mean() < 1, "in steps of 1/255; Adam turns rounding errors of small gradients into whole steps"
     assert torch.equal(surrogate.labels, eager.labels)
+
+
+def test_inversion_of_several_adapters_has_one_graph_too(tiny_backbone, make_adapter):
+    config = replace(INVERSION, prune={})
+    runs = []
+    for mode in (True, False):
+        adapters = [make_adapter(tiny_backbone, seed=seed) for seed in range(2)]
+        runs.append(invert_together(tiny_backbone, adapters, config, prior=small_prior(), compile=mode, quiet=True))
+        assert graphs() == 1
+    for compiled_one, eager in zip(*runs, strict=True):
+        assert (compiled_one.images.int() - eager.images.int()).abs().float().mean() < 1
 
 
 def surrogates(data) -> list[Surrogate]:

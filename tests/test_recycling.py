@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, files, recycle
+from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Surrogate, files, recycle
 from lorarecycle.adapter import LoRAFactors
 from lorarecycle.recycling import load_adapters
 
@@ -65,6 +66,31 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
         assert adapter.digest() in card
     monkeypatch.setattr("lorarecycle.recycling.invert_together", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
+
+
+def test_adapters_that_share_batches(tiny_backbone, adapters, tmp_path, monkeypatch):
+    """A surrogate that is missing is made anew beside those it shared batches with, and ends with the same bits."""
+    from lorarecycle import recycling
+
+    groups, original = [], recycling.invert_together
+
+    def spy(backbone, group, *args, **kwargs):
+        groups.append([adapter.name for adapter in group])
+        return original(backbone, group, *args, **kwargs)
+
+    monkeypatch.setattr(recycling, "invert_together", spy)
+    settings = {**FAST, "inversion": {**FAST["inversion"], "adapters_per_batch": 2}, "base": tiny_backbone}
+    work = tmp_path / "work"
+    first = recycle(adapters, work_dir=work, **settings)
+    assert groups == [["adapter-0", "adapter-1"], ["adapter-2"]]
+    second = sorted((work / "surrogates").iterdir())[1]
+    images = Surrogate.load(second).images
+    second.unlink()
+    shutil.rmtree(work / "meta_lora")
+    groups.clear()
+    assert recycle(adapters, work_dir=work, **settings).digest() == first.digest()
+    assert groups == [["adapter-0", "adapter-1"]]
+    assert torch.equal(Surrogate.load(second).images, images)
 
 
 def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
