@@ -2,7 +2,8 @@ r"""Few-shot accuracy on CIFAR-FS and EuroSAT: plain ViT, warm start, meta-LoRA 
 
     python benchmarks/accuracy.py --work-dir work                                         # 8 adapters, one seed
     python benchmarks/accuracy.py --work-dir work --experiments main-8 main-20 --seeds 0 1 2
-    python benchmarks/accuracy.py --work-dir work --experiments sparse-25 sparse-50 sparse-75 mixed-ranks ablations 224px
+    python benchmarks/accuracy.py --work-dir work --experiments sparse-25 sparse-50 sparse-75 224px
+    python benchmarks/accuracy.py --work-dir work --experiments mixed-ranks ablations
     python benchmarks/accuracy.py --work-dir paper --experiments --preset paper --latent-size 0 --images-per-class 4 \
         --output paper/report.json                                                        # a picture only
 

@@ -92,7 +92,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     losses_of = compiled(inversion_losses, True if form.startswith("compiled") else None, place)
     if losses_of is inversion_losses:  # as `invert` does
         teacher = pack(teacher)
-    teachers = Teachers(teacher, (head,), (B,))
+    teachers = Teachers(teacher, (head,), (B,), None, torch.zeros(B, dtype=torch.int64, device=place))
     time_step(lambda: inversion_step(losses_of, teachers, natural, images, labels, optimizer, prune), rounds=5)
 
 
@@ -130,14 +130,14 @@ def bench_inversion_of_several(form, model, vit, place, time_step, benchmark):
         for i in range(ADAPTERS)
     ]
     if form == "together":
-        stack = LoRAStack(adapters).to(place)
-        ids = torch.arange(ADAPTERS, device=place).repeat_interleave(B)
-        batches = [Teachers(backbone, heads, (B,) * ADAPTERS, stack, ids)]
+        owners = torch.arange(ADAPTERS, device=place).repeat_interleave(B)
+        batches = [Teachers(backbone, heads, (B,) * ADAPTERS, LoRAStack(adapters).to(place, dtype), owners)]
     else:
         merged = [backbone.merge(adapter) for adapter in adapters]
         if losses_of is inversion_losses:
             merged = [pack(one) for one in merged]
-        batches = [Teachers(one, (head,), (B,)) for one, head in zip(merged, heads, strict=True)]
+        owners = torch.zeros(B, dtype=torch.int64, device=place)
+        batches = [Teachers(one, (head,), (B,), None, owners) for one, head in zip(merged, heads, strict=True)]
     images = [torch.randn(sum(t.rows), 3, 224, 224).to(place).requires_grad_() for t in batches]
     labels = [torch.arange(sum(t.rows), device=place) % 5 for t in batches]
     optimizers = [torch.optim.Adam([x], lr=0.25, betas=(0.5, 0.99)) for x in images]

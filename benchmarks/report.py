@@ -40,11 +40,17 @@ def read(path: Path) -> list[dict[str, Any]]:
         noted = benchmark["extra_info"]
         seconds = noted.pop("device_median_s", benchmark["stats"]["median"])
         form = (benchmark["params"] or {}).get("form", benchmark["name"].partition("[")[0].removeprefix("bench_"))
-        where = {"cpu": cpu.get("brand_raw", cpu.get("arch")), "cores": cpu.get("count")}
+        where = {"cpu": _cpu(cpu), "cores": cpu.get("count")}
         rounds = benchmark["stats"]["rounds"]
         result = {"group": benchmark["group"], "form": form, "median_ms": 1000 * seconds, "rounds": rounds}
         results.append({**result, **where, **noted})
     return results
+
+
+def _cpu(cpu: dict[str, Any]) -> str:
+    """Its name, with family and model where they are known: generations of very different speed share a name."""
+    name = cpu.get("brand_raw", cpu.get("arch"))
+    return f"{name} (family {cpu['family']}, model {cpu['model']})" if "family" in cpu and "model" in cpu else name
 
 
 def tables(results: list[dict[str, Any]]) -> str:

@@ -161,6 +161,6 @@ def cls_topk_gather_backward(dout: Tensor, index: Tensor, num_tokens: int, num_p
     _cls_topk_gather_bwd_kernel[(B, cdiv(num_tokens, rows))](
         dout, index, dx, num_tokens, D, num_prefix, num_keep, dout.stride(0), dout.stride(1), dout.stride(2),
         BLOCK_ROWS=rows, BLOCK_KEEP=block_keep, BLOCK_D=min(512, next_power_of_2(D)), num_warps=4,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=MAX_REGISTERS,  # ptxas of triton 3.9 spills for the sake of occupancy otherwise
     )  # fmt: skip
     return dx

@@ -23,7 +23,7 @@ class InversionConfig:
     batch_size: int = 25
     """Images of an adapter optimised together; the batch-norm prior compares their joint statistics."""
     adapters_per_batch: int = 1
-    """Adapters that `recycle` inverts side by side, each with a batch of its own (see `invert_together`)."""
+    """Adapters that `recycle` optimises side by side, each with a batch of its own (`inversion.invert_together`)."""
     steps: int = 0
     """Adam steps per batch; none leaves the images as they start, which must be shapes then."""
     patience: int | None = None
@@ -131,7 +131,8 @@ class MetaConfig:
     flip: bool = True
     """Mirror each image with probability 1/2."""
     sparsity: float | None = None
-    """Share of the patch tokens left out: from the kept tokens of the inversion when None, else from its scores."""
+    """Share of the patch tokens left out: from the kept tokens of the inversion when None, else from its scores. The
+    guide reads the same parts of the images."""
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 0)

@@ -79,7 +79,8 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
 def on_photographs(digits: LabelledImages, seed: int) -> LabelledImages:
     """Each digit in front of a random piece of one of the two photographs that scikit-learn carries.
 
-    So unlike what the ViT was made for that adapters have much in common to tell; after MNIST-M (Ganin et al. 2016).
+    The ViT was made for nothing like it, so what adapters have to tell has much in common. After MNIST-M (Ganin et al.
+    2016).
     """
     from sklearn.datasets import load_sample_images
 
@@ -99,7 +100,7 @@ def _adapter(
     backbone: Backbone, digits: LabelledImages, task: tuple[str, ...], output: Path, seed: int, quiet: bool
 ) -> Adapter:
     """Tune one adapter, or read the one that an earlier run left."""
-    name = "digits-" + "".join(task)
+    name = "digits-on-photographs-" + "".join(task)
     folder = output / "adapters" / f"{name}-seed{seed}"
     if not folder.exists():
         generator = torch.Generator().manual_seed(seed)

@@ -26,9 +26,9 @@ def feature_targets(
 ) -> Tensor:
     """Features of surrogates under a guide that sees them larger than the student does.
 
-    A Vision Transformer loses much when it reads images at fewer patches than it was pre-trained with. The guide does
-    not: it enlarges them first. A student that follows it learns from unlabelled images what no single adapter says.
-    All targets get the length of their mean, which a nearest-centre classifier then need not sort out.
+    A Vision Transformer loses much when it reads images at a lower resolution than it was pre-trained with. The guide
+    does not: it enlarges them first. A student that follows it learns from unlabelled images what no adapter says. All
+    targets get the length of their mean, which a nearest-centre classifier then need not sort out.
 
     Args:
         backbone: its device and dtype are used.

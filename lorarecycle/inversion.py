@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -75,8 +76,10 @@ def invert_together(
     """Invert several adapters in one batch: images of all pass through the frozen weights at once.
 
     Each image wears the factors of its own adapter (`LoRAStack`), and each adapter has its own statistics in the
-    prior, its own random numbers, best step and end. So the surrogates are those of `invert`, up to rounding. It
-    pays where one adapter's images are too few to keep the hardware busy; elsewhere merged weights are faster.
+    prior, its own random numbers and its own best step: the computation is that of `invert`, but for rounding, which
+    Adam amplifies, so that after many steps the images are others of the same kind. An adapter that has settled (see
+    `InversionConfig.patience`) keeps its images and takes part until all have. It pays where one adapter's images are
+    too few to keep the hardware busy; elsewhere merged weights are faster.
 
     Args:
         backbone, config, prior, seed, dtype, compile, quiet: as in `invert`; `config.batch_size` counts the images
@@ -87,33 +90,43 @@ def invert_together(
         a `Surrogate` for each adapter, in their order.
 
     Raises:
-        ValueError: no adapters; otherwise as `invert`.
+        ValueError: no adapters, or several some of which adapt gated MLPs; otherwise as `invert`.
         FloatingPointError: the loss of a batch was never finite.
     """
     if not adapters:
         raise ValueError("`adapters` must hold at least one adapter, got none.")
     config = config or InversionConfig()
     heads = [check_invertible(backbone, adapter, config) for adapter in adapters]
+    if len(adapters) > 1:
+        check_side_by_side(backbone, adapters)
     prior = load_prior(backbone, config, dtype) if prior is None else prior
-    jobs = [_Job.of(backbone, *each, config, dtype) for each in zip(adapters, heads, strict=True)]
     losses_of = compiled(inversion_losses, compile, backbone.device)
-    if len(jobs) == 1:
-        frozen, stack = jobs[0].teacher, None
-        if config.steps and losses_of is inversion_losses:  # Inductor arranges weights itself
-            frozen = pack(frozen)
+    jobs = [_Job.of(*each, config, backbone.device) for each in zip(adapters, heads, strict=True)]
+    # The longest first: those that have images left lead, and groups of the same numbers of classes share graphs.
+    queue = sorted(jobs, key=lambda job: -len(job.head.class_names))
+
+    def teacher_of(job: _Job) -> Backbone:
+        return backbone.merge(job.adapter).to(dtype=dtype)
+
+    alone = teacher_of(jobs[0]) if len(jobs) == 1 else None
+    if alone is None:
+        frozen, stack = backbone.clone().to(dtype=dtype), LoRAStack([job.adapter for job in queue])
+        stack = stack.to(frozen.device, frozen.dtype)
     else:
-        frozen, stack = backbone.clone().to(dtype=dtype), LoRAStack(adapters).to(backbone.device)
-    rounds = max(len(job.batches) for job in jobs)
-    names = ", ".join(adapter.name for adapter in adapters)
-    with track(range(rounds * config.steps), f"invert {names}", quiet=quiet) as bar:
+        packs = config.steps and losses_of is inversion_losses  # Inductor arranges weights itself
+        frozen, stack = pack(alone) if packs else alone, None
+    rounds = len(queue[0].batches)
+    title = f"invert {adapters[0].name}" if alone is not None else f"invert {len(adapters)} adapters"
+    with track(range(rounds * config.steps), title, quiet=quiet) as bar:
         for i in range(rounds):
-            present = [k for k, job in enumerate(jobs) if i < len(job.batches)]
-            starts = [jobs[k].start(i, config, seed) for k in present]
-            teachers = _side_by_side(frozen, stack, jobs, present, [len(start.labels) for start in starts])
+            present = [job for job in queue if i < len(job.batches)]
+            starts = [job.start(i, alone or teacher_of(job), config, seed) for job in present]
+            rows = tuple(len(start.labels) for start in starts)
+            teachers = Teachers(frozen, tuple(job.head for job in present), rows, stack, _owners(rows, frozen.device))
             done = _optimise(teachers, starts, config, prior, losses_of, bar.update)
-            for k, images in zip(present, done, strict=True):
-                jobs[k].images.append(images)
-    return [_finish(job, config) for job in jobs]
+            for job, images in zip(present, done, strict=True):
+                job.images.append(images)
+    return [_finish(job, alone or teacher_of(job), config) for job in jobs]
 
 
 def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConfig) -> Head:
@@ -133,6 +146,21 @@ def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConf
     return adapter.head
 
 
+def check_side_by_side(backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+    """Make sure that a backbone can wear adapters that are not merged.
+
+    Raises:
+        ValueError: one of them adapts a gated MLP.
+    """
+    for adapter in adapters:
+        for site in adapter.sites:
+            if ".mlp." in site and not backbone.has_plain_mlp(int(site.split(".")[1])):
+                raise ValueError(
+                    f"`adapters` that are inverted together must leave gated MLPs alone, got {adapter.name!r} with "
+                    f"{site}; invert them one by one (`adapters_per_batch=1`)."
+                )
+
+
 def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype | None = None) -> BatchNormPrior | None:
     """The prior that the settings name, on the backbone's device; None where they name none."""
     if config.prior is None or config.prior_weight == 0 or config.steps == 0:
@@ -143,6 +171,8 @@ def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype |
 class _Start(NamedTuple):
     """Everything drawn for one batch of one adapter."""
 
+    name: str
+    """Of the adapter."""
     canvas: Tensor
     """float32 [B, 3, s, s], normalised."""
     labels: Tensor
@@ -158,45 +188,28 @@ class _Start(NamedTuple):
         return rolled.flip(-1) if self.flips[step] else rolled
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Job:
     """One adapter on its way to a surrogate."""
 
     adapter: Adapter
     head: Head
-    teacher: Backbone
-    """With the adapter merged."""
+    digest: str
     batches: tuple[Tensor, ...]
     """Wanted classes of the images, batch after batch."""
-    digest: str
     images: list[Tensor] = field(default_factory=list)
     """Finished batches, uint8 [B, 3, H, W]."""
 
     @classmethod
-    def of(
-        cls, backbone: Backbone, adapter: Adapter, head: Head, config: InversionConfig, dtype: torch.dtype | None
-    ) -> _Job:
+    def of(cls, adapter: Adapter, head: Head, config: InversionConfig, device: torch.device) -> _Job:
         labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
-        batches = labels.split(config.batch_size)
-        teacher = backbone.merge(adapter).to(dtype=dtype)
-        return cls(adapter, head.to(backbone.device), teacher, batches, adapter.digest())
+        return cls(adapter, head.to(device), adapter.digest(), labels.split(config.batch_size))
 
-    def start(self, i: int, config: InversionConfig, seed: int) -> _Start:
+    def start(self, i: int, teacher: Backbone, config: InversionConfig, seed: int) -> _Start:
         generator = stream(seed, "inversion", self.digest, i)
-        labels = self.batches[i].to(self.teacher.device)
-        canvas = first_canvas(self.teacher, self.head, labels, config, generator)
-        return _Start(canvas, labels, *_augmentation(config, canvas.shape[-1], generator))
-
-
-def _side_by_side(
-    frozen: Backbone, stack: LoRAStack | None, jobs: Sequence[_Job], present: Sequence[int], rows: Sequence[int]
-) -> Teachers:
-    """Those of the jobs that have images in a batch; `frozen` holds the only adapter where there is no stack."""
-    heads = tuple(jobs[k].head for k in present)
-    if stack is None:
-        return Teachers(frozen, heads, tuple(rows))
-    worn = torch.tensor(present).repeat_interleave(torch.tensor(rows))
-    return Teachers(frozen, heads, tuple(rows), stack, worn.to(frozen.device))
+        labels = self.batches[i].to(teacher.device)
+        canvas = first_canvas(teacher, self.head, labels, config, generator)
+        return _Start(self.adapter.name, canvas, labels, *_augmentation(config, canvas.shape[-1], generator))
 
 
 def _optimise(
@@ -214,7 +227,6 @@ def _optimise(
     low, high = -mean / std, (1 - mean) / std
     labels = torch.cat([start.labels for start in starts])
     x = torch.cat([start.canvas for start in starts]).requires_grad_()
-    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
     optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
     best, best_loss = x.detach().clone(), torch.full((len(rows),), torch.inf, device=device)
     prune_from = round(config.prune_from * config.steps) if config.prune else 0
@@ -229,7 +241,7 @@ def _optimise(
         with torch.no_grad():
             better = (losses < best_loss) & moving  # stays on the device: no synchronisation at every step
             best_loss = torch.where(better, losses, best_loss)
-            best = torch.where(better[owner].view(-1, 1, 1, 1), x, best)
+            best = torch.where(better[teachers.owners].view(-1, 1, 1, 1), x, best)
         optimizer.step()
         with torch.no_grad():
             x.clamp_(low, high)
@@ -241,9 +253,15 @@ def _optimise(
                 break
             settled = best_loss
     if config.steps and not best_loss.isfinite().all():
-        raise FloatingPointError(f"the loss of {backbone.name!r} was never finite in {config.steps} steps; lower `lr`.")
+        lost = ", ".join(start.name for start, loss in zip(starts, best_loss.tolist(), strict=True) if loss == math.inf)
+        raise FloatingPointError(f"the loss of adapter {lost} was never finite in {config.steps} steps; lower `lr`.")
     pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return list(pixels.round().to(torch.uint8).cpu().split(rows))
+
+
+def _owners(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Which adapter each image belongs to, int64 [sum of rows]."""
+    return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
 
 
 def _augmentation(
@@ -257,9 +275,9 @@ def _augmentation(
 
 
 @torch.no_grad()
-def _finish(job: _Job, config: InversionConfig) -> Surrogate:
+def _finish(job: _Job, teacher: Backbone, config: InversionConfig) -> Surrogate:
     """Teacher logits, scores and kept tokens of the finished images."""
-    teacher, head, images = job.teacher, job.head, torch.cat(job.images)
+    head, images = job.head, torch.cat(job.images)
     logits, scores, kept = [], [], []
     for chunk in images.split(config.batch_size):
         x = normalize(chunk.to(teacher.device), teacher.mean, teacher.std)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import reference
@@ -14,18 +13,26 @@ def mirror(kept: Tensor, columns: int) -> Tensor:
     return kept - 2 * (kept % columns) + columns - 1
 
 
-def magnify(kept: Tensor, grid: tuple[int, int], finer: tuple[int, int]) -> Tensor:
-    """The patches of a finer grid that show the same parts of an image.
+def magnify(kept: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """The patches of another grid, usually a finer one, that show the same parts of an image.
 
-    Where the grids do not divide one another, those that the kept patches cover most.
+    Where the grids do not divide one another, those that the kept patches cover most; ties go to the lower position.
 
     Args:
         kept: int64 [n, k], positions on `grid`.
-        grid, finer: rows and columns.
+        grid, other: rows and columns.
 
     Returns:
-        int64 [n, k'], ascending; k' is the same share of the finer grid, rounded.
+        int64 [n, k'], ascending; k' is the same share of the other grid, rounded, and at least 1.
     """
-    mask = torch.zeros(len(kept), grid[0] * grid[1], device=kept.device).scatter(1, kept, 1.0)
-    cover = F.interpolate(mask.view(-1, 1, *grid), size=finer, mode="area").flatten(1)
-    return reference.top_patches(cover, round(kept.shape[1] * cover.shape[1] / mask.shape[1]))
+    mask = torch.zeros(len(kept), grid[0] * grid[1], device=kept.device).scatter(1, kept, 1.0).view(-1, *grid)
+    down, across = (_overlaps(a, b, kept.device) for a, b in zip(grid, other, strict=True))
+    cover = (down @ mask @ across.T).flatten(1)
+    return reference.top_patches(cover, max(1, round(kept.shape[1] * cover.shape[1] / (grid[0] * grid[1]))))
+
+
+def _overlaps(cells: int, others: int, device: torch.device) -> Tensor:
+    """How long each of `others` equal parts of a line lies in each of `cells` parts, [others, cells]; whole numbers."""
+    start = torch.arange(others, device=device)[:, None] * cells
+    first = torch.arange(cells, device=device)[None, :] * others
+    return (torch.minimum(start + cells, first + others) - torch.maximum(start, first)).clamp(min=0).float()

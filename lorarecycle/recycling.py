@@ -21,7 +21,7 @@ from .config import InversionConfig, MetaConfig, RecycleConfig, as_plain
 from .episodes import check_episodes
 from .files import read_json, remove_leftovers, write_json, write_text
 from .hardware import resolve
-from .inversion import check_invertible, invert_together, load_prior
+from .inversion import check_invertible, check_side_by_side, invert_together, load_prior
 from .meta import meta_train, random_factors
 from .prior import BatchNormPrior
 from .surrogate import Surrogate
@@ -56,7 +56,8 @@ def recycle(
         base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
         work_dir: folder for surrogates and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits (on a CPU; some of CUDA's operations are not exactly repeatable);
-            it repeats at most one surrogate or 100 meta-steps. The meta-LoRA is also saved there, as `meta_lora`.
+            it repeats at most `adapters_per_batch` surrogates or 100 meta-steps. The meta-LoRA is also saved there, as
+            `meta_lora`.
         preset: which settings: what did best where it was measured, or the paper's own (see `RecycleConfig.preset`).
         config: settings of all stages in place of a preset's; `inversion`, `meta` and `seed` replace its parts.
         inversion: settings of the inversion, or a mapping of those that differ from the defaults.
@@ -83,6 +84,8 @@ def recycle(
     backbone = _load_base(base, pool).to(resolved_device)
     everyone, pool = pool, _with_heads(pool, config.meta)
     heads = [check_invertible(backbone, adapter, config.inversion) for adapter in pool]
+    if _group_size(config) > 1:
+        check_side_by_side(backbone, pool)
     for adapter in everyone:
         backbone.check(adapter)
         _check_normalisation(backbone, adapter)
@@ -267,8 +270,9 @@ def _invert_all(
     """
     surrogates: list[Surrogate] = []
     paths = _surrogate_paths(folder, pool)
-    for first in range(0, len(pool), config.inversion.adapters_per_batch):
-        group = slice(first, first + config.inversion.adapters_per_batch)
+    size = _group_size(config)
+    for first in range(0, len(pool), size):
+        group = slice(first, first + size)
         found = [Surrogate.load(path) if path is not None and path.exists() else None for path in paths[group]]
         if any(surrogate is None for surrogate in found):
             made = invert_together(
@@ -288,6 +292,11 @@ def _invert_all(
         else:
             surrogates += [surrogate for surrogate in found if surrogate is not None]
     return surrogates
+
+
+def _group_size(config: RecycleConfig) -> int:
+    """Adapters inverted together; one where nothing is optimised."""
+    return config.inversion.adapters_per_batch if config.inversion.steps else 1
 
 
 def _surrogate_paths(folder: str | PathLike[str] | None, pool: Sequence[Adapter]) -> list[Path | None]:

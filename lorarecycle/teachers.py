@@ -20,22 +20,22 @@ class Teachers(NamedTuple):
     """K adapters, each of which looks at its own rows of a batch of images."""
 
     backbone: Backbone
-    """With the adapter merged where there is one; bare where they wear a stack."""
+    """Bare where they wear a stack; else with the only adapter merged."""
     heads: tuple[Head, ...]
     """K of them."""
     rows: tuple[int, ...]
     """Images of each, one after the other."""
-    stack: LoRAStack | None = None
-    """Factors of all K; None where they are merged."""
-    adapter_ids: Tensor | None = None
-    """int64 [sum of rows], with a stack only."""
+    stack: LoRAStack | None
+    """Factors of all K, and perhaps of more behind them; None where there is one, merged."""
+    owners: Tensor
+    """int64 [sum of rows], which of the K each image belongs to."""
 
     def logits(self, images: Tensor, prune: Mapping[int, float] | None = None) -> list[Tensor]:
         """What each adapter says of its own images, K times float32 [rows, C]; images normalised [B, 3, H, W]."""
         encoding = self.backbone.encode(
             images,
             lora=self.stack,
-            adapter_ids=self.adapter_ids,
+            adapter_ids=None if self.stack is None else self.owners,
             prune=prune,
             class_token_only=all(head.pool == "token" for head in self.heads),
         )
@@ -69,11 +69,8 @@ def inversion_losses(
         float32 [K].
     """
     logits = teachers.logits(enlarge(images, image_size), prune)
-    losses = [cross_entropy(own, wanted) for own, wanted in zip(logits, labels.split(teachers.rows), strict=True)]
-    if prior is not None:
-        mean, std = teachers.backbone.mean, teachers.backbone.std
-        losses = [
-            loss + prior_weight * prior(own, mean, std)
-            for loss, own in zip(losses, images.split(teachers.rows), strict=True)
-        ]
-    return torch.stack(losses)
+    wanted = labels.split(teachers.rows)
+    losses = torch.stack([cross_entropy(own, right) for own, right in zip(logits, wanted, strict=True)])
+    if prior is None:
+        return losses
+    return losses + prior_weight * prior(images, teachers.backbone.mean, teachers.backbone.std, teachers.rows)

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
-from lorarecycle import Adapter, EvaluateConfig, demo, pictures
+from lorarecycle import Adapter, EvaluateConfig, Surrogate, demo, load_dataset, pictures
 
 
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
@@ -33,11 +34,21 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     assert demo.run_demo(tmp_path / "out", quiet=True) == report
 
 
+def test_digits_lie_on_photographs():
+    pytest.importorskip("sklearn")
+    digits = load_dataset("digits", size=32)
+    shown = demo.on_photographs(digits, seed=0)
+    ground = digits.images.amax(1, keepdim=True) == 0
+    assert (shown.images >= digits.images).all()
+    assert shown.images[~ground.expand_as(shown.images)].float().mean() > 100
+    pieces = shown.images[ground.expand_as(shown.images)].float()
+    assert pieces.max() <= demo.BRIGHTNESS * 255
+    assert pieces.std() > 10, "not an even ground"
+    assert torch.equal(shown.images, demo.on_photographs(digits, seed=0).images)
+    assert not torch.equal(shown.images, demo.on_photographs(digits, seed=1).images)
+
+
 def test_masks_are_painted_over_the_dropped_patches():
-    import torch
-
-    from lorarecycle import Surrogate
-
     images = torch.full((1, 3, 4, 6), 7, dtype=torch.uint8)
     kept = torch.tensor([[0, 5]])
     made = Surrogate(images, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), ("a",), 2, kept=kept)

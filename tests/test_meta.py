@@ -78,6 +78,20 @@ def test_sparse_tokens(tiny_backbone, tiny_data):
     assert not torch.equal(sparse.losses, dense.losses)
 
 
+def test_sparse_training_leaves_a_guide_of_its_own_size_alone(tiny_backbone, tiny_data, make_adapter):
+    """The targets differ from the first features in length alone: the guide reads the same patches."""
+    adapter = make_adapter(tiny_backbone, head=False)
+    config = MetaConfig(**{**vars(CONFIG), "distill": 1.0, "init": "adapters", "sparsity": 0.5, "flip": False})
+    config = replace(config, steps=1, sites=("q", "v"), layers=None)
+    sparse = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=[adapter], quiet=True)
+    model, kept = tiny_backbone.merge(adapter), surrogates(tiny_data)[0].masked(0.5).kept
+    features = model(normalize(tiny_data.images, model.mean, model.std), kept=kept)
+    lengths = features.norm(dim=-1)
+    assert sparse.losses.item() <= (lengths - lengths.mean()).square().max() / features.shape[1] + 1e-5
+    whole = model(normalize(tiny_data.images, model.mean, model.std))
+    assert (features - whole).square().mean() > 10 * sparse.losses.item(), "else this could not fail"
+
+
 def test_learning_rate_cycles():
     rates = [learning_rate(step, MetaConfig(), 1e-3) for step in range(200)]
     assert rates[0] == pytest.approx(1e-5)

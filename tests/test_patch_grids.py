@@ -30,6 +30,18 @@ def test_a_multiple_shows_the_very_same_parts(times):
     assert torch.equal(torch.zeros_like(expected).scatter(1, found, 1.0), expected)
 
 
+def test_where_grids_do_not_divide_the_best_covered_are_chosen():
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randperm(256, generator=generator)[None, :64]
+    mask = torch.zeros(256).scatter(0, kept[0], 1.0).view(16, 16)
+    fine = mask.repeat_interleave(37, 0).repeat_interleave(37, 1)  # 592 x 592: both grids divide it
+    cover = fine.view(37, 16, 37, 16).sum(dim=(1, 3)).flatten()
+    found = magnify(kept, (16, 16), (37, 37))[0]
+    assert len(found) == round(64 * 37 * 37 / 256)
+    assert cover[found].min() >= cover.topk(len(found)).values.min()
+    assert magnify(torch.tensor([[3]]), (4, 4), (1, 1)).tolist() == [[0]], "never none"
+
+
 def test_other_grids_keep_the_share_and_the_place():
     found = magnify(torch.tensor([[0, 1, 4, 5], [10, 11, 14, 15]]), (4, 4), (7, 7))
     assert found.shape == (2, round(4 * 49 / 16))
