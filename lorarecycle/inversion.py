@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -105,28 +106,28 @@ def invert_together(
     # The longest first: those that have images left lead, and groups of the same numbers of classes share graphs.
     queue = sorted(jobs, key=lambda job: -len(job.head.class_names))
 
-    def teacher_of(job: _Job) -> Backbone:
+    def merged(job: _Job) -> Backbone:
         return backbone.merge(job.adapter).to(dtype=dtype)
 
-    alone = teacher_of(jobs[0]) if len(jobs) == 1 else None
-    if alone is None:
-        frozen, stack = backbone.clone().to(dtype=dtype), LoRAStack([job.adapter for job in queue])
-        stack = stack.to(frozen.device, frozen.dtype)
+    teacher_of = merged if len(jobs) > 1 else cache(merged)  # a copy of the model for each would fill the memory
+    if len(jobs) > 1:
+        frozen, title = backbone.clone().to(dtype=dtype), f"invert {len(jobs)} adapters"
+        stack = LoRAStack([job.adapter for job in queue]).to(frozen.device, frozen.dtype)
     else:
-        packs = config.steps and losses_of is inversion_losses  # Inductor arranges weights itself
-        frozen, stack = pack(alone) if packs else alone, None
+        frozen, title, stack = teacher_of(jobs[0]), f"invert {adapters[0].name}", None
+        if config.steps and losses_of is inversion_losses:  # Inductor arranges weights itself
+            frozen = pack(frozen)
     rounds = len(queue[0].batches)
-    title = f"invert {adapters[0].name}" if alone is not None else f"invert {len(adapters)} adapters"
     with track(range(rounds * config.steps), title, quiet=quiet) as bar:
         for i in range(rounds):
             present = [job for job in queue if i < len(job.batches)]
-            starts = [job.start(i, alone or teacher_of(job), config, seed) for job in present]
+            starts = [job.start(i, teacher_of(job), config, seed) for job in present]
             rows = tuple(len(start.labels) for start in starts)
             teachers = Teachers(frozen, tuple(job.head for job in present), rows, stack, _owners(rows, frozen.device))
             done = _optimise(teachers, starts, config, prior, losses_of, bar.update)
             for job, images in zip(present, done, strict=True):
                 job.images.append(images)
-    return [_finish(job, alone or teacher_of(job), config) for job in jobs]
+    return [_finish(job, teacher_of(job), config) for job in jobs]
 
 
 def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConfig) -> Head:
