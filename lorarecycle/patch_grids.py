@@ -1,4 +1,4 @@
-"""Positions of patches on the grid of an image: mirrored, and on a finer grid."""
+"""Positions of patches on the grid of an image: mirrored, and on another grid."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def magnify(kept: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tens
     Returns:
         int64 [n, k'], ascending; k' is the same share of the other grid, rounded, and at least 1.
     """
-    mask = torch.zeros(len(kept), grid[0] * grid[1], device=kept.device).scatter(1, kept, 1.0).view(-1, *grid)
+    mask = torch.zeros(len(kept), grid[0] * grid[1], dtype=torch.float64, device=kept.device).scatter(1, kept, 1.0)
     down, across = (_overlaps(a, b, kept.device) for a, b in zip(grid, other, strict=True))
-    cover = (down @ mask @ across.T).flatten(1)
-    return reference.top_patches(cover, max(1, round(kept.shape[1] * cover.shape[1] / (grid[0] * grid[1]))))
+    cover = (down @ mask.view(-1, *grid) @ across.T).flatten(1)
+    return reference.top_patches(cover, max(1, round(kept.shape[1] * cover.shape[1] / mask.shape[1])))
 
 
 def _overlaps(cells: int, others: int, device: torch.device) -> Tensor:
-    """How long each of `others` equal parts of a line lies in each of `cells` parts, [others, cells]; whole numbers."""
+    """How long each of `others` equal parts of a line lies in each of `cells` parts: whole numbers, [others, cells]."""
     start = torch.arange(others, device=device)[:, None] * cells
     first = torch.arange(cells, device=device)[None, :] * others
-    return (torch.minimum(start + cells, first + others) - torch.maximum(start, first)).clamp(min=0).float()
+    return (torch.minimum(start + cells, first + others) - torch.maximum(start, first)).clamp(min=0).double()
