@@ -92,7 +92,7 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     losses_of = compiled(inversion_losses, True if form.startswith("compiled") else None, place)
     if losses_of is inversion_losses:  # as `invert` does
         teacher = pack(teacher)
-    teachers = Teachers(teacher, (head,), (B,), None, torch.zeros(B, dtype=torch.int64, device=place))
+    teachers = Teachers.of(teacher, [head], [B])
     time_step(lambda: inversion_step(losses_of, teachers, natural, images, labels, optimizer, prune), rounds=5)
 
 
@@ -122,7 +122,7 @@ def bench_inversion_of_several(form, model, vit, place, time_step, benchmark):
     benchmark.group = f"inversion step of {ADAPTERS} adapters, {model.name}, batch {B} each"
     dtype = default_dtype(place)
     backbone = Backbone(vit).to(place, dtype)
-    heads = tuple(Head(torch.randn(5, model.width)).to(place) for _ in range(ADAPTERS))
+    heads = [Head(torch.randn(5, model.width)).to(place) for _ in range(ADAPTERS)]
     prior = BatchNormPrior(timm.create_model("resnet50", num_classes=5), dtype=dtype).to(place)
     losses_of = compiled(inversion_losses, None, place)
     adapters = [
@@ -130,14 +130,12 @@ def bench_inversion_of_several(form, model, vit, place, time_step, benchmark):
         for i in range(ADAPTERS)
     ]
     if form == "together":
-        owners = torch.arange(ADAPTERS, device=place).repeat_interleave(B)
-        batches = [Teachers(backbone, heads, (B,) * ADAPTERS, LoRAStack(adapters).to(place, dtype), owners)]
+        batches = [Teachers.of(backbone, heads, [B] * ADAPTERS, LoRAStack(adapters).to(place, dtype))]
     else:
         merged = [backbone.merge(adapter) for adapter in adapters]
         if losses_of is inversion_losses:
             merged = [pack(one) for one in merged]
-        owners = torch.zeros(B, dtype=torch.int64, device=place)
-        batches = [Teachers(one, (head,), (B,), None, owners) for one, head in zip(merged, heads, strict=True)]
+        batches = [Teachers.of(one, [head], [B]) for one, head in zip(merged, heads, strict=True)]
     images = [torch.randn(sum(t.rows), 3, 224, 224).to(place).requires_grad_() for t in batches]
     labels = [torch.arange(sum(t.rows), device=place) % 5 for t in batches]
     optimizers = [torch.optim.Adam([x], lr=0.25, betas=(0.5, 0.99)) for x in images]

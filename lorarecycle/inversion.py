@@ -122,8 +122,8 @@ def invert_together(
         for i in range(rounds):
             present = [job for job in queue if i < len(job.batches)]
             starts = [job.start(i, teacher_of(job), config, seed) for job in present]
-            rows = tuple(len(start.labels) for start in starts)
-            teachers = Teachers(frozen, tuple(job.head for job in present), rows, stack, _owners(rows, frozen.device))
+            rows = [len(start.labels) for start in starts]
+            teachers = Teachers.of(frozen, [job.head for job in present], rows, stack)
             done = _optimise(teachers, starts, config, prior, losses_of, bar.update)
             for job, images in zip(present, done, strict=True):
                 job.images.append(images)
@@ -258,11 +258,6 @@ def _optimise(
         raise FloatingPointError(f"the loss of adapter {lost} was never finite in {config.steps} steps; lower `lr`.")
     pixels = (enlarge(best, size).clamp(low, high) * std + mean) * 255
     return list(pixels.round().to(torch.uint8).cpu().split(rows))
-
-
-def _owners(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Which adapter each image belongs to, int64 [sum of rows]."""
-    return torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(device)
 
 
 def _augmentation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,14 @@ class Teachers(NamedTuple):
     """Factors of all K, and perhaps of more behind them; None where there is one, merged."""
     owners: Tensor
     """int64 [sum of rows], which of the K each image belongs to."""
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, heads: Sequence[Head], rows: Sequence[int], stack: LoRAStack | None = None
+    ) -> Teachers:
+        """Those with so many images each; on the device of the backbone."""
+        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(backbone.device)
+        return cls(backbone, tuple(heads), tuple(rows), stack, owners)
 
     def logits(self, images: Tensor, prune: Mapping[int, float] | None = None) -> list[Tensor]:
         """What each adapter says of its own images, K times float32 [rows, C]; images normalised [B, 3, H, W]."""

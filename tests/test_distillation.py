@@ -53,7 +53,7 @@ def test_the_guide_sees_what_a_sparse_student_sees(tiny_vit, make_adapter, tiny_
 
 
 def test_a_warm_start_is_left_alone_by_sparse_training_at_its_own_size(tiny_backbone, make_adapter, tiny_data):
-    """Targets of equal length apart, which normalised features show, there is nothing for it to learn."""
+    """Its features already point where the targets do; only lengths differ, which `F.normalize` takes out."""
     kept = torch.arange(0, 16, 2).expand(len(tiny_data), -1)
     guide = make_adapter(tiny_backbone, head=False)
     model = tiny_backbone.merge(guide)

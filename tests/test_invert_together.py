@@ -41,16 +41,14 @@ def test_losses_and_gradients_are_those_of_each_alone(tiny_backbone, adapters, p
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(sum(rows), 3, 32, 32, generator=generator).requires_grad_()
     labels = torch.arange(sum(rows)) % 2
-    owners = torch.arange(3).repeat_interleave(torch.tensor(rows))
-    heads = tuple(adapter.head for adapter in adapters)
-    teachers = Teachers(tiny_backbone, heads, rows, LoRAStack(adapters), owners)
+    heads = [adapter.head for adapter in adapters]
+    teachers = Teachers.of(tiny_backbone, heads, rows, LoRAStack(adapters))
     together = inversion_losses(teachers, images, labels, prune, prior, 0.1, 32)
     (gradient,) = torch.autograd.grad(together.sum(), images)
     assert together.shape == (3,)
     for k, own in enumerate(images.detach().split(rows)):
         own = own.requires_grad_()
-        merged = tiny_backbone.merge(adapters[k])
-        alone = Teachers(merged, heads[k : k + 1], rows[k : k + 1], None, torch.zeros(rows[k], dtype=torch.long))
+        alone = Teachers.of(tiny_backbone.merge(adapters[k]), [heads[k]], [rows[k]])
         (loss,) = inversion_losses(alone, own, labels.split(rows)[k], prune, prior, 0.1, 32)
         torch.testing.assert_close(together[k], loss, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradient.split(rows)[k], torch.autograd.grad(loss, own)[0], rtol=1e-3, atol=1e-6)
