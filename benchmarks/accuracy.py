@@ -32,9 +32,9 @@ from resnet20 import resnet20_prior
 
 from lorarecycle import RecycleConfig
 from lorarecycle.config import as_plain
-from lorarecycle.files import read_json, write_json, write_text
-from lorarecycle.hardware import resolve
-from lorarecycle.pictures import draw_surrogates
+from lorarecycle.report.pictures import draw_surrogates
+from lorarecycle.runtime.device import resolve
+from lorarecycle.runtime.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {

@@ -12,7 +12,7 @@ import platform
 import pytest
 import torch
 
-from lorarecycle import attention
+from lorarecycle.vit import attention
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="attention is written out on CPUs only")

@@ -28,8 +28,8 @@ from lorarecycle.export.onnx_files import write_encoder
 from lorarecycle.export.runtime import Graph
 
 from lorarecycle import Adapter, Backbone
-from lorarecycle.adapter import LoRAFactors
-from lorarecycle.prototypes import class_centres, distance_logits
+from lorarecycle.adapters.adapter import LoRAFactors
+from lorarecycle.meta.prototypes import class_centres, distance_logits
 
 CUDA = torch.cuda.is_available()
 ARCHITECTURES = {

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lorarecycle import Backbone, BatchNormPrior, Head, LoRAStack, MetaConfig
-from lorarecycle.compiling import compiled
-from lorarecycle.hardware import default_dtype
-from lorarecycle.lora import LoRA
-from lorarecycle.meta import query_loss
-from lorarecycle.packed import pack
-from lorarecycle.teachers import Teachers, inversion_losses
+from lorarecycle.inversion.objective import Teachers, inversion_losses
+from lorarecycle.meta.train import query_loss
+from lorarecycle.runtime.device import default_dtype
+from lorarecycle.runtime.steps import compiled
+from lorarecycle.vit.lora import LoRA
+from lorarecycle.vit.packed import pack
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests and benchmarks are no packages
 import baseline
@@ -180,7 +180,7 @@ def bench_meta_step(form, model, vit, place, time_step, benchmark):
 def bench_prototype_head(model, place, time_step, benchmark):
     """What a fused prototype head could save of a meta-training step at most: all of this."""
     benchmark.group = f"meta-training step, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
-    from lorarecycle.prototypes import distance_logits
+    from lorarecycle.meta.prototypes import distance_logits
 
     features = torch.randn(N_WAY * (N_SHOT + N_QUERY), model.width, device=place, requires_grad=True)
     targets = torch.rand(N_WAY * N_QUERY, N_WAY, device=place).softmax(dim=-1)

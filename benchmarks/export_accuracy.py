@@ -26,9 +26,9 @@ from lorarecycle.export.onnx_files import write_encoder
 from lorarecycle.export.runtime import Graph
 
 from lorarecycle import Backbone, load_dataset
-from lorarecycle.evaluation import Evaluation, sample_tasks, task_accuracies
-from lorarecycle.files import write_json
-from lorarecycle.images import normalize, to_uint8
+from lorarecycle.data.images import normalize, to_uint8
+from lorarecycle.fewshot.evaluate import Evaluation, sample_tasks, task_accuracies
+from lorarecycle.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

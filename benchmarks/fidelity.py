@@ -24,12 +24,12 @@ from lorarecycle import (
     meta_train,
     tune,
 )
-from lorarecycle.baselines.average import average
-from lorarecycle.evaluation import Evaluation, extract_features, sample_tasks, task_accuracies
-from lorarecycle.files import read_json, write_json
-from lorarecycle.images import normalize
-from lorarecycle.prior import BatchNormPrior
-from lorarecycle.seeds import stream
+from lorarecycle.data.images import normalize
+from lorarecycle.fewshot.evaluate import Evaluation, extract_features, sample_tasks, task_accuracies
+from lorarecycle.fewshot.methods.average import average
+from lorarecycle.inversion.prior import BatchNormPrior
+from lorarecycle.runtime.files import read_json, write_json
+from lorarecycle.runtime.seeds import stream
 
 POOL = 20
 """Adapters in the pool; the first n of them make an experiment with n."""

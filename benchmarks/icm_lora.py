@@ -42,9 +42,9 @@ from icm_lora_scaling import measure_scaling
 from memory import peak_memory, reset_peak_memory
 
 from lorarecycle import Adapter, Backbone, load_dataset
-from lorarecycle.files import read_json, write_json
 from lorarecycle.generate import CondPDiff, GenerateConfig, LoRAGenerator, ModelSoup, NearestTask, task_vector
 from lorarecycle.generate.generator import Generator
+from lorarecycle.runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEN, SAMPLES = 5, 2

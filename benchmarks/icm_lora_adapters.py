@@ -10,10 +10,10 @@ import torch
 from fidelity import class_lists
 
 from lorarecycle import Adapter, Backbone, LabelledImages, TuneConfig, tune
-from lorarecycle.evaluation import extract_features
-from lorarecycle.files import read_json, write_json
-from lorarecycle.images import normalize
-from lorarecycle.seeds import stream
+from lorarecycle.data.images import normalize
+from lorarecycle.fewshot.evaluate import extract_features
+from lorarecycle.runtime.files import read_json, write_json
+from lorarecycle.runtime.seeds import stream
 
 EPOCHS, SAVE_LAST, BATCH = 40, 20, 20
 LEARNT = 10

@@ -8,7 +8,7 @@ from typing import Any
 
 from icm_lora_adapters import LEARNT, SAVE_LAST, TEST_PER_CLASS, TUNE_PER_CLASS, Task
 
-from lorarecycle.files import write_json, write_text
+from lorarecycle.runtime.files import write_json, write_text
 
 Facts = dict[str, Any]
 EARLIER = "(*)"

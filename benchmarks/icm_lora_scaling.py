@@ -9,7 +9,7 @@ import torch
 from memory import peak_memory, reset_peak_memory
 
 from lorarecycle import Adapter
-from lorarecycle.adapter import LoRAFactors
+from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.generate import LoRAGenerator
 
 SIZES = (9_216, 18_432, 36_864, 100_000, 250_000, 500_000, 1_000_000, 2_000_000)

@@ -28,10 +28,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lorarecycle.datasets import LabelledImages, load_dataset
-from lorarecycle.evaluation import Evaluation, sample_tasks, task_accuracies
-from lorarecycle.files import load_tensors, read_json, save_tensors, write_json
-from lorarecycle.progress import track
+from lorarecycle.data.dataset import LabelledImages, load_dataset
+from lorarecycle.fewshot.evaluate import Evaluation, sample_tasks, task_accuracies
+from lorarecycle.runtime.files import load_tensors, read_json, save_tensors, write_json
+from lorarecycle.runtime.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorarecycle.files import load_tensors
-from lorarecycle.prior import BatchNormPrior
+from lorarecycle.inversion.prior import BatchNormPrior
+from lorarecycle.runtime.files import load_tensors
 
 
 class BasicBlock(nn.Module):

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from lorarecycle import Backbone, evaluate, load_dataset, recycle
-from lorarecycle.files import write_json, write_text
-from lorarecycle.hardware import resolve
+from lorarecycle.runtime.device import resolve
+from lorarecycle.runtime.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

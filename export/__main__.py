@@ -62,9 +62,9 @@ class Export:
     """Replace an earlier export in the folder."""
 
     def run(self) -> None:
-        from ..adapter import Adapter
-        from ..backbone import Backbone
-        from ..datasets import load_dataset
+        from ..adapters.adapter import Adapter
+        from ..data.dataset import load_dataset
+        from ..vit.backbone import Backbone
         from .folder import export_onnx, require_free
         from .package import export_aoti, require_fp32
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..datasets import LabelledImages
-from ..evaluation import sample_tasks, task_accuracies
-from ..images import normalize, to_uint8
+from ..data.dataset import LabelledImages
+from ..data.images import normalize, to_uint8
+from ..fewshot.evaluate import sample_tasks, task_accuracies
 from .check import check_device, full_float32
 from .config import ExportConfig
 from .graphs import EncoderGraph

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
-from ..images import normalize, to_uint8
-from ..prototypes import class_centres, distance_logits
-from ..seeds import stream
+from ..data.images import normalize, to_uint8
+from ..meta.prototypes import class_centres, distance_logits
+from ..runtime.seeds import stream
+from ..vit.backbone import Backbone
 from .config import ATOL, MAX_LOGIT_ERROR, MIN_COSINE, MIN_COSINE_PRUNED, ExportConfig
 from .graphs import EncoderGraph
 from .real_images import handwritten_digits

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter
-from ..backbone import Backbone
-from ..datasets import LabelledImages
-from ..files import LEFTOVER
+from ..adapters.adapter import Adapter
+from ..data.dataset import LabelledImages
+from ..runtime.files import LEFTOVER
+from ..vit.backbone import Backbone
 from .accuracy import compare_accuracy
 from .check import Parity, References, check_head
 from .config import ExportConfig

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from ..runtime.files import read_json
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..backbone import Backbone
+from ..adapters.adapter import Adapter
+from ..vit.backbone import Backbone
 
 
 def prepare_backbone(backbone: Backbone, meta_lora: Adapter | None, image_size: int | None) -> Backbone:

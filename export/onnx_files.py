@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import Adapter
-from ..backbone import Backbone
+from ..adapters.adapter import Adapter
+from ..vit.backbone import Backbone
 from . import check
 from .check import Parity, References
 from .config import ExportConfig

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
-from ..backbone import Backbone
+from ..adapters.adapter import Adapter
+from ..vit.backbone import Backbone
 from .check import BATCH_SIZES, Parity, References
 from .config import ExportConfig
 from .graphs import EncoderGraph, prepare_backbone

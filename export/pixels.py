@@ -1,4 +1,4 @@
-"""Images of any kind in, uint8 batches out, with numpy and Pillow: the twin of `lorarecycle.images` without torch."""
+"""Images of any kind in, uint8 batches out, with numpy and Pillow: `lorarecycle.data.images` without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def to_batches(images: Any, size: int, batch_size: int, *, name: str = "images") -> Iterator[np.ndarray]:
-    """Bring images of any kind to uint8 RGB batches; the rules and errors of `lorarecycle.images.to_batches`.
+    """Bring images of any kind to uint8 RGB batches; the rules and errors of `lorarecycle.data.images.to_batches`.
 
     Resizing is Pillow's, which agrees with torchvision's to one grey level (of 255) but at the hardest edges. Pillow
     is imported only for files and for images of another size.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomic
+from ..runtime.files import write_atomic
 from .optional import explain_missing
 
 SUFFIXES = (".npz", ".safetensors")

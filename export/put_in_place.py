@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import LEFTOVER
+from ..runtime.files import LEFTOVER
 
 
 @contextmanager

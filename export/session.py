@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
+from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from .folder_config import check_hash, model_hash, read_config
 from .pixels import count_images, list_images, normalize, to_batches
 from .prototype_files import read_prototypes, write_prototypes

@@ -1,82 +1,23 @@
 """lorarecycle: many LoRA adapters of a Vision Transformer in, one meta-LoRA out, without their training data.
 
-Public names load on first use: importing the package imports neither torch nor triton.
+Public names are listed in `__init__.pyi` and load on first use: importing the package imports neither torch nor triton.
 """
 
-from __future__ import annotations
+from typing import Any
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-__version__ = "0.1.0"
+from .runtime.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from .adapter import Adapter, Head
-    from .backbone import Backbone
-    from .classifier import FewShotClassifier
-    from .config import EvaluateConfig, InversionConfig, MetaConfig, RecycleConfig, TuneConfig
-    from .datasets import LabelledImages, load_dataset
-    from .evaluation import evaluate
-    from .inversion import invert
-    from .lora_stack import LoRAStack
-    from .meta import meta_train
-    from .prior import BatchNormPrior
-    from .recycling import recycle
-    from .surrogate import Surrogate
-    from .tuning import tune
+_find, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-_HOMES = {
-    "Adapter": "adapter",
-    "Backbone": "backbone",
-    "BatchNormPrior": "prior",
-    "EvaluateConfig": "config",
-    "FewShotClassifier": "classifier",
-    "Head": "adapter",
-    "InversionConfig": "config",
-    "LabelledImages": "datasets",
-    "LoRAStack": "lora_stack",
-    "MetaConfig": "config",
-    "RecycleConfig": "config",
-    "Surrogate": "surrogate",
-    "TuneConfig": "config",
-    "evaluate": "evaluation",
-    "invert": "inversion",
-    "load_dataset": "datasets",
-    "meta_train": "meta",
-    "recycle": "recycling",
-    "tune": "tuning",
+_REMOVED = {
+    "LoRAStack": "several adapters in one batch were slower than one after the other; `Backbone.merge` folds one in",
+    "invert_together": "several adapters in one batch were slower than one after the other; call `invert` for each",
 }
-
-__all__ = [
-    "Adapter",
-    "Backbone",
-    "BatchNormPrior",
-    "EvaluateConfig",
-    "FewShotClassifier",
-    "Head",
-    "InversionConfig",
-    "LabelledImages",
-    "LoRAStack",
-    "MetaConfig",
-    "RecycleConfig",
-    "Surrogate",
-    "TuneConfig",
-    "evaluate",
-    "invert",
-    "load_dataset",
-    "meta_train",
-    "recycle",
-    "tune",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lorarecycle' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    if name in _REMOVED:
+        raise ImportError(f"`lorarecycle.{name}` was removed in 0.2: {_REMOVED[name]}.")
+    return _find(name)

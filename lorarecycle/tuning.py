@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, Head
-from .backbone import Backbone
+from .adapters.adapter import Adapter, Head
 from .config import TuneConfig
-from .datasets import LabelledImages
-from .images import normalize
-from .lora import LoRA
-from .progress import track
+from .data.dataset import LabelledImages
+from .data.images import normalize
+from .runtime.progress import track
+from .vit.backbone import Backbone
+from .vit.lora import LoRA
 
 logger = logging.getLogger(__name__)
 

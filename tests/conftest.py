@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
 
 from timm.models.vision_transformer import VisionTransformer
 
-from lorarecycle.adapter import Adapter, Head, LoRAFactors
-from lorarecycle.backbone import Backbone
-from lorarecycle.datasets import LabelledImages
+from lorarecycle.adapters.adapter import Adapter, Head, LoRAFactors
+from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.vit.backbone import Backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the checkout on the path, where transformers would take ./kernels for Hugging Face's package

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarecycle.adapter import Adapter
-from lorarecycle.backbone import Backbone
+from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.config import TuneConfig
-from lorarecycle.datasets import LabelledImages
-from lorarecycle.evaluation import extract_features
+from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.fewshot.evaluate import extract_features
 from lorarecycle.tuning import tune
+from lorarecycle.vit.backbone import Backbone
 
 CONFIG = TuneConfig(epochs=6, batch_size=10, r=2, lr=5e-3)
 

@@ -16,15 +16,15 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..adapter import Adapter
+from ..adapters.adapter import Adapter
 from ..config import as_plain
-from ..files import load_tensors, save_tensors
-from ..hardware import resolve
-from ..seeds import stream
-from .layout import Layout
+from ..runtime.device import resolve
+from ..runtime.files import load_tensors, save_tensors
+from ..runtime.seeds import stream
+from ..runtime.version import __version__
 from .parameters import AnyAdapter, load_adapter
 from .task_vectors import check_vector
+from .vectors import Layout
 
 FORMAT = "lorarecycle adapter generator"
 FORMAT_VERSION = 1

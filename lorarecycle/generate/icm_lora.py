@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import as_plain
-from ..seeds import stream
+from ..runtime.seeds import stream
 from .config import GenerateConfig
 from .cvae import CVAE, Posterior
 from .generator import Examples, Generator, Machine, draws

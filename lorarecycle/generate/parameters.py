@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Head, LoRAFactors
-from ..files import load_tensors, read_json, save_tensors, write_json
-from ..peft_config import CONFIG_FILE, AdapterConfig, make_config, match_pattern
-from ..peft_keys import PREFIX, WEIGHTS_FILE, sort_keys
+from ..adapters.adapter import Adapter, Head, LoRAFactors
+from ..adapters.peft.config import CONFIG_FILE, AdapterConfig, make_config, match_pattern
+from ..adapters.peft.keys import PREFIX, WEIGHTS_FILE, sort_keys
+from ..runtime.files import load_tensors, read_json, save_tensors, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ class ModelSoup(Generator):
     """One averaged adapter for each condition; every sample of a condition is the same.
 
     The factors A and B are averaged apart, as flat parameters: that means something for runs that started from the
-    same factors, and little for others (`lorarecycle.baselines.average` averages the updates themselves).
+    same factors, and little for others (`lorarecycle.fewshot.methods.average` averages the updates themselves).
     """
 
     method = "soup"

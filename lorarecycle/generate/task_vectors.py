@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
-from ..evaluation import extract_features
-from ..files import load_tensors, save_tensors
-from ..images import ImageInput, to_uint8
+from ..data.images import ImageInput, to_uint8
+from ..fewshot.evaluate import extract_features
+from ..runtime.files import load_tensors, save_tensors
+from ..vit.backbone import Backbone
 
 FILE = "task_vector.safetensors"
 """Its name in a task's folder."""
@@ -24,7 +24,7 @@ def task_vector(backbone: Backbone, images: ImageInput, *, batch_size: int = 64)
 
     Args:
         backbone: the plain model, without an adapter, so that vectors of all tasks lie in one space.
-        images: anything that `lorarecycle.images.to_uint8` takes.
+        images: anything that `lorarecycle.data.images.to_uint8` takes.
         batch_size: images per forward pass.
 
     Returns:

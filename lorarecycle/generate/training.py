@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import load_tensors, save_tensors
-from ..progress import track
-from ..seeds import stream
+from ..runtime.files import load_tensors, save_tensors
+from ..runtime.progress import track
+from ..runtime.seeds import stream
 
 CHECKPOINT_EVERY = 200
 

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lorarecycle import Adapter, Backbone, LabelledImages
-from lorarecycle.adapter import LoRAFactors
+from lorarecycle.adapters.adapter import LoRAFactors
 
 pytest.importorskip("onnxruntime", reason="the export's tests need the extra `onnx`")
 pytest.importorskip("onnxscript", reason="the export's tests need the extra `onnx`")

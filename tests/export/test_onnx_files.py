@@ -25,9 +25,9 @@ from lorarecycle.export import (
 from lorarecycle.export.graphs import EncoderGraph
 
 from lorarecycle import Adapter, Backbone
-from lorarecycle.adapter import LoRAFactors
-from lorarecycle.files import LEFTOVER
-from lorarecycle.images import normalize
+from lorarecycle.adapters.adapter import LoRAFactors
+from lorarecycle.data.images import normalize
+from lorarecycle.runtime.files import LEFTOVER
 
 CPU = ["CPUExecutionProvider"]
 

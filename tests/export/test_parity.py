@@ -10,8 +10,8 @@ import torch
 from lorarecycle.export import ExportConfig, check, export_encoder, export_episode, export_onnx
 
 from lorarecycle import Backbone, FewShotClassifier, load_dataset
-from lorarecycle.evaluation import sample_tasks
-from lorarecycle.images import normalize, to_uint8
+from lorarecycle.data.images import normalize, to_uint8
+from lorarecycle.fewshot.evaluate import sample_tasks
 
 CPU = ["CPUExecutionProvider"]
 

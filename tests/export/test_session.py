@@ -13,8 +13,8 @@ from lorarecycle.export import FewShotSession, export_onnx, onnx_files, pixels, 
 from PIL import Image
 
 from lorarecycle import FewShotClassifier
-from lorarecycle.images import normalize, to_uint8
-from lorarecycle.labels import NotFittedError
+from lorarecycle.data.images import normalize, to_uint8
+from lorarecycle.fewshot.labels import NotFittedError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorarecycle.adapter import Adapter
-from lorarecycle.backbone import Backbone
+from lorarecycle.adapters.adapter import Adapter
+from lorarecycle.vit.backbone import Backbone
 
 QUICK = {"epochs": 4, "batch_size": 2, "conv_layers": 6, "latent": 8}
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from lorarecycle.files import load_tensors, save_tensors
 from lorarecycle.generate import CondPDiff, ModelSoup, NearestTask, load_generator
 from lorarecycle.generate.cond_pdiff import schedule
+from lorarecycle.runtime.files import load_tensors, save_tensors
 
 DIFFUSION = {"epochs": 120, "batch_size": 3, "conv_layers": 6, "latent": 16, "lr": 3e-3}
 DIFFUSION |= {"diffusion_epochs": 500, "diffusion_steps": 50, "hidden": 64}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lorarecycle import Adapter, load_dataset
-from lorarecycle.cli import main
+from lorarecycle.cli.main import main
 from lorarecycle.generate import load_generator, load_vector
 
 MACHINE = ["--device", "cpu", "--dtype", "float32", "--quiet"]

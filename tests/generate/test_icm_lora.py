@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from lorarecycle import Adapter, recycle
-from lorarecycle.adapter import Head, LoRAFactors
-from lorarecycle.files import load_tensors, save_tensors
+from lorarecycle.adapters.adapter import Head, LoRAFactors
 from lorarecycle.generate import GenerateConfig, LoRAGenerator, load_generator
 from lorarecycle.generate.icm_lora import seeded
 from lorarecycle.generate.training import train
+from lorarecycle.runtime.files import load_tensors, save_tensors
 
 LEARN = {"epochs": 240, "batch_size": 6, "conv_layers": 6, "latent": 16, "lr": 3e-3, "kl_weight": 0.05}
 
@@ -186,7 +186,7 @@ def test_bad_input(pool, vectors, quick, tiny_backbone, make_adapter, build_vit)
         [pool[0], make_adapter(tiny_backbone, sites=("attn.q", "attn.proj"))],
         vectors[:2],
     )
-    from lorarecycle.backbone import Backbone
+    from lorarecycle.vit.backbone import Backbone
 
     wide = make_adapter(Backbone(build_vit(embed_dim=48), name="tiny"))
     refuse(

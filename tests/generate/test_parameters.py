@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from lorarecycle.adapter import Adapter
-from lorarecycle.files import load_tensors, read_json, save_tensors, write_json
+from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.generate import LoRAGenerator, PeftAdapter, load_adapter, load_generator
-from lorarecycle.generate.layout import Layout
 from lorarecycle.generate.parameters import make_adapter, read_parameters
+from lorarecycle.generate.vectors import Layout
+from lorarecycle.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 MODULES = [f"base_model.model.model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]
 CONFIG = {

@@ -1,0 +1,35 @@
+from .adapters.adapter import Adapter, Head
+from .config import EvaluateConfig, InversionConfig, MetaConfig, RecycleConfig, TuneConfig
+from .data.dataset import LabelledImages, load_dataset
+from .fewshot.classifier import FewShotClassifier
+from .fewshot.evaluate import evaluate
+from .inversion.invert import invert
+from .inversion.prior import BatchNormPrior
+from .inversion.surrogate import Surrogate
+from .meta.train import meta_train
+from .pipeline import recycle
+from .tuning import tune
+from .vit.backbone import Backbone
+
+__version__: str
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "BatchNormPrior",
+    "EvaluateConfig",
+    "FewShotClassifier",
+    "Head",
+    "InversionConfig",
+    "LabelledImages",
+    "MetaConfig",
+    "RecycleConfig",
+    "Surrogate",
+    "TuneConfig",
+    "evaluate",
+    "invert",
+    "load_dataset",
+    "meta_train",
+    "recycle",
+    "tune",
+]

@@ -1,0 +1,1 @@
+"""An adapter as a value: factors, head, algebra; and PEFT's files."""

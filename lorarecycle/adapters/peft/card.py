@@ -1,0 +1,89 @@
+"""README.md of a saved adapter: base, configuration, versions, and what went in."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+
+
+def write_card(
+    adapter: Adapter,
+    *,
+    layout: str,
+    model_class: str,
+    versions: Mapping[str, str],
+    config: Mapping[str, object] | None,
+    sources: Sequence[Adapter],
+) -> str:
+    """The text of the model card, with YAML front matter.
+
+    Args:
+        adapter: what is saved.
+        layout, model_class: the names it is saved under, and the class they belong to.
+        versions: library -> version.
+        config: settings of the run that made it.
+        sources: the adapters that went in.
+    """
+    tags = ["lora", "peft", "vision-transformer", "lorarecycle", *(["few-shot"] if sources else [])]
+    front = {"library_name": "peft", "base_model": adapter.base_model or None, "tags": tags}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value), "---", ""]
+    lines += [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(layout, model_class), ""]
+    lines += ["## Contents", "", "| | |", "| --- | --- |"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in _facts(adapter, layout, model_class).items()]
+    if sources:
+        lines += ["", "## Made from", "", "| adapter | base model | SHA-256 |", "| --- | --- | --- |"]
+        lines += [f"| {_cell(one.name)} | {_cell(one.base_model or 'unknown')} | `{one.digest()}` |" for one in sources]
+    if config:
+        lines += [
+            "",
+            "## Configuration",
+            "",
+            "```json",
+            json.dumps(dict(config), indent=2, default=str),
+            "```",
+        ]
+    lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(adapter: Adapter, sources: Sequence[Adapter]) -> str:
+    origin = f", recycled from {len(sources)} adapters without their training data" if sources else ""
+    head = f"with a linear head over {len(adapter.head.class_names)} classes" if adapter.head else "without a head"
+    return f"LoRA factors for a Vision Transformer ({adapter.base_model or 'base unknown'}), {head}{origin}."
+
+
+def _usage(layout: str, model_class: str) -> list[str]:
+    model = "timm model" if layout == "timm" else f"transformers `{model_class}`"
+    return [
+        "```python",
+        "import lorarecycle",
+        'adapter = lorarecycle.Adapter.load("path/to/this/folder")',
+        "```",
+        "",
+        f"or, onto the matching {model}, `peft.PeftModel.from_pretrained(model, 'path/to/this/folder')`.",
+    ]
+
+
+def _facts(adapter: Adapter, layout: str, model_class: str) -> dict[str, str]:
+    layers = Counter(site.split(".", 2)[2] for site in adapter.sites)
+    facts = {
+        "sites": ", ".join(f"{layer} x {count}" for layer, count in layers.items()),
+        "ranks": ", ".join(map(str, sorted(set(adapter.ranks.values())))),
+        "layout": f"{layout} ({model_class})",
+    }
+    if adapter.head is not None:
+        facts["classes"] = ", ".join(adapter.head.class_names)
+        facts["head reads"] = adapter.head.pool
+    if adapter.mean is not None and adapter.std is not None:
+        facts["input normalisation"] = f"mean {list(adapter.mean)}, std {list(adapter.std)}"
+    facts["SHA-256 of the content"] = f"`{adapter.digest()}`"
+    return facts
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

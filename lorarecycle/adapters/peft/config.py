@@ -1,0 +1,212 @@
+"""adapter_config.json: which PEFT adapters are plain LoRA, and with what scaling."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import read_json
+from ..adapter import LoRAFactors
+
+CONFIG_FILE = "adapter_config.json"
+
+_NOT_PLAIN = {
+    "use_dora": "DoRA rescales whole rows of the weight, which no low-rank pair does; merge it into its base "
+    "(`merge_and_unload`) or tune again with use_dora=False",
+    "use_qalora": "QALoRA pools the inputs in groups; tune again with use_qalora=False",
+    "use_bdlora": "BD-LoRA keeps block-diagonal factors; tune again with use_bdlora=None",
+    "lora_bias": "a bias of lora_B changes more than the weight; tune again with lora_bias=False",
+    "layer_replication": "the adapter belongs to a model with repeated blocks; tune on the plain model",
+    "alora_invocation_tokens": "aLoRA switches on at chosen text tokens; tune again without it",
+    "trainable_token_indices": "it also retrains token embeddings; tune again without it",
+    "target_parameters": "it adapts bare parameters; tune again with target_modules",
+    "arrow_config": "Arrow routes between several adapters; give those adapters one by one",
+    "kasa_config": "KaSA also changes the base weights; tune again with plain LoRA",
+    "monteclora_config": "MonteCLoRA samples its factors; tune again with plain LoRA",
+}
+"""Keys that make an adapter something else than plain LoRA, and what to do."""
+
+# fmt: off
+_HARMLESS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora", "velora_config",
+))
+# fmt: on
+"""Keys that are read here, or that leave the update `scaling * B @ A` of the saved factors as it is.
+`fan_in_fan_out` only says how the base stores its weight; PEFT itself resets it for linear layers."""
+
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Ways to start the factors that leave the base weights alone, beside True and False."""
+
+
+class AdapterConfig:
+    """A checked adapter_config.json.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not plain LoRA; the message names the reason and what to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"an adapter directory must hold {CONFIG_FILE}, got none in {path.parent}; give the "
+                "directory that PEFT's `save_pretrained` wrote."
+            )
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
+        self.path = path
+        self.content: dict[str, Any] = content
+        self._require_plain_lora()
+        self._alpha = self._number("lora_alpha", 8)
+        self._alpha_pattern = self._pattern("alpha_pattern")
+        self._rank_pattern = self._pattern("rank_pattern")
+
+    @property
+    def base_model(self) -> str:
+        """Name of the base model; "" when unknown."""
+        return str(self.content.get("base_model_name_or_path") or "")
+
+    @property
+    def model_class(self) -> str:
+        """Class of the model it was tuned on; "" when unknown."""
+        mapping = self.content.get("auto_mapping") or {}
+        return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
+
+    def scaling(self, module: str, r: int) -> float:
+        """`alpha / r` or, with use_rslora, `alpha / sqrt(r)`, for the module of that name and rank."""
+        alpha = match_pattern(self._alpha_pattern, module, self._alpha)
+        return alpha / (math.sqrt(r) if self.content.get("use_rslora") else r)
+
+    def configured_rank(self, module: str) -> int:
+        """The rank that the configuration gives a module (the tensors' own rank counts)."""
+        return int(match_pattern(self._rank_pattern, module, self._number("r", 8)))
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.content.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"`{key}` in {self.path} must be a number, got {value!r}.")
+        return value
+
+    def _pattern(self, key: str) -> dict[str, float]:
+        pattern = self.content.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"`{key}` in {self.path} must map module names to numbers, got {pattern!r}.")
+        for name, value in pattern.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{key}` in {self.path} must map module names to numbers, got {value!r}.")
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"`{key}` in {self.path} must have regular keys, got {name!r} ({error}).") from error
+        return pattern
+
+    def _require_plain_lora(self) -> None:
+        kind = self.content.get("peft_type")
+        if kind != "LORA":
+            raise ValueError(
+                f"`peft_type` in {self.path} must be 'LORA', got {kind!r}; convert the adapter to LoRA "
+                "(peft's `convert_to_lora` where it supports the type) or tune again with LoRA."
+            )
+        for key, advice in _NOT_PLAIN.items():
+            if _is_set(self.content.get(key)):
+                raise ValueError(f"`{key}` in {self.path} must be off, got {self.content[key]!r}: {advice}.")
+        bias = self.content.get("bias") or "none"
+        if bias != "none":
+            raise ValueError(
+                f"`bias` in {self.path} must be 'none', got {bias!r}: trained biases change more than the "
+                "sites; tune again with bias='none'."
+            )
+        start = self.content.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in _PLAIN_INITS:
+            raise ValueError(
+                f"`init_lora_weights` in {self.path} must leave the base weights alone, got {start!r}; "
+                "convert it to plain LoRA (`save_pretrained` with "
+                "`path_initial_model_for_weight_conversion`)."
+            )
+        for key, value in self.content.items():
+            if key not in _HARMLESS and _is_set(value):
+                raise ValueError(
+                    f"`{key}` in {self.path} must be off or known, got {value!r}: a newer PEFT wrote it and "
+                    "it may change what the factors mean; save the adapter as plain LoRA."
+                )
+
+
+def match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's `get_pattern_key`: the value of the first key that, as an expression, matches the end of the name."""
+    for key, value in pattern.items():
+        if key == module or re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def make_config(
+    factors: Mapping[str, LoRAFactors],
+    *,
+    base_model: str,
+    model_class: str,
+    library: str,
+    modules_to_save: list[str] | None,
+) -> dict[str, Any]:
+    """The content of adapter_config.json for these modules.
+
+    The commonest rank and alpha become `r` and `lora_alpha`, the others go into `rank_pattern` and
+    `alpha_pattern` under full module names, which every PEFT version matches.
+
+    Args:
+        factors: module name -> factors.
+        base_model: "" when unknown.
+        model_class, library: of the matching model.
+        modules_to_save: module names of what is saved whole.
+    """
+    ranks = {module: pair.r for module, pair in factors.items()}
+    alphas = {module: _alpha(pair) for module, pair in factors.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "auto_mapping": {"base_model_class": model_class, "parent_library": library},
+        "base_model_name_or_path": base_model or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": modules_to_save,
+        "peft_type": "LORA",
+        "r": r,
+        "revision": None,
+        "target_modules": list(factors),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != lora_alpha},
+    }
+
+
+def _alpha(pair: LoRAFactors) -> float | int:
+    """The alpha whose quotient by r is the scaling, to the last bit where a double can."""
+    alpha = pair.scaling * pair.r
+    nearby = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in nearby if value / pair.r == pair.scaling), alpha)
+
+
+def _is_set(value: object) -> bool:
+    return not (value is None or value is False or value in ("", "none", [], {}))

@@ -1,0 +1,138 @@
+"""The keys of adapter_model.safetensors: factor pairs, a head, and nothing that is not understood."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...runtime.files import load_tensors
+from .config import AdapterConfig
+from .names import find_layer
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HEAD_NAMES = ("classifier", "head", "score")
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_HEAD = re.compile(rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save\.[^.]+)?\.(?P<key>weight|bias)")
+_TEXT = re.compile(r"(?:.*\.)?(?:text_model|text_projection|logit_scale)(?:\..*)?")
+
+
+class FoundKeys(NamedTuple):
+    """What an adapter's file holds."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    """module name (PEFT's own prefix removed) -> lora_A [r, in], lora_B [out, r]"""
+    heads: dict[str, dict[str, Tensor]]
+    """"classifier", "head" or "score" -> weight and bias"""
+    path: Path
+
+
+def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
+    """Read and sort the weights of an adapter.
+
+    Factors of a CLIP text tower are left out, with one warning in the log.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: pickle files only, damaged files, or keys that are no LoRA factors of a ViT's blocks; the
+            message names the key and what to do.
+    """
+    path = folder / WEIGHTS_FILE
+    tensors = _read(folder, path)
+    if "Text" in config.model_class:
+        raise ValueError(f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half.")
+    sides: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    adapters, text, unknown = set(), [], []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        factor, head = _FACTOR.fullmatch(name), _HEAD.fullmatch(name)
+        if _TEXT.fullmatch(name):
+            text.append(name)
+        elif factor:
+            adapters.add(factor["adapter"])
+            sides.setdefault(factor["module"], {})[factor["side"]] = tensor
+        elif head:
+            heads.setdefault(head["name"], {})[head["key"]] = tensor
+        elif ".original_module." not in name:
+            unknown.append(name)
+    _require_known(path, unknown)
+    if len(adapters) > 1:
+        raise ValueError(f"{path} must hold one adapter, got {sorted(map(str, adapters))}; save them apart.")
+    pairs = {module: _pair(path, module, side) for module, side in sides.items()}
+    if text:
+        logger.warning("%s: %d tensors of the text tower are left out; only the vision model counts.", path, len(text))
+    if not pairs:
+        raise ValueError(
+            f"{path} must hold LoRA factors (lora_A, lora_B) of a vision model, got none among its "
+            f"{len(tensors)} tensors; give the directory of a LoRA adapter."
+        )
+    return FoundKeys(pairs, heads, path)
+
+
+def _read(folder: Path, path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickles = sorted(found.name for found in folder.glob("adapter_model*.bin"))
+        if pickles:
+            raise ValueError(
+                f"weights must be safetensors, got only the pickle file {pickles[0]} in {folder}, which can "
+                "run code when it is read; where you trust it, load it with peft and call "
+                "`save_pretrained(..., safe_serialization=True)`."
+            )
+        raise FileNotFoundError(
+            f"an adapter directory must hold {WEIGHTS_FILE}, got none in {folder}; fetch the adapter again, "
+            "or save it with `safe_serialization=True`."
+        )
+    return load_tensors(path)[0]
+
+
+def _require_known(path: Path, unknown: list[str]) -> None:
+    if not unknown:
+        return
+    name = unknown[0]
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    if "lora_magnitude_vector" in name:
+        what = "a magnitude vector of DoRA"
+        advice = "merge it into its base (`merge_and_unload`) or tune again with use_dora=False"
+    elif ".lora_embedding_" in name:
+        what = "LoRA on an embedding"
+        advice = "tune again with target_modules that name linear layers of the blocks"
+    elif ".lora_B" in name and name.endswith("bias"):
+        what = "a bias of lora_B"
+        advice = "tune again with lora_bias=False"
+    elif "cls_classifier" in name or "distillation_classifier" in name or "head_dist" in name:
+        what = "two heads of a distilled model"
+        advice = "tune DeiTForImageClassification, which has one head"
+    else:
+        what = "a tensor that is neither a LoRA factor nor a linear head"
+        advice = "beside the factors only a head (classifier, head, score) may be saved; tune without it"
+    raise ValueError(f"{path} must hold LoRA factors of the blocks and a head, got {what}: {name!r}{more}; {advice}.")
+
+
+def _pair(path: Path, module: str, sides: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    if find_layer(module) is None:
+        raise ValueError(
+            f"{path} must adapt q, k, v, attention output, fc1 or fc2 of a ViT's blocks, got LoRA on "
+            f"{module!r}; tune again with target_modules that name those layers only."
+        )
+    if set(sides) != {"A", "B"}:
+        (side,) = sides
+        missing = "B" if side == "A" else "A"
+        raise ValueError(
+            f"{path} must hold lora_A and lora_B of each module, got {module!r} without lora_{missing}; save "
+            "or fetch the adapter again."
+        )
+    lora_A, lora_B = sides["A"], sides["B"]
+    if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
+        raise ValueError(
+            f"{path} must hold lora_A [r, in] and lora_B [out, r] of one rank, got {list(lora_A.shape)} and "
+            f"{list(lora_B.shape)} at {module!r}; save or fetch the adapter again."
+        )
+    return lora_A, lora_B

@@ -1,0 +1,130 @@
+"""lorarecycle.json beside a PEFT adapter: what PEFT's own configuration has no place for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...runtime.files import read_json
+from ..adapter import Adapter
+from ..algebra import Columns
+
+SIDE_FILE = "lorarecycle.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """Name, input normalisation, class names and the block structure of fused layers.
+
+    Attributes:
+        content: as in the file; {} when there is none.
+        path: the file, for messages.
+    """
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    path: Path = Path(SIDE_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> SideFile:
+        """Read it from an adapter's folder; an empty one if there is no such file.
+
+        Raises:
+            ValueError: damaged, or of a newer format.
+        """
+        path = folder / SIDE_FILE
+        if not path.is_file():
+            return cls({}, path)
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
+            raise ValueError(f"{path} must be a JSON object with `format_version`, got another; save again.")
+        if content["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` in {path} must be at most {FORMAT_VERSION}, got "
+                f"{content['format_version']}; upgrade lorarecycle."
+            )
+        for key in ("head", "fused"):
+            if not isinstance(content.get(key) or {}, dict):
+                raise ValueError(f"`{key}` in {path} must be a JSON object, got {content[key]!r}; save again.")
+        return cls(content, path)
+
+    @classmethod
+    def of(
+        cls,
+        adapter: Adapter,
+        *,
+        layout: str,
+        fused: Mapping[str, Mapping[str, Columns]],
+        head_file: str | None,
+        sources: Sequence[Adapter],
+    ) -> SideFile:
+        """The content for an adapter about to be saved."""
+        from ...runtime.version import __version__
+
+        head = adapter.head
+        content = {
+            "format_version": FORMAT_VERSION,
+            "lorarecycle_version": __version__,
+            "name": adapter.name,
+            "base_model": adapter.base_model,
+            "mean": adapter.mean and list(adapter.mean),
+            "std": adapter.std and list(adapter.std),
+            "layout": layout,
+            "head": head and {"class_names": list(head.class_names), "pool": head.pool, "file": head_file},
+            "fused": {module: dict(parts) for module, parts in fused.items()},
+            "sources": [{"name": one.name, "digest": one.digest()} for one in sources],
+        }
+        return cls(content)
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter; "" when unknown."""
+        return str(self.content.get("name") or "")
+
+    @property
+    def base_model(self) -> str:
+        """Name of the base model; "" when unknown."""
+        return str(self.content.get("base_model") or "")
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """`class_names`, `pool` and `file` of the head; {} without one."""
+        return self.content.get("head") or {}
+
+    @property
+    def head_file(self) -> str | None:
+        """Name of the head's own file, if it has one."""
+        name = self.head.get("file")
+        return name if isinstance(name, str) and Path(name).name == name else None
+
+    def normalisation(self, folder: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and std of the input, from here or from a preprocessor_config.json beside it."""
+        found: Mapping[str, Any] = self.content
+        if not found.get("mean") and (folder / "preprocessor_config.json").is_file():
+            content = read_json(folder / "preprocessor_config.json")
+            found = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+        mean, std = found.get("mean"), found.get("std")
+        if not mean or not std:
+            return None, None
+        return _triple(mean, "mean", self.path), _triple(std, "std", self.path)
+
+    def columns(self, module: str, parts: Sequence[str]) -> list[Columns] | None:
+        """The columns that each part of a fused module owns; None when that was not written down."""
+        found = (self.content.get("fused") or {}).get(module)
+        if not isinstance(found, dict):
+            return None
+        columns: list[Columns] = []
+        for part in parts:
+            own = found.get(part)
+            if own is not None and not (isinstance(own, list) and [type(end) for end in own] == [int, int]):
+                return None
+            columns.append(None if own is None else (own[0], own[1]))
+        return columns
+
+
+def _triple(values: object, key: str, path: Path) -> tuple[float, ...]:
+    if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
+        raise ValueError(f"`{key}` beside {path} must be three numbers, got {values!r}.")
+    return tuple(float(value) for value in values)

@@ -1,1 +1,0 @@
-"""Methods that LoRA Recycle is compared with."""

@@ -1,0 +1,1 @@
+"""Images and labelled images: decoding, normalising, data sets, class splits."""

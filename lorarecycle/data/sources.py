@@ -1,0 +1,171 @@
+"""Readers of the sources that `load_dataset` knows: images or image files, labels and class names."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .splits import class_split
+
+
+class Source(NamedTuple):
+    """What a reader finds."""
+
+    images: Tensor | list[Path]
+    """uint8 [n, 3, H, W], or n image files."""
+    labels: Any
+    """n integers."""
+    class_names: Sequence[str]
+
+
+def common_size(files: list[Path]) -> int:
+    """The side that all images share; 224 where there is none."""
+    from PIL import Image
+
+    shared: tuple[int, int] | None = None
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                if image.width != image.height or (shared or image.size) != image.size:
+                    return 224
+                shared = image.size
+        except Exception:
+            return 224  # the reader names the file
+    return shared[0] if shared else 224
+
+
+def read_folder(path: Path, split: str | None) -> Source:
+    """A folder with a sub-folder of image files per class, or with one such folder per split."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if split is not None:
+        path = path / split
+        if not path.is_dir():
+            raise FileNotFoundError(f"`split` must be a folder in {path.parent}, got {split!r}.")
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{path} must hold a sub-folder of image files per class, got no sub-folder.")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not found:
+            inner = [p.name for p in folder.iterdir() if p.is_dir()]
+            hint = f"; pass `split={folder.name!r}`" if inner else ""
+            raise ValueError(f"{folder} must hold image files ({' '.join(IMG_EXTENSIONS)}), got none{hint}.")
+        files += found
+        labels += [label] * len(found)
+    return Source(files, labels, [folder.name for folder in folders])
+
+
+def read_npz(path: Path, split: str | None) -> Source:
+    """A npz file with `<split>_images`, `<split>_labels` and, if named, `<split>_classes`."""
+    arrays = _load_arrays(path)
+    splits = sorted(key[: -len("images")].rstrip("_") for key in arrays if key.endswith("images"))
+    if split is None and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        raise ValueError(f"`split` must be one of {splits}, the image arrays of {path}, got {split!r}.")
+    prefix = f"{split}_" if split else ""
+    images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"{prefix}images of {path} must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}."
+        )
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        found = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"{prefix}labels of {path} must be {len(images)} integers, got {found}.")
+    names = arrays.get(f"{prefix}classes", np.arange(int(labels.max(initial=-1)) + 1))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return Source(pixels, labels, [str(name) for name in names])
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} must be a whole npz file without pickled objects, got {type(error).__name__}: {error}; "
+            "make it again with numpy.savez."
+        ) from error
+
+
+def read_cifar_fs(split: str | None, root: Path, download: bool) -> Source:
+    """CIFAR-FS from CIFAR-100: all 600 images of each class of the split."""
+    from torchvision.datasets import CIFAR100
+
+    parts_of = class_split("cifar_fs")
+    if split not in parts_of:
+        raise ValueError(f"`split` of cifar-fs must be one of {tuple(parts_of)}, got {split!r}.")
+    parts = [_fetch("cifar-fs", partial(CIFAR100, str(root), train=t, download=download)) for t in (True, False)]
+    labels = np.concatenate([part.targets for part in parts])
+    names = parts_of[split]
+    wanted = [parts[0].class_to_idx[name] for name in names]
+    chosen = np.isin(labels, wanted)
+    images = np.concatenate([part.data for part in parts])[chosen]
+    renumbered = np.argsort(wanted)[np.searchsorted(np.sort(wanted), labels[chosen])]
+    return Source(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), renumbered, names)
+
+
+def read_flowers102(split: str | None, root: Path, download: bool) -> Source:
+    """The 102 flowers of the Visual Geometry Group."""
+    from torchvision.datasets import Flowers102
+
+    _require("scipy", "flowers102")
+    splits = ("train", "val", "test")
+    if split is not None and split not in splits:
+        raise ValueError(f"`split` of flowers102 must be one of {splits} or None, got {split!r}.")
+    files: list[Path] = []
+    labels: list[int] = []
+    for part in splits if split is None else (split,):
+        data = _fetch("flowers102", partial(Flowers102, str(root), split=part, download=download))
+        files += data._image_files
+        labels += data._labels
+    return Source(files, labels, getattr(data, "classes", None) or [str(c) for c in range(102)])
+
+
+def read_eurosat(split: str | None, root: Path, download: bool) -> Source:
+    """Ten kinds of land seen by Sentinel-2, RGB, 64 x 64."""
+    from torchvision.datasets import EuroSAT
+
+    if split is not None:
+        raise ValueError(f"`split` of eurosat must be None (it has no parts), got {split!r}.")
+    data = _fetch("eurosat", partial(EuroSAT, str(root), download=download))
+    return Source([Path(file) for file, _ in data.samples], data.targets, data.classes)
+
+
+def read_digits(split: str | None, root: Path, download: bool) -> Source:
+    """Handwritten digits, grey, 8 x 8, carried by scikit-learn."""
+    _require("sklearn", "digits")
+    from sklearn.datasets import load_digits
+
+    if split is not None:
+        raise ValueError(f"`split` of digits must be None (it has no parts), got {split!r}.")
+    digits = load_digits()
+    grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))  # values are 0 to 16
+    return Source(grey.unsqueeze(1).repeat(1, 3, 1, 1), digits.target, [str(d) for d in digits.target_names])
+
+
+def _fetch(name: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (RuntimeError, OSError) as error:  # RuntimeError: absent or corrupt; OSError: no network
+        raise FileNotFoundError(
+            f"data set {name!r} must be under `root`, or fetched over a network with `download=True`, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _require(module: str, name: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise ImportError(f"data set {name!r} needs {module}; install `lorarecycle[demo]`.")

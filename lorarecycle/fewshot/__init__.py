@@ -1,0 +1,1 @@
+"""Answering few-shot tasks: the classifier, task lists, accuracy, methods."""

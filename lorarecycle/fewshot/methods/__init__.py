@@ -1,0 +1,1 @@
+"""Methods that few-shot tasks can be answered by, one file each."""

@@ -1,0 +1,35 @@
+"""LoRAs Avg: the mean of many adapters' updates, worn by the plain model (LoRA Recycle, Sec. 5, baseline a)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...adapters.adapter import Adapter, LoRAFactors
+
+
+def average(adapters: Sequence[Adapter], *, name: str = "average") -> Adapter:
+    """The exact mean of the updates `scaling * B A`; the ranks add up, nothing is cut off.
+
+    (The mean of the A's and of the B's apart has no meaning: factors are only determined up to a change of basis.)
+
+    Args:
+        adapters: for one base model; an adapter without a site counts as zero there.
+        name: of the result, which has no head.
+
+    Raises:
+        ValueError: no adapters, or shapes that differ at a site.
+    """
+    if not adapters:
+        raise ValueError("`adapters` must hold at least one adapter, got none.")
+    factors = {}
+    for site in dict.fromkeys(site for adapter in adapters for site in adapter.sites):
+        parts = [adapter.factors[site] for adapter in adapters if site in adapter.factors]
+        if len({(p.lora_A.shape[1], p.lora_B.shape[0]) for p in parts}) > 1:
+            raise ValueError(f"`adapters` must be for one base model, got different shapes at {site}.")
+        lora_A = torch.cat([p.lora_A for p in parts])
+        lora_B = torch.cat([p.lora_B * (p.scaling / len(adapters)) for p in parts], dim=1)
+        factors[site] = LoRAFactors(lora_A, lora_B, 1.0)
+    first = adapters[0]
+    return Adapter(factors, base_model=first.base_model, mean=first.mean, std=first.std, name=name)

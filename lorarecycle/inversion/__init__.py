@@ -1,0 +1,1 @@
+"""Labelled images from adapters: LoRA Inversion, painted pictures, surrogates."""

@@ -1,0 +1,170 @@
+"""The naturalness prior: batch-norm statistics of a network trained on real images (Eq. 2)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import batch_norm_prior, batch_norm_with_prior
+from ..runtime.files import load_tensors
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class BatchNormPrior(nn.Module):
+    """Sum over batch-norm layers of `||mean - running_mean||_2 + ||var - running_var||_2`.
+
+    Args:
+        network: a network with `BatchNorm2d` layers; copied, frozen.
+        mean, std: its input normalisation per RGB channel for pixels in [0, 1].
+        size: side in pixels at which it sees the images; their own when None.
+        dtype: precision of its convolutions; batch norm and statistics stay in the network's own.
+
+    Raises:
+        ValueError: the network has no batch-norm layer with running statistics.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.mean, self.std, self.size = mean, std, size
+        layers = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        if not layers:
+            raise ValueError(
+                f"`prior` must be a network with batch-norm statistics, got {type(network).__name__} without any; "
+                "use a ResNet, or None for no prior."
+            )
+        self._layers: list[Any] = layers
+        for layer in layers:
+            if type(layer) is nn.BatchNorm2d:
+                layer.__class__ = _MeasuredBatchNorm  # our copy; names and weights stay what they are
+            else:
+                layer.register_forward_pre_hook(_measure)
+        for module in self.network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(dtype)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | PathLike[str] | nn.Module,
+        *,
+        weights: str | PathLike[str] | None = None,
+        size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BatchNormPrior:
+        """Build the prior from a timm model name, a safetensors file that names its `architecture`, or a module.
+
+        Args:
+            source: e.g. "resnet50"; its weights come from the Hub unless `weights` is given.
+            weights: local safetensors file with the weights of the timm model `source`.
+            size, dtype: see the class.
+
+        Raises:
+            ValueError: unknown model, or its weights cannot be had; the message says how to give them.
+        """
+        if isinstance(source, nn.Module):
+            return cls(source, size=size, dtype=dtype)
+        import timm
+
+        path = Path(source)
+        state = None
+        if path.suffix == ".safetensors":
+            state, meta = load_tensors(path)
+            if "architecture" not in meta:
+                raise ValueError(
+                    f"`prior` file {path} must name its timm `architecture` in its metadata, got none; pass "
+                    "`BatchNormPrior.load(name, weights=file)` instead."
+                )
+            source = meta["architecture"]
+        elif weights is not None:
+            state, _ = load_tensors(weights)
+        name = str(source)
+        if not timm.is_model(name):
+            raise ValueError(f"`prior` must be a timm model with batch norm, such as 'resnet50', got {name!r}.")
+        try:
+            network = timm.create_model(name, pretrained=state is None)
+        except Exception as error:
+            raise ValueError(
+                f"`prior` {name!r} needs its pre-trained weights, which could not be fetched ({error}); give a local "
+                "safetensors file, or None for no prior."
+            ) from error
+        if state is not None:
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"`weights` must fit {name}: {error}") from error
+        cfg: Any = network.pretrained_cfg
+        return cls(network, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), size=size, dtype=dtype)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the network's weights, normalisation and size."""
+        sha = hashlib.sha256(f"{self.mean} {self.std} {self.size}".encode())
+        for name, tensor in self.network.state_dict().items():
+            sha.update(name.encode())
+            sha.update(tensor.cpu().float().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def forward(
+        self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """The prior of a batch, or of each of several that pass through the network as one.
+
+        Args:
+            images: [B, 3, H, W], normalised with `mean` and `std`.
+            mean, std: normalisation that the images are in.
+            rows: images of each of K batches, one after the other, whose statistics are their own.
+
+        Returns:
+            float32: a scalar, or [K] with `rows`.
+        """
+        channels = zip(images.unbind(1), mean, std, self.mean, self.std, strict=True)  # no tensor to copy to a GPU
+        x = torch.stack([(c * s + (m - own_m)) / own_s for c, m, s, own_m, own_s in channels], dim=1)
+        if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
+            x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
+        for layer in self._layers:
+            layer.rows = (len(x),) if rows is None else tuple(rows)
+        self.network(x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last))
+        losses = torch.stack([layer.prior_loss for layer in self._layers]).sum(dim=0)
+        for layer in self._layers:
+            layer.prior_loss = layer.rows = None
+        return losses[0] if rows is None else losses
+
+
+class _MeasuredBatchNorm(nn.BatchNorm2d):
+    """A frozen batch-norm layer that leaves the prior of each batch in `prior_loss`, [K]; `rows` are their images."""
+
+    prior_loss: Tensor | None
+    rows: tuple[int, ...] | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.rows is not None
+        if torch.compiler.is_compiling() or len(self.rows) > 1:  # Inductor joins the layer with the activation after it
+            _measure(self, (input,))
+            return super().forward(input)
+        y, loss = batch_norm_with_prior(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        self.prior_loss = loss[None]
+        return y
+
+
+def _measure(layer: Any, args: tuple[Tensor, ...]) -> None:
+    parts = args[0].split(layer.rows)
+    layer.prior_loss = torch.stack([batch_norm_prior(x, layer.running_mean, layer.running_var) for x in parts])

@@ -1,0 +1,130 @@
+"""Surrogate data of one adapter: synthesised labelled images, teacher logits, kept tokens; and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from ..runtime.files import load_tensors, save_tensors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """Labelled images synthesised from one adapter.
+
+    Attributes:
+        images: uint8 [n, 3, H, W].
+        labels: int64 [n], indices into `class_names`.
+        teacher_logits: float32 [n, C], the adapter's own answer to the images.
+        class_names: C names.
+        patch_size: side of the patches that `kept` and `scores` count.
+        kept: int64 [n, k], patch tokens left after pruned inversion, ascending; None where nothing was pruned.
+        scores: float32 [n, N], attention of the class token in the last block (Eq. 5); masks to any sparsity.
+        adapter: name of the adapter.
+        adapter_digest: its `Adapter.digest()`.
+        config: settings it was made with.
+
+    Raises:
+        ValueError: lengths that do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+    class_names: tuple[str, ...]
+    patch_size: int
+    kept: Tensor | None = None
+    scores: Tensor | None = None
+    adapter: str = ""
+    adapter_digest: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
+            raise ValueError(f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}.")
+        for name, rows in (("labels", self.labels), ("teacher_logits", self.teacher_logits)):
+            if len(rows) != n:
+                raise ValueError(f"`{name}` must have one row per image ({n}), got {len(rows)}.")
+        if self.teacher_logits.shape[1] != len(self.class_names):
+            raise ValueError(
+                f"`teacher_logits` must have a column per class ({len(self.class_names)}), "
+                f"got {list(self.teacher_logits.shape)}."
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.images.shape[-2] // self.patch_size, self.images.shape[-1] // self.patch_size
+
+    def masked(self, sparsity: float) -> Surrogate:
+        """The same images with the `sparsity` share of patches left out that the class token attended to least.
+
+        Raises:
+            ValueError: no scores are stored, or `sparsity` is outside [0, 1).
+        """
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}; no token would be left.")
+        if self.scores is None:
+            raise ValueError(f"surrogate of {self.adapter!r} must hold scores to be masked, got none; invert it anew.")
+        N = self.scores.shape[1]
+        return replace(self, kept=reference.top_patches(self.scores, N - math.floor(N * sparsity)))
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write one safetensors file atomically."""
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "teacher_logits": self.teacher_logits.float(),
+        }
+        if self.kept is not None:
+            tensors["kept"] = self.kept.to(torch.int32)
+        if self.scores is not None:
+            tensors["scores"] = self.scores.float()
+        meta = {
+            "surrogate_format": FORMAT,
+            "class_names": list(self.class_names),
+            "patch_size": self.patch_size,
+            "adapter": self.adapter,
+            "adapter_digest": self.adapter_digest,
+            "config": dict(self.config),
+        }
+        return save_tensors(path, tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Surrogate:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, corrupt, or no surrogate of this version.
+        """
+        tensors, raw = load_tensors(path)
+        meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
+        if meta.get("surrogate_format") != FORMAT:
+            raise ValueError(
+                f"{path} must be a surrogate of format {FORMAT}, got {meta.get('surrogate_format')}; make it again."
+            )
+        return cls(
+            images=tensors["images"],
+            labels=tensors["labels"],
+            teacher_logits=tensors["teacher_logits"],
+            class_names=tuple(meta["class_names"]),
+            patch_size=meta["patch_size"],
+            kept=tensors["kept"].long() if "kept" in tensors else None,
+            scores=tensors.get("scores"),
+            adapter=meta["adapter"],
+            adapter_digest=meta["adapter_digest"],
+            config=meta["config"],
+        )

@@ -1,0 +1,1 @@
+"""Training the meta-LoRA: warm start, episodes, prototypes, the guide to follow."""

@@ -1,0 +1,115 @@
+"""Seeded few-shot episodes over labelled pools of images, within one adapter or across several (Sec. 4.1, 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import MetaConfig
+from ..inversion.surrogate import Surrogate
+from ..runtime.seeds import stream
+
+
+class Episode(NamedTuple):
+    """One few-shot task: indices into the pooled images, support first."""
+
+    images: Tensor
+    """int64 [n_way * (n_shot + n_query)]"""
+    labels: Tensor
+    """int64, as long as `images`: class of the episode, 0 to n_way - 1"""
+    teacher_classes: Tensor
+    """int64 [n_way]: columns of the teacher's logits; meaningless where `cross_task`"""
+    cross_task: bool
+    """Classes come from different adapters: no teacher knows all of them (Eq. 4)."""
+
+
+class EpisodeSampler:
+    """Draws episodes; the episode of a step depends on the seed and the step alone.
+
+    Args:
+        surrogates: pools of labelled images.
+        config: n_way, n_shot, n_query, interpolation.
+        seed: of all episodes.
+
+    Raises:
+        ValueError: too few classes, adapters or images for such episodes.
+    """
+
+    def __init__(self, surrogates: Sequence[Surrogate], config: MetaConfig, seed: int = 0) -> None:
+        class_counts = [len(s.class_names) for s in surrogates]
+        check_episodes(class_counts, [s.adapter for s in surrogates], config)
+        self.config, self.seed = config, seed
+        self.members: list[list[Tensor]] = []
+        offset = 0
+        for surrogate in surrogates:
+            rows = [offset + (surrogate.labels == c).nonzero()[:, 0] for c in range(len(surrogate.class_names))]
+            for name, row in zip(surrogate.class_names, rows, strict=True):
+                if len(row) < config.n_shot + config.n_query:
+                    raise ValueError(
+                        f"`images_per_class` must be at least n_shot + n_query = {config.n_shot + config.n_query}, got "
+                        f"{len(row)} images of class {name!r} of {surrogate.adapter!r}."
+                    )
+            self.members.append(rows)
+            offset += len(surrogate.labels)
+        self.classes = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
+
+    def __call__(self, step: int) -> Episode:
+        """The episode of a step."""
+        config = self.config
+        generator = stream(self.seed, "episode", step)
+        cross_task = bool(torch.rand((), generator=generator) < config.interpolation)
+        if cross_task:
+            chosen = self._cross_task_classes(generator)
+        else:
+            pool = int(torch.randint(len(self.members), (), generator=generator))
+            order = torch.randperm(len(self.members[pool]), generator=generator)[: config.n_way]
+            chosen = [(pool, int(c)) for c in order]
+        per_class = config.n_shot + config.n_query
+        drawn = []
+        for pool, c in chosen:
+            rows = self.members[pool][c]
+            drawn.append(rows[torch.randperm(len(rows), generator=generator)[:per_class]])
+        rows = torch.stack(drawn)  # [n_way, n_shot + n_query]
+        images = torch.cat([rows[:, : config.n_shot].flatten(), rows[:, config.n_shot :].flatten()])
+        ways = torch.arange(config.n_way)
+        labels = torch.cat([ways.repeat_interleave(config.n_shot), ways.repeat_interleave(config.n_query)])
+        return Episode(images, labels, torch.tensor([c for _, c in chosen]), cross_task)
+
+    def _cross_task_classes(self, generator: torch.Generator) -> list[tuple[int, int]]:
+        """`n_way` different classes from at least two adapters."""
+        while True:
+            order = torch.randperm(len(self.classes), generator=generator)[: self.config.n_way]
+            chosen = [self.classes[int(i)] for i in order]
+            if len({pool for pool, _ in chosen}) > 1:
+                return chosen
+
+
+def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: MetaConfig) -> None:
+    """Make sure that episodes can be drawn from adapters with so many classes each.
+
+    Raises:
+        ValueError: fewer classes than `n_way`, or one adapter only where episodes should cross adapters.
+    """
+    if not class_counts:
+        raise ValueError("`adapters` must hold at least one adapter, got none.")
+    if config.interpolation < 1:
+        for count, name in zip(class_counts, names, strict=True):
+            if count < config.n_way:
+                raise ValueError(
+                    f"`n_way` must be at most the classes of every adapter, got n_way={config.n_way} and {count} "
+                    f"classes in {name!r}; lower n_way, or set interpolation=1.0 to draw classes across adapters only."
+                )
+    if config.interpolation > 0:
+        if len(class_counts) < 2:
+            raise ValueError(
+                f"`interpolation` must be 0 with a single adapter, got {config.interpolation}: there is no second one "
+                "to mix classes with."
+            )
+        if sum(class_counts) < config.n_way:
+            raise ValueError(
+                f"`n_way` must be at most the classes of all adapters together ({sum(class_counts)}), got "
+                f"{config.n_way}."
+            )

@@ -1,0 +1,69 @@
+"""Features for the meta-LoRA to follow: those of the warm start, at the resolution that the backbone was made for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..data.images import normalize
+from ..inversion.painted import enlarge
+from ..vit.backbone import Backbone
+from ..vit.positions import magnify, mirror
+
+
+@torch.no_grad()
+def feature_targets(
+    backbone: Backbone,
+    guide: Adapter | None,
+    images: Tensor,
+    *,
+    kept: Tensor | None = None,
+    image_size: int | None = None,
+    flip: bool = True,
+    batch_size: int = 64,
+) -> Tensor:
+    """Features of surrogates under a guide that sees them larger than the student does.
+
+    A Vision Transformer loses much when it reads images at a lower resolution than it was pre-trained with. The guide
+    does not: it enlarges them first. A student that follows it learns from unlabelled images what no adapter says. All
+    targets get the length of their mean, which a nearest-centre classifier then need not sort out.
+
+    Args:
+        backbone: its device and dtype are used.
+        guide: adapter that it wears, such as the warm start; none when None.
+        images: uint8 [n, 3, H, W], on any device.
+        kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
+            it when None. A guide that saw more would teach the student to make up for what is missing, which whole
+            images then pay for.
+        image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
+            is larger, when None.
+        flip: take the mean over an image and its mirror image, for students that see either.
+        batch_size: images per forward pass.
+
+    Returns:
+        float32 [n, D] on the backbone's device.
+    """
+    size = image_size or max(native_size(backbone), images.shape[-1])
+    model = backbone if guide is None else backbone.merge(guide)
+    columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
+    side = size // backbone.patch_size
+    parts = []
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        pixels = enlarge(images[part].to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
+        views = [pixels, pixels.flip(-1)] if flip else [pixels]
+        read = None
+        if kept is not None:
+            own = magnify(kept[part].to(backbone.device), (rows, columns), (side, side))
+            read = torch.cat([own, mirror(own, side)] if flip else [own])
+        features = model(normalize(torch.cat(views), model.mean, model.std, model.dtype), kept=read).float()
+        parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
+    targets = torch.cat(parts)
+    return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
+
+
+def native_size(backbone: Backbone) -> int:
+    """Side in pixels of the images that the backbone's position embedding was made for."""
+    return backbone.vit.patch_embed.grid_size[0] * backbone.patch_size

@@ -1,0 +1,1 @@
+"""The papers' experiments, in stages that run on anyone's data."""

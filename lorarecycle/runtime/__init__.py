@@ -1,0 +1,1 @@
+"""What every stage stands on: devices, files, seeds, progress, compiled steps."""

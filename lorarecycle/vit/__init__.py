@@ -1,0 +1,1 @@
+"""The frozen Vision Transformer and what it wears."""

@@ -1,0 +1,281 @@
+"""The forward pass of a frozen timm Vision Transformer that drops tokens and reads sparse ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Mlp, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ..kernels import cls_topk_gather, reference, select_tokens
+from .attention import AttentionKind, attend, check_attention
+from .lora import LoRA
+from .lora_stack import LoRAStack, Worn
+from .support import require_plain_vit, share
+
+
+class Encoding(NamedTuple):
+    """What a forward pass over tokens leaves."""
+
+    tokens: Tensor
+    """[B, P + N', D] before the final norm; [B, 1, D], the class token alone, where no more was asked for."""
+    kept: Tensor | None
+    """int64 [B, N']: positions of the patch tokens on the original grid; None when all are there."""
+    scores: Tensor | None
+    """[B, N']: attention of the class token in the last block (Eq. 5), if asked for."""
+
+
+class Encoder(nn.Module):
+    """The forward pass of a `Backbone`, without loading and merging; arguments and errors are documented there."""
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        name: str = "vit",
+        image_size: int | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        attention: AttentionKind = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.attention = check_attention(attention)
+        require_plain_vit(vit)
+        self.vit: Any = share(vit).requires_grad_(False)
+        cfg = getattr(vit, "pretrained_cfg", None) or {}
+        self.name = name
+        self.embed_dim: int = self.vit.embed_dim
+        self.num_blocks: int = len(self.vit.blocks)
+        self.num_heads: int = self.vit.blocks[0].attn.num_heads
+        self.num_prefix_tokens: int = self.vit.num_prefix_tokens
+        self.patch_size: int = self.vit.patch_embed.patch_size[0]
+        self.image_size: int = image_size or self.vit.patch_embed.img_size[0]
+        self.mean: tuple[float, ...] = tuple(mean or cfg.get("mean") or (0.5, 0.5, 0.5))
+        self.std: tuple[float, ...] = tuple(std or cfg.get("std") or (0.5, 0.5, 0.5))
+        self.num_patches(self.image_size)
+        side = self.image_size // self.patch_size
+        self.register_buffer("_patch_positions", self._resampled_positions((side, side)), persistent=False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vit.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of weights and activations."""
+        return self.vit.cls_token.dtype
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Frozen: stays in evaluation mode whatever `mode` says."""
+        return super().train(False)
+
+    def has_plain_mlp(self, block: int) -> bool:
+        """Whether a block's MLP is fc1, activation, fc2, whose factors can be worn; gated ones are not."""
+        return type(self.vit.blocks[block].mlp) is Mlp
+
+    def num_patches(self, height: int, width: int | None = None) -> int:
+        """Patch tokens of an image.
+
+        Raises:
+            ValueError: the patch size does not divide a side.
+        """
+        width = height if width is None else width
+        if height % self.patch_size or width % self.patch_size or height <= 0 or width <= 0:
+            raise ValueError(
+                f"`image_size` must be a positive multiple of the patch size {self.patch_size}, got {height} x {width}."
+            )
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def kept_per_layer(self, prune: Mapping[int, float], num_patches: int) -> dict[int, int]:
+        """Patch tokens left after each pruning layer: `n - floor(n * ratio)`, layer after layer.
+
+        Raises:
+            ValueError: no such layer, a ratio outside [0, 1), or no token left.
+        """
+        left, kept = num_patches, {}
+        for layer in sorted(prune):
+            ratio = prune[layer]
+            if not 0 <= layer < self.num_blocks:
+                raise ValueError(f"`prune` must name layers 0 to {self.num_blocks - 1}, got {layer}.")
+            if not 0 <= ratio < 1:
+                raise ValueError(f"`prune[{layer}]` must be a ratio in [0, 1), got {ratio}; no token would be left.")
+            left -= math.floor(left * ratio)
+            kept[layer] = left
+        return kept
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        lora: LoRA | LoRAStack | None = None,
+        adapter_ids: Tensor | None = None,
+        prune: Mapping[int, float] | None = None,
+        kept: Tensor | None = None,
+        pool: str = "token",
+    ) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: normalised, [B, 3, H, W], any float dtype.
+            lora: factors to wear on top of the weights: trainable ones, or a stack of many adapters.
+            adapter_ids: int [B], which adapter of the stack each image wears, -1 for none; with a stack only.
+            prune: `{layer: ratio}`, patch tokens dropped on the way (Sec. 4.3).
+            kept: int64 [B, N'], patches to read; the others are never embedded.
+            pool: which feature, see `Head.pool`.
+
+        Returns:
+            [B, D], or [B, 2 D] with `pool="token+mean"`.
+        """
+        encoding = self.encode(
+            images, lora=lora, adapter_ids=adapter_ids, prune=prune, kept=kept, class_token_only=pool == "token"
+        )
+        return self.pool(encoding.tokens, pool)
+
+    def pool(self, tokens: Tensor, pool: str = "token") -> Tensor:
+        """Feature of a token stream [B, M, D] before the final norm; see `Head.pool`."""
+        if pool == "token":
+            return self.vit.fc_norm(self.vit.norm(tokens[:, 0]))
+        if pool == "mean":
+            return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        if pool == "token+mean":
+            tokens = self.vit.norm(tokens)
+            return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=-1)
+        raise ValueError(f"`pool` must be 'token', 'token+mean' or 'mean', got {pool!r}.")
+
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        lora: LoRA | LoRAStack | None = None,
+        adapter_ids: Tensor | None = None,
+        prune: Mapping[int, float] | None = None,
+        kept: Tensor | None = None,
+        scores: bool = False,
+        class_token_only: bool = False,
+    ) -> Encoding:
+        """The token stream after the last block; arguments as in `forward`.
+
+        Args:
+            scores: also return the class token's attention in the last block.
+            class_token_only: only the class token of the last block is computed, the rest of its output is not.
+
+        Raises:
+            ValueError: `adapter_ids` without a stack or a stack without them, not one for each image, ids that the
+                stack does not have, or tokens that cannot be pruned so.
+        """
+        worn = _worn(lora, adapter_ids, images.shape[0])
+        x = self._embed(images.to(self.dtype), kept)
+        keep = self.kept_per_layer(prune or {}, x.shape[1] - self.num_prefix_tokens)
+        attention = None
+        for i, block in enumerate(self.vit.blocks):
+            q, k, v = self._qkv(i, block, x, worn)
+            last = i == self.num_blocks - 1
+            if last and scores:
+                attention = reference.cls_attention(q, k, self.num_prefix_tokens)
+            index = None
+            narrow = last and class_token_only
+            if narrow:
+                if i in keep:
+                    index = reference.top_patches(reference.cls_attention(q, k, self.num_prefix_tokens), keep[i])
+                x, q = x[:, :1], q[:, :, :1]
+            elif i in keep:  # before the attention: a row that is dropped need not attend
+                x, index = cls_topk_gather(q, k, x, keep[i], self.num_prefix_tokens)
+                rows = reference.gather_tokens(q.transpose(1, 2).flatten(2), index, self.num_prefix_tokens)
+                q = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            x = x + block.ls1(self._attention_output(i, block, q, k, v, worn))
+            if index is not None:
+                kept = index if kept is None else kept.gather(1, index)
+                attention = attention.gather(1, index) if attention is not None else None
+            x = x + block.ls2(self._mlp(i, block, block.norm2(x), worn))
+        return Encoding(x, kept, attention)
+
+    def _embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        vit = self.vit
+        self.num_patches(*images.shape[-2:])
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        patches, prefix, positions = vit.patch_embed, self._prefix(), self._positions(grid)
+        if kept is not None and positions is not None and isinstance(patches.norm, nn.Identity):
+            weight, bias = patches.proj.weight, patches.proj.bias
+            return vit.norm_pre(select_tokens(images, kept, weight, bias, positions[0], prefix[0]))
+        x = patches.norm(_embed_patches(patches.proj, images))
+        x = x if positions is None else x + positions
+        if kept is not None:
+            x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return vit.norm_pre(torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1))
+
+    def _prefix(self) -> Any:
+        """Class, distillation and register tokens with their position embeddings, [1, P, D]."""
+        vit = self.vit
+        tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
+        prefix = torch.cat([t for t in tokens if t is not None], dim=1)
+        if vit.pos_embed is None or vit.no_embed_class:
+            return prefix
+        return prefix + vit.pos_embed[:, : self.num_prefix_tokens]
+
+    def _positions(self, grid: tuple[int, int]) -> Any:
+        side = self.image_size // self.patch_size
+        return self._patch_positions if grid == (side, side) else self._resampled_positions(grid)
+
+    def _resampled_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Position embeddings of the patches for a grid (rows, columns), [1, N, D]."""
+        vit = self.vit
+        if vit.pos_embed is None:
+            return None
+        patches = vit.pos_embed if vit.no_embed_class else vit.pos_embed[:, self.num_prefix_tokens :]
+        return resample_abs_pos_embed(
+            patches.detach(),
+            new_size=list(grid),
+            old_size=list(vit.patch_embed.grid_size),
+            num_prefix_tokens=0,
+        )
+
+    def _qkv(self, i: int, block: Any, x: Tensor, lora: LoRA | Worn | None) -> tuple[Tensor, Tensor, Tensor]:
+        attn = block.attn
+        qkv = _linear(f"blocks.{i}.attn.qkv", attn.qkv, block.norm1(x), lora)
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def _attention_output(
+        self, i: int, block: Any, q: Tensor, k: Tensor, v: Tensor, lora: LoRA | Worn | None
+    ) -> Tensor:
+        x = attend(q, k, v, self.attention)
+        return _linear(f"blocks.{i}.attn.proj", block.attn.proj, block.attn.norm(x), lora)
+
+    def _mlp(self, i: int, block: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:
+        mlp = block.mlp
+        if lora is None or not lora.adapts(f"blocks.{i}.mlp."):
+            return mlp(x)
+        if not self.has_plain_mlp(i):
+            raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
+        x = mlp.norm(mlp.act(_linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
+        return _linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)
+
+
+def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
+    """[B, N, D]; as a matrix product where the images want a gradient: a convolution's is slow on a CPU."""
+    if not (torch.is_grad_enabled() and images.requires_grad):
+        return proj(images).flatten(2).transpose(1, 2)
+    patches = reference.cut_patches(images, proj.weight.shape[-1])
+    return nn.functional.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
+
+
+def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:
+    return layer(x) if lora is None else lora.linear(name, layer, x)
+
+
+def _worn(lora: LoRA | LoRAStack | None, adapter_ids: Tensor | None, B: int) -> LoRA | Worn | None:
+    if isinstance(lora, LoRAStack):
+        if adapter_ids is None:
+            raise ValueError("`adapter_ids` must say which adapter of the `LoRAStack` each image wears, got None.")
+        worn = lora.worn_by(adapter_ids)
+        if len(adapter_ids) != B:
+            raise ValueError(f"`adapter_ids` must hold one id per image, {B}, got {len(adapter_ids)}.")
+        return worn
+    if adapter_ids is not None:
+        raise ValueError(f"`adapter_ids` must come with a `LoRAStack` in `lora`, got {type(lora).__name__}.")
+    return lora

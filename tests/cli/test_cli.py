@@ -1,0 +1,105 @@
+"""The command line, on the model and the digits that come along."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from lorarecycle import Adapter, RecycleConfig, load_dataset
+from lorarecycle.cli.main import main
+
+QUICK = ["--epochs", "1", "--device", "cpu", "--dtype", "float32", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A folder with two adapters, tuned by the command."""
+    folder = tmp_path_factory.mktemp("adapters")
+    data = folder.parent / f"{folder.name}-digits"
+    digits = load_dataset("digits", size=32)
+    for name in digits.class_names[:4]:
+        (data / name).mkdir(parents=True)
+        for i, image in enumerate(digits.select_classes([name]).images[:8]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(data / name / f"{i}.png")
+    for classes in (["0", "1"], ["2", "3"]):
+        output = str(folder / "".join(classes))
+        assert main(["tune", str(data), "--base", "demo", "--output", output, "--classes", *classes, *QUICK]) == 0
+    return folder, data
+
+
+@pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset=paper"], []])
+def test_presets_fill_in_what_is_not_given(monkeypatch, flags):
+    seen = {}
+    monkeypatch.setattr(
+        "lorarecycle.cli.main.Recycle.run", lambda self: seen.update(config=self.config, preset=self.preset)
+    )
+    assert main(["recycle", "somewhere", *flags, "--meta.n-shot", "5"]) == 0
+    preset = RecycleConfig.preset("paper" if flags else "default")
+    assert seen["config"] == replace(preset, meta=replace(preset.meta, n_shot=5))
+    assert seen["preset"] == ("paper" if flags else "default")
+
+
+def test_tune_recycle_evaluate_predict(adapters, tmp_path, capsys):
+    folder, data = adapters
+    assert Adapter.load(folder / "01").head.class_names == ("0", "1")
+    output = tmp_path / "meta"
+    settings = ["--inversion.steps", "2", "--inversion.images-per-class", "4", "--inversion.prior", "None"]
+    settings += ["--inversion.prune", "3", "0.5", "--meta.steps", "2", "--meta.n-way", "2", "--meta.n-query", "3"]
+    common = ["--quiet", "--device", "cpu", "--dtype", "float32"]
+    command = [
+        "recycle",
+        str(folder),
+        "--output",
+        str(output),
+        "--work-dir",
+        str(tmp_path / "work"),
+        *settings,
+        *common,
+    ]
+    assert main([*command, "--seed", "7"]) == 0
+    meta_lora = Adapter.load(output)
+    assert meta_lora.head is None
+    assert '"seed": 7' in (output / "README.md").read_text()
+    capsys.readouterr()
+
+    worn = ["--meta-lora", str(output)]
+    tasks = ["--n-way", "3", "--n-query", "2", "--n-tasks", "5"]
+    assert main(["evaluate", str(data), *worn, *tasks, *common]) == 0
+    assert "(5 3-way 1-shot tasks)" in capsys.readouterr().out
+
+    query = [str(data / "0" / "5.png"), str(data / "3" / "2.png")]
+    assert main(["predict", "--support", str(data), "--query", *query, *worn, *common]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == query
+    assert all(line[1] in "0123" and 0.25 <= float(line[2]) <= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["recycle", "nowhere"], "nowhere"),
+        (["evaluate", "digits"], "`--base` must name the model, got none"),
+        (["evaluate", "digits", "--base", "no_such_vit"], "`base` must be a timm model name"),
+        (["tune", "no-data", "--base", "demo", "--output", "x"], "`source` must be a folder"),
+        (["predict", "--support", "nowhere", "--query", "a.png", "--base", "demo"], "nowhere"),
+    ],
+)
+def test_bad_input_ends_with_one_line(command, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lorarecycle: error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(capsys):
+    assert main(["evaluate", "digits", "--base", "demo", "--device", "cuda"]) == 2
+    assert "`device` must be one that this machine has" in capsys.readouterr().err
+
+
+def test_bad_settings_are_refused(capsys):
+    assert main(["evaluate", "digits", "--base", "demo", "--n-way", "1"]) == 2
+    assert "`n_way` must be at least 2" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""FewShotClassifier: labels, images and manners of scikit-learn."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from lorarecycle.adapters.adapter import Adapter
+from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.fewshot.classifier import FewShotClassifier, NotFittedError
+from lorarecycle.fewshot.evaluate import extract_features
+from lorarecycle.vit.backbone import Backbone
+from lorarecycle.vit.lora import LoRA
+
+
+@pytest.fixture
+def halves(tiny_data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    return tiny_data.split(2, torch.Generator().manual_seed(0))
+
+
+def test_fit_predict_score(tiny_backbone: Backbone, halves: tuple[LabelledImages, LabelledImages]) -> None:
+    support, query = halves
+    classifier = FewShotClassifier(tiny_backbone)
+    assert classifier.fit(support.images, support.labels) is classifier
+    assert classifier.classes_.tolist() == [0, 1, 2, 3]
+    assert classifier.prototypes_.shape == (4, 32)
+    expected = extract_features(tiny_backbone, support.images[support.labels == 2]).mean(dim=0)
+    np.testing.assert_allclose(classifier.prototypes_[2], expected, atol=1e-5)
+    probabilities = classifier.predict_proba(query.images)
+    assert probabilities.shape == (40, 4)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    predicted = classifier.predict(query.images)
+    np.testing.assert_array_equal(predicted, classifier.classes_[probabilities.argmax(axis=1)])
+    score = classifier.score(query.images, query.labels)
+    assert score == pytest.approx((predicted == query.labels.numpy()).mean())
+    assert score > 0.9
+    assert classifier.transform(query.images).shape == (40, 32)
+
+
+def test_images_of_any_kind(
+    tiny_backbone: Backbone, halves: tuple[LabelledImages, LabelledImages], tmp_path: Path
+) -> None:
+    support, query = halves
+    labels = support.labels.tolist()
+    pictures = [to_pil_image(image) for image in support.images]
+    files = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    expected = FewShotClassifier(tiny_backbone).fit(support.images, labels).predict_proba(query.images)
+    arrays = support.images.permute(0, 2, 3, 1).numpy()
+    for images in (pictures, files, list(map(str, files)), arrays, list(arrays), iter(pictures)):
+        classifier = FewShotClassifier(tiny_backbone, batch_size=3).fit(images, labels)
+        np.testing.assert_allclose(classifier.predict_proba(query.images), expected, atol=1e-5)
+    assert classifier.predict(pictures[0]).shape == (1,)
+    assert classifier.predict(files[0]).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["pear", "apple", "fig", "kiwi"], ["apple", "fig", "kiwi", "pear"]),
+        ([7, -1, 3, 2], [-1, 2, 3, 7]),
+        (["pear", 1, (2, 3), None], ["pear", 1, (2, 3), None]),
+        ([(1, 2), (0, 5), (0, 4), (3, 3)], [(0, 4), (0, 5), (1, 2), (3, 3)]),
+        (np.array(["d", "c", "b", "a"]), ["a", "b", "c", "d"]),
+        (torch.tensor([4, 3, 2, 1]), [1, 2, 3, 4]),
+    ],
+)
+def test_labels_of_any_kind(
+    tiny_backbone: Backbone, halves: tuple[LabelledImages, LabelledImages], names: list, order: list
+) -> None:
+    support, query = halves
+    pick = (
+        (lambda labels: names[labels]) if not isinstance(names, list) else (lambda labels: [names[c] for c in labels])
+    )
+    classifier = FewShotClassifier(tiny_backbone).fit(support.images, pick(support.labels))
+    assert classifier.classes_.tolist() == order
+    predicted = classifier.predict(query.images).tolist()
+    assert set(map(type, predicted)) <= set(map(type, order))
+    assert classifier.score(query.images, pick(query.labels)) > 0.9
+    assert classifier.score(query.images, ["never seen"] * len(query)) == 0
+
+
+def test_meta_lora_is_merged_once(
+    tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]
+) -> None:
+    adapter = make_adapter(tiny_backbone, head=False)
+    images = tiny_data.images[:5]
+    worn = extract_features(tiny_backbone, images, lora=LoRA.from_adapter(adapter))
+    classifier = FewShotClassifier(tiny_backbone, adapter)
+    np.testing.assert_allclose(classifier.transform(images), worn, atol=1e-4)
+    assert np.abs(FewShotClassifier(tiny_backbone).transform(images) - worn.numpy()).max() > 0.01
+    other = make_adapter(Backbone(tiny_backbone.vit), sites=("mlp.fc1",))
+    bad = Adapter({"blocks.9.attn.q": other.factors["blocks.0.mlp.fc1"]}, name="deep")
+    with pytest.raises(ValueError, match=r"deep.*blocks\.9"):
+        FewShotClassifier(tiny_backbone, bad)
+
+
+def test_backbone_and_meta_lora_by_module_and_path(
+    tiny_vit: torch.nn.Module, make_adapter: Callable[..., Adapter], tiny_data: LabelledImages, tmp_path: Path
+) -> None:
+    adapter = make_adapter(Backbone(tiny_vit), head=False)
+    adapter.save(tmp_path / "meta")
+    images = tiny_data.images[:3]
+    by_path = FewShotClassifier(tiny_vit, tmp_path / "meta").transform(images)
+    np.testing.assert_allclose(by_path, FewShotClassifier(tiny_vit, adapter).transform(images), atol=1e-5)
+
+
+def test_any_image_size(tiny_backbone: Backbone) -> None:
+    classifier = FewShotClassifier(tiny_backbone, distance="cosine")
+    images = [Image.new("RGB", (90, 40), "red"), Image.new("L", (16, 33), 90)]
+    assert classifier.fit(images, ["red", "grey"]).predict(images).tolist() == ["red", "grey"]
+
+
+def test_asking_before_fit(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    classifier = FewShotClassifier(tiny_backbone)
+    for ask in (classifier.predict, classifier.predict_proba):
+        with pytest.raises(NotFittedError, match="call `fit"):
+            ask(tiny_data.images)
+    with pytest.raises(NotFittedError):
+        classifier.score(tiny_data.images, tiny_data.labels)
+
+
+def test_bad_input(tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path: Path) -> None:
+    classifier = FewShotClassifier(tiny_backbone)
+    images = tiny_data.images[:3]
+    with pytest.raises(ValueError, match="got 2 labels for 3 images"):
+        classifier.fit(images, [0, 1])
+    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
+        classifier.fit([], [])
+    with pytest.raises(TypeError, match=r"`support_labels\[1\]` must be hashable, got list"):
+        classifier.fit(images, [0, [1], 2])
+    with pytest.raises(ValueError, match=r"`support_labels\[2\]` must be a label, got NaN"):
+        classifier.fit(images, [0, 1, float("nan")])
+    with pytest.raises(TypeError, match="`support_labels` must be a sequence"):
+        classifier.fit(images, "abc")
+    with pytest.raises(ValueError, match="one axis"):
+        classifier.fit(images, np.zeros((3, 1)))
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"bad\.png must be readable"):
+        classifier.fit([tmp_path / "bad.png"], ["a"])
+    with pytest.raises(ValueError, match="`distance` must be"):
+        FewShotClassifier(tiny_backbone, distance="manhattan")
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        FewShotClassifier(tiny_backbone, batch_size=0)
+
+
+def test_parameters(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    classifier = FewShotClassifier(tiny_backbone).fit(tiny_data.images, tiny_data.labels)
+    assert classifier.set_params(distance="cosine").get_params()["distance"] == "cosine"
+    assert classifier.predict(tiny_data.images).shape == (48,)
+    classifier.set_params(meta_lora=None)
+    with pytest.raises(NotFittedError):
+        classifier.predict(tiny_data.images)
+    with pytest.raises(ValueError, match="got 'colour'"):
+        classifier.set_params(colour="red")
+
+
+def test_scikit_learn_takes_it(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    images, labels = tiny_data.images.numpy(), tiny_data.labels.numpy()
+    scores = selection.cross_val_score(FewShotClassifier(tiny_backbone), images, labels, cv=3)
+    assert scores.min() > 0.8

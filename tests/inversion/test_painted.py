@@ -1,0 +1,36 @@
+"""Random images of shapes: range, seeds, and statistics of natural images."""
+
+import torch
+
+from lorarecycle.inversion.painted import draw_shapes, enlarge
+
+
+def draw(n: int = 64, size: int = 32, seed: int = 0) -> torch.Tensor:
+    return draw_shapes(n, size, torch.Generator().manual_seed(seed))
+
+
+def test_images_are_in_range_and_follow_the_seed():
+    images = draw()
+    assert images.shape == (64, 3, 32, 32)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(images, draw())
+    assert not torch.equal(images, draw(seed=1))
+
+
+def test_statistics_are_those_of_natural_images():
+    images = draw(256)
+    assert 0.4 < images.mean() < 0.6
+    assert 0.2 < images.std() < 0.35
+    flat = images.transpose(0, 1).flatten(1)
+    assert torch.corrcoef(flat)[0, 2] > 0.6  # channels go together
+    spectrum = torch.fft.rfft2(images - images.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=(0, 1))
+    slope = (spectrum[0, 10].log() - spectrum[0, 2].log()) / torch.tensor(5.0).log()
+    assert -4.5 < slope < -1.5  # power falls with frequency, about 1/f^2 to 1/f^3
+
+
+def test_enlarging_keeps_gradients_and_is_free_at_the_same_size():
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert enlarge(x, 8) is x
+    enlarge(x, 20).square().sum().backward()
+    assert x.grad.abs().min() > 0

@@ -1,0 +1,83 @@
+"""Class centres and distance logits against their definitions; gradients stay finite."""
+
+import pytest
+import torch
+
+from lorarecycle.meta.prototypes import class_centres, distance_logits
+
+
+def test_class_centres_are_means() -> None:
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([2, 0, 1, 2, 2, 0, 1])
+    expected = torch.stack([features[labels == c].mean(dim=0) for c in range(3)])
+    torch.testing.assert_close(class_centres(features, labels, 3), expected)
+
+
+def test_leading_axes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 4, 6, 5, generator=generator)
+    labels = torch.stack([torch.randperm(6, generator=generator) % 3 for _ in range(8)]).view(2, 4, 6)
+    centres = class_centres(features, labels, 3)
+    logits = distance_logits(features, centres)
+    assert logits.shape == (2, 4, 6, 3)
+    torch.testing.assert_close(centres[1, 2], class_centres(features[1, 2], labels[1, 2], 3))
+    torch.testing.assert_close(logits[1, 2], distance_logits(features[1, 2], centres[1, 2]))
+
+
+def test_distances() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features, centres = torch.randn(40, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    difference = features[:, None] - centres[None]
+    torch.testing.assert_close(distance_logits(features, centres), -difference.norm(dim=-1))
+    torch.testing.assert_close(distance_logits(features, centres, "sqeuclidean"), -difference.square().sum(dim=-1))
+    cosine = torch.nn.functional.cosine_similarity(features[:, None], centres[None], dim=-1)
+    torch.testing.assert_close(distance_logits(features, centres, "cosine"), cosine - 1)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+def test_gradient_at_distance_zero_is_finite(distance: str) -> None:
+    features = torch.ones(3, 4, requires_grad=True)
+    centres = torch.ones(2, 4, requires_grad=True)
+    logits = distance_logits(features, centres, distance)
+    torch.testing.assert_close(logits, torch.zeros(3, 2))
+    logits.sum().backward()
+    assert torch.isfinite(features.grad).all()
+    assert torch.isfinite(centres.grad).all()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+def test_gradients(distance: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    support, query = (torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def logits(support: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        return distance_logits(query, class_centres(support, labels, 2), distance)
+
+    assert torch.autograd.gradcheck(logits, (support.requires_grad_(), query.requires_grad_()))
+
+
+def test_small_distances_of_long_features_are_exact() -> None:
+    centres = torch.full((30, 64), 1000.0)
+    features = centres + 0.01
+    torch.testing.assert_close(distance_logits(features, centres), torch.full((30, 30), -0.08), rtol=0.05, atol=0)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    features = torch.randn(4, 3).half()
+    assert class_centres(features, torch.tensor([0, 1, 0, 1]), 2).dtype == torch.float32
+    assert distance_logits(features, features).dtype == torch.float32
+
+
+def test_errors() -> None:
+    features = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="`labels` must have one value per feature"):
+        class_centres(features, torch.tensor([0, 1]), 2)
+    with pytest.raises(ValueError, match="every class 0 to 2"):
+        class_centres(features, torch.tensor([0, 1, 0, 1]), 3)
+    with pytest.raises(ValueError, match="every class 0 to 0"):
+        class_centres(features, torch.tensor([0, 1, 0, 1]), 1)
+    with pytest.raises(ValueError, match="same width"):
+        distance_logits(features, torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="`distance` must be 'euclidean'"):
+        distance_logits(features, features, "manhattan")
