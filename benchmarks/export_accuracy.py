@@ -27,7 +27,8 @@ from lorarecycle.export.runtime import Graph
 
 from lorarecycle import Backbone, load_dataset
 from lorarecycle.data.images import normalize, to_uint8
-from lorarecycle.fewshot.evaluate import Evaluation, sample_tasks, task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
+from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

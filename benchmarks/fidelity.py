@@ -25,11 +25,13 @@ from lorarecycle import (
     tune,
 )
 from lorarecycle.data.images import normalize
-from lorarecycle.fewshot.evaluate import Evaluation, extract_features, sample_tasks, task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.methods.average import average
+from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.inversion.prior import BatchNormPrior
 from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.runtime.seeds import stream
+from lorarecycle.vit.features import extract_features
 
 POOL = 20
 """Adapters in the pool; the first n of them make an experiment with n."""

@@ -11,9 +11,9 @@ from fidelity import class_lists
 
 from lorarecycle import Adapter, Backbone, LabelledImages, TuneConfig, tune
 from lorarecycle.data.images import normalize
-from lorarecycle.fewshot.evaluate import extract_features
 from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.runtime.seeds import stream
+from lorarecycle.vit.features import extract_features
 
 EPOCHS, SAVE_LAST, BATCH = 40, 20, 20
 LEARNT = 10

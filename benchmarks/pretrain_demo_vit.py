@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lorarecycle.data.dataset import LabelledImages, load_dataset
-from lorarecycle.fewshot.evaluate import Evaluation, sample_tasks, task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
+from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.runtime.files import load_tensors, read_json, save_tensors, write_json
 from lorarecycle.runtime.progress import track
 

@@ -21,11 +21,13 @@ import torch
 from fidelity import class_lists, tuned
 
 from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset
-from lorarecycle.fewshot.evaluate import Evaluation, extract_features, sample_tasks, task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
+from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.train import random_factors
 from lorarecycle.meta.warm_start import common_gain, warm_start
 from lorarecycle.runtime.files import write_json, write_text
 from lorarecycle.runtime.seeds import stream
+from lorarecycle.vit.features import extract_features
 
 ROOT = Path(__file__).resolve().parent.parent
 GAINS = (1.0, 2.0, 3.0, 4.5, 6.0, 9.0)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..data.dataset import LabelledImages
 from ..data.images import normalize, to_uint8
-from ..fewshot.evaluate import sample_tasks, task_accuracies
+from ..fewshot.evaluate import task_accuracies
+from ..fewshot.tasks import sample_tasks
 from .check import check_device, full_float32
 from .config import ExportConfig
 from .graphs import EncoderGraph

@@ -8,9 +8,9 @@ import torch
 from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.config import TuneConfig
 from lorarecycle.data.dataset import LabelledImages
-from lorarecycle.fewshot.evaluate import extract_features
 from lorarecycle.tuning import tune
 from lorarecycle.vit.backbone import Backbone
+from lorarecycle.vit.features import extract_features
 
 CONFIG = TuneConfig(epochs=6, batch_size=10, r=2, lr=5e-3)
 

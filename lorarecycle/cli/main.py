@@ -140,10 +140,11 @@ class Evaluate:
     def run(self) -> None:
         from ..data import dataset as datasets
         from ..fewshot import evaluate as evaluation
+        from ..fewshot import tasks as tasks_module
 
         meta_lora = _meta_lora(self.meta_lora)
         data = datasets.load_dataset(self.data, self.split, download=self.download, quiet=self.common.quiet)
-        tasks = None if self.tasks is None else evaluation.Tasks.load(self.tasks)
+        tasks = None if self.tasks is None else tasks_module.Tasks.load(self.tasks)
         backbone = _backbone(self.common, meta_lora)
         print(evaluation.evaluate(backbone, data, meta_lora, config=self.config, tasks=tasks, quiet=self.common.quiet))
 

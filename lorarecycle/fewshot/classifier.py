@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..data.images import ImageInput, count_images, normalize, to_batches
+from ..data.images import ImageInput, count_images
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..vit.backbone import Backbone
+from ..vit.features import extract_features
 from .labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 
 
@@ -152,12 +153,7 @@ class FewShotClassifier:
         return f"FewShotClassifier({self._model.name!r}, {str(lora) if lora is not None else None!r})"
 
     def _features(self, images: ImageInput, name: str) -> Tensor:
-        model, features = self._model, []
-        with torch.no_grad():
-            for pixels in to_batches(images, model.image_size, self.batch_size, name=name):
-                batch = normalize(pixels.to(model.device), model.mean, model.std, model.dtype)
-                features.append(model(batch).float().cpu())
-        return torch.cat(features)
+        return extract_features(self._model, images, batch_size=self.batch_size, name=name)
 
     def _require_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():

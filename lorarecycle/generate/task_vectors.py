@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageInput, to_uint8
-from ..fewshot.evaluate import extract_features
 from ..runtime.files import load_tensors, save_tensors
 from ..vit.backbone import Backbone
+from ..vit.features import extract_features
 
 FILE = "task_vector.safetensors"
 """Its name in a task's folder."""

@@ -11,7 +11,7 @@ from lorarecycle.export import ExportConfig, check, export_encoder, export_episo
 
 from lorarecycle import Backbone, FewShotClassifier, load_dataset
 from lorarecycle.data.images import normalize, to_uint8
-from lorarecycle.fewshot.evaluate import sample_tasks
+from lorarecycle.fewshot.tasks import sample_tasks
 
 CPU = ["CPUExecutionProvider"]
 

@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.fewshot.classifier import FewShotClassifier, NotFittedError
-from lorarecycle.fewshot.evaluate import extract_features
 from lorarecycle.vit.backbone import Backbone
+from lorarecycle.vit.features import extract_features
 from lorarecycle.vit.lora import LoRA
 
 

@@ -11,15 +11,10 @@ from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.config import EvaluateConfig
 from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.data.images import normalize
-from lorarecycle.fewshot.evaluate import (
-    Evaluation,
-    Tasks,
-    evaluate,
-    extract_features,
-    sample_tasks,
-    task_accuracies,
-)
+from lorarecycle.fewshot.evaluate import Evaluation, evaluate, task_accuracies
+from lorarecycle.fewshot.tasks import Tasks, sample_tasks
 from lorarecycle.vit.backbone import Backbone
+from lorarecycle.vit.features import extract_features
 from lorarecycle.vit.lora import LoRA
 
 SIZES = {"n_way": 3, "n_shot": 2, "n_query": 4, "n_tasks": 20}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorarecycle.fewshot.evaluate import extract_features
 from lorarecycle.generate import clip_encoder, load_vector, save_vector, task_vector, text_vector
 from lorarecycle.runtime.files import save_tensors
+from lorarecycle.vit.features import extract_features
 
 
 def test_the_mean_feature_of_images(tiny_backbone, tiny_data):

@@ -1,0 +1,75 @@
+"""Images to features: the one loop that decodes, resizes, normalises and runs a backbone over many images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..data.images import ImageInput, normalize, to_batches
+from ..runtime.progress import track
+from .backbone import Backbone
+from .lora import LoRA
+
+
+def normalized_batches(
+    backbone: Backbone,
+    images: ImageInput,
+    *,
+    size: int | None = None,
+    batch_size: int = 64,
+    name: str = "images",
+    quiet: bool = True,
+) -> Iterator[Tensor]:
+    """Images of any kind, batch after batch as a backbone reads them.
+
+    Args:
+        backbone: gives device, dtype, normalisation and size.
+        images: whatever `to_batches` takes; files are read when their batch is due.
+        size: side in pixels that they are resized to; `backbone.image_size` when None.
+        batch_size: images of a batch.
+        name: what error messages call `images`.
+        quiet: no progress bar.
+
+    Yields:
+        [B, 3, size, size] on the backbone's device and in its dtype; B is `batch_size` but in the last one, and where
+        `images` mixes batches of its own.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: see `to_batches`.
+    """
+    batches = to_batches(images, size or backbone.image_size, batch_size, name=name)
+    for pixels in track(batches, "features", quiet=quiet):
+        yield normalize(pixels.to(backbone.device), backbone.mean, backbone.std, backbone.dtype)
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: Backbone,
+    images: ImageInput,
+    *,
+    lora: LoRA | None = None,
+    pool: str = "token",
+    batch_size: int = 64,
+    name: str = "images",
+    quiet: bool = True,
+) -> Tensor:
+    """Features of many images.
+
+    Args:
+        backbone: the frozen model; its device and dtype are used.
+        images: whatever `to_batches` takes, such as uint8 [n, 3, H, W]; resized to `backbone.image_size`.
+        lora: trainable factors to wear, un-merged.
+        pool: which feature, see `Head.pool`.
+        batch_size: images per forward pass.
+        name: what error messages call `images`.
+        quiet: no progress bar.
+
+    Returns:
+        float32 [n, D] on the CPU ([n, 2 D] with `pool="token+mean"`); [0, D] for a tensor without images.
+    """
+    if isinstance(images, Tensor) and images.ndim == 4 and not len(images):
+        return torch.empty(0, backbone.embed_dim * (2 if pool == "token+mean" else 1))
+    batches = normalized_batches(backbone, images, batch_size=batch_size, name=name, quiet=quiet)
+    return torch.cat([backbone(batch, lora=lora, pool=pool).float().cpu() for batch in batches])
