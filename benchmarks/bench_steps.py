@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from lorarecycle.vit.packed import pack
 from torch import Tensor, nn
 
 from lorarecycle import Backbone, BatchNormPrior, Head, LoRAStack, MetaConfig
@@ -24,7 +25,6 @@ from lorarecycle.meta.train import query_loss
 from lorarecycle.runtime.device import default_dtype
 from lorarecycle.runtime.steps import compiled
 from lorarecycle.vit.lora import LoRA
-from lorarecycle.vit.packed import pack
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests and benchmarks are no packages
 import baseline

@@ -100,7 +100,7 @@ def run_experiment(bench: Bench, experiment: Experiment, seeds: Sequence[int]) -
     def real() -> list[Surrogate]:
         return [label_by_teacher(backbone, a, t, bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
 
-    untrained = replace(meta, steps=0, init="adapters", distill=0.0)
+    untrained = replace(meta, steps=0, init="adapters", guide_weight=0.0)
     runs: dict[str, tuple[Callable[[], list[Surrogate]], MetaConfig]] = {
         OURS: (lambda: surrogates, meta),
         BOUND: (real, paper),

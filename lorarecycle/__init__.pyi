@@ -7,7 +7,9 @@ from .inversion.invert import invert
 from .inversion.prior import BatchNormPrior
 from .inversion.surrogate import Surrogate
 from .meta.train import meta_train
-from .pipeline import recycle
+from .meta.warm_start import warm_start
+from .pipeline import make_plan, recycle
+from .plan import Plan
 from .tuning import tune
 from .vit.backbone import Backbone
 
@@ -23,13 +25,16 @@ __all__ = [
     "InversionConfig",
     "LabelledImages",
     "MetaConfig",
+    "Plan",
     "RecycleConfig",
     "Surrogate",
     "TuneConfig",
     "evaluate",
     "invert",
     "load_dataset",
+    "make_plan",
     "meta_train",
     "recycle",
     "tune",
+    "warm_start",
 ]

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, cast
+
+from .runtime.deprecation import renamed_fields, warn_renamed
+
+T = TypeVar("T")
 
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
+@renamed_fields(
+    {},
+    since="0.2",
+    until="0.3",
+    removed={"adapters_per_batch": "batches of several adapters were slower than one adapter after the other"},
+)
 @dataclass(frozen=True)
 class InversionConfig:
-    """LoRA Inversion (Eq. 1, 2) with token pruning (Sec. 4.3).
+    """Images to train on: LoRA Inversion (Eq. 1, 2) with token pruning (Sec. 4.3), or painted pictures.
 
-    By default the images are random shapes that nothing has optimised; the paper's 2000 steps from noise are
+    By default the images are painted pictures that nothing has optimised; the paper's 2000 steps from noise are
     those of `RecycleConfig.paper()`.
     """
 
     images_per_class: int = 20
     """Images synthesised for each class of an adapter."""
+    pictures: int = 800
+    """Painted pictures in all, where they depend on no adapter: not optimised, not chosen, not labelled."""
     batch_size: int = 25
     """Images of an adapter optimised together; the batch-norm prior compares their joint statistics."""
-    adapters_per_batch: int = 1
-    """Adapters that `recycle` optimises side by side, each with a batch of its own (`inversion.invert_together`)."""
     steps: int = 0
-    """Adam steps per batch; none leaves the images as they start, which must be shapes then."""
+    """Adam steps per batch; none leaves the images as they start, which must be painted then."""
     patience: int | None = None
     """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps (pruned ones, where
     tokens are pruned); never when None."""
@@ -38,10 +48,10 @@ class InversionConfig:
     latent_size: int | None = None
     """Side in pixels at which the images are painted and optimised before they are enlarged to `image_size`; that
     itself when None. Best is the resolution of the photographs that the adapters were tuned on, where it is lower."""
-    init: Literal["noise", "shapes"] = "shapes"
-    """What the images start as: Gaussian noise, or random images of shapes (see `candidates`)."""
+    init: Literal["noise", "painted"] = "painted"
+    """What the images start as: Gaussian noise, or painted pictures (see `candidates`)."""
     candidates: int = 1
-    """Images of shapes that the teacher looks at for each one that it takes, to find the likeliest of each class."""
+    """Painted pictures that the teacher looks at for each one that it takes, to find the likeliest of each class."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the steps: as it is, or falling to zero along half a cosine."""
     prior: str | None = "resnet50"
@@ -61,11 +71,14 @@ class InversionConfig:
 
     def __post_init__(self) -> None:
         _at_least("images_per_class", self.images_per_class, 1)
+        _at_least("pictures", self.pictures, 1)
         _at_least("batch_size", self.batch_size, 1)
-        _at_least("adapters_per_batch", self.adapters_per_batch, 1)
-        _one_of("init", self.init, ("noise", "shapes"))
+        if cast(str, self.init) == "shapes":
+            warn_renamed("init='shapes'", "init='painted'", since="0.2", until="0.3", stacklevel=5)
+            object.__setattr__(self, "init", "painted")
+        _one_of("init", self.init, ("noise", "painted"))
         _at_least("steps", self.steps, 0)
-        if self.steps == 0 and self.init != "shapes":
+        if self.steps == 0 and self.init != "painted":
             raise ValueError(f"`steps` must be at least 1 with init={self.init!r}, got 0: the images would stay noise.")
         if self.patience is not None:
             _at_least("patience", self.patience, 1)
@@ -88,6 +101,7 @@ class InversionConfig:
                 raise ValueError(f"`prune[{layer}]` must be a ratio in [0, 1), got {ratio}; no token would be left.")
 
 
+@renamed_fields({"distill": "guide_weight", "gain": "warm_start_gain"}, since="0.2", until="0.3")
 @dataclass(frozen=True)
 class MetaConfig:
     """Meta-training of the meta-LoRA (Eq. 3, 4)."""
@@ -104,15 +118,16 @@ class MetaConfig:
     """Share of episodes whose classes come from different adapters (Sec. 4.2)."""
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
     """Distance of features to class centres (Eq. 3b)."""
-    distill: float = 1.0
-    """Weight of following a guide's features, see `feature_targets`; the episodes' loss has the rest, 1 - distill. With
-    1 the labels, the teachers' logits, `distance` and `interpolation` play no part: the images are all that counts."""
+    guide_weight: float = 1.0
+    """Weight of following a guide's features (see `feature_targets`) in the loss; the episodes' own loss (Eq. 3, 4)
+    has the rest, 1 - guide_weight. With 1 the labels, the teachers' logits, `distance` and `interpolation` play no
+    part: the images are all that counts."""
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' mean update, amplified (see `warm_start`), or random factors."""
-    gain: float | None = None
-    """Factor on the mean of the adapters' updates; `common_gain` when None."""
+    warm_start_gain: float | None = None
+    """Factor on the mean of the adapters' updates, where training starts from it; `common_gain` when None."""
     r: int = 16
     """Rank of the meta-LoRA."""
     lora_alpha: float = 16.0
@@ -141,12 +156,12 @@ class MetaConfig:
         _at_least("n_query", self.n_query, 1)
         _between("interpolation", self.interpolation, 0, 1)
         _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
-        _between("distill", self.distill, 0, 1)
+        _between("guide_weight", self.guide_weight, 0, 1)
         if self.guide_size is not None:
             _at_least("guide_size", self.guide_size, 1)
         _one_of("init", self.init, ("adapters", "random"))
-        if self.gain is not None:
-            _positive("gain", self.gain)
+        if self.warm_start_gain is not None:
+            _positive("warm_start_gain", self.warm_start_gain)
         _at_least("r", self.r, 1)
         _positive("lora_alpha", self.lora_alpha)
         _sites(self.sites)
@@ -162,10 +177,7 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class RecycleConfig:
-    """The whole pipeline: inversion of every adapter, then meta-training.
-
-    The defaults are what did best where it was measured (`benchmarks/accuracy.py`); `paper()` gives the published ones.
-    """
+    """The whole pipeline: images, then meta-training. The defaults are those of `weights()`."""
 
     inversion: InversionConfig = field(default_factory=InversionConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
@@ -178,18 +190,24 @@ class RecycleConfig:
 
     @classmethod
     def preset(cls, name: str) -> RecycleConfig:
-        """The settings called "default" or "paper".
+        """The settings called "weights" or "paper"; "default" is "weights".
 
         Raises:
             ValueError: another name.
         """
-        _one_of("preset", name, ("default", "paper"))
-        return cls.paper() if name == "paper" else cls()
+        _one_of("preset", name, ("default", "weights", "paper"))
+        return cls.paper() if name == "paper" else cls.weights()
+
+    @classmethod
+    def weights(cls) -> RecycleConfig:
+        """Our own recipe, which inverts nothing: a start from the adapters' weights (`warm_start`), whose features at
+        the backbone's own resolution the meta-LoRA then learns to have on painted pictures."""
+        return cls()
 
     @classmethod
     def paper(cls) -> RecycleConfig:
         """LoRA Recycle as published (Sec. 5): 2000 steps from noise, then episodes only, from random factors."""
-        meta = MetaConfig(steps=200, distill=0.0, init="random", r=4, lora_alpha=4.0, lr=1e-3)
+        meta = MetaConfig(steps=200, guide_weight=0.0, init="random", r=4, lora_alpha=4.0, lr=1e-3)
         return cls(InversionConfig(steps=2000, init="noise"), meta)
 
 
@@ -249,6 +267,48 @@ class EvaluateConfig:
         for name in ("n_way", "n_shot", "n_query", "n_tasks"):
             _at_least(name, getattr(self, name), 2 if name == "n_way" else 1)
         _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+
+
+def as_config(cls: type[T], given: Any, *, argument: str = "config", default: T | None = None) -> T:
+    """Settings from an object of their class, or from a mapping of those that differ.
+
+    Args:
+        cls: class of the settings.
+        given: an object of `cls`; a mapping, whose values may be mappings for settings that have settings; or None.
+        argument: what error messages call it.
+        default: what a mapping differs from, and what None means; `cls()` when None.
+
+    Raises:
+        TypeError: another kind of object, or a name that is no setting; the message lists those that are.
+        ValueError: a value out of range.
+    """
+    default = cls() if default is None else default
+    if given is None:
+        return default
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`{argument}` must be a {cls.__name__} or a mapping, got {type(given).__name__}.")
+    renamed, removed = getattr(cls, "RENAMED", {}), getattr(cls, "REMOVED", {})
+    known = [f.name for f in fields(cast(Any, cls))]
+    unknown = sorted(set(map(str, given)) - {*known, *renamed, *removed})
+    if unknown:
+        raise TypeError(
+            f"`{argument}` must name settings of {cls.__name__} ({', '.join(known)}), got {', '.join(unknown)}."
+        )
+    values = {}
+    for name, value in given.items():
+        own = getattr(default, name) if name in known else None
+        if is_dataclass(own) and not isinstance(own, type):
+            value = as_config(type(own), value, argument=f"{argument}.{name}", default=own)
+        if name in renamed:
+            warn_renamed(name, renamed[name], since="0.2", until="0.3", stacklevel=4)
+        if renamed.get(name) in given:
+            raise TypeError(f"`{name}` is the old name of `{renamed[name]}`, got both; give `{renamed[name]}`.")
+        if name in removed:
+            cls(**{name: value})  # raises with the reason
+        values[renamed.get(name, name)] = value
+    return cast(T, replace(cast(Any, default), **values))
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Settings are checked when they are made."""
 
+from dataclasses import replace
+
 import pytest
 
 from lorarecycle import EvaluateConfig, InversionConfig, MetaConfig, RecycleConfig, TuneConfig
-from lorarecycle.config import as_plain
+from lorarecycle.config import as_config, as_plain
 
 
 @pytest.mark.parametrize(
@@ -17,8 +19,8 @@ from lorarecycle.config import as_plain
         (lambda: InversionConfig(candidates=0), "`candidates` must be at least 1, got 0"),
         (lambda: InversionConfig(schedule="linear"), "`schedule` must be one of .*, got .linear."),
         (lambda: MetaConfig(init="warm"), "`init` must be one of .*, got .warm."),
-        (lambda: MetaConfig(distill=2.0), "`distill` must be between 0 and 1, got 2.0"),
-        (lambda: MetaConfig(gain=0.0), "`gain` must be positive and finite, got 0.0"),
+        (lambda: MetaConfig(guide_weight=2.0), "`guide_weight` must be between 0 and 1, got 2.0"),
+        (lambda: MetaConfig(warm_start_gain=0.0), "`warm_start_gain` must be positive and finite, got 0.0"),
         (lambda: MetaConfig(guide_size=0), "`guide_size` must be at least 1, got 0"),
         (lambda: RecycleConfig.preset("fast"), "`preset` must be one of .*, got .fast."),
         (lambda: InversionConfig(lr=-1), "`lr` must be positive and finite, got -1"),
@@ -51,3 +53,49 @@ def test_as_plain_is_json_ready():
     assert plain["inversion"]["prune"] == {"6": 0.5}
     assert plain["meta"]["layers"] == [0, 1]
     assert plain["seed"] == 0
+
+
+def test_settings_from_a_mapping():
+    assert as_config(MetaConfig, None) == MetaConfig()
+    assert as_config(MetaConfig, {"steps": 3}, default=MetaConfig(r=8)) == MetaConfig(r=8, steps=3)
+    made = as_config(RecycleConfig, {"meta": {"steps": 3}, "seed": 5}, default=RecycleConfig.paper())
+    assert made == replace(RecycleConfig.paper(), seed=5, meta=replace(RecycleConfig.paper().meta, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"step": 1}, r"`meta` must name settings of MetaConfig \(steps, n_way, .*\), got step"),
+        (3, "`meta` must be a MetaConfig or a mapping, got int"),
+        (InversionConfig(), "`meta` must be a MetaConfig or a mapping, got InversionConfig"),
+        ({"distill": 0.5, "guide_weight": 0.5}, "`distill` is the old name of `guide_weight`, got both"),
+    ],
+)
+def test_no_settings(given, message):
+    with pytest.raises(TypeError, match=message):
+        as_config(MetaConfig, given, argument="meta")
+
+
+def test_old_names_work_and_say_what_to_write_instead():
+    with pytest.warns(DeprecationWarning, match="`distill` is called `guide_weight` since lorarecycle 0.2.*until 0.3"):
+        config = MetaConfig(distill=0.5)
+    assert config == MetaConfig(guide_weight=0.5)
+    with pytest.warns(DeprecationWarning, match="`gain` is called `warm_start_gain`"):
+        assert as_config(MetaConfig, {"gain": 2.0}).warm_start_gain == 2.0
+    with pytest.warns(DeprecationWarning, match="`distill` is called"):
+        assert config.distill == 0.5
+    with pytest.warns(DeprecationWarning, match="`init='shapes'` is called `init='painted'`"):
+        assert InversionConfig(init="shapes") == InversionConfig(init="painted")
+    assert "distill" not in as_plain(config)
+
+
+def test_what_is_gone_says_why():
+    with pytest.raises(TypeError, match=r"`adapters_per_batch` was removed in lorarecycle 0.2: batches of several"):
+        InversionConfig(adapters_per_batch=2)
+    with pytest.raises(TypeError, match="`adapters_per_batch` was removed"):
+        as_config(InversionConfig, {"adapters_per_batch": 2})
+
+
+def test_presets():
+    assert RecycleConfig.preset("default") == RecycleConfig.preset("weights") == RecycleConfig()
+    assert RecycleConfig.preset("paper").inversion.steps == 2000

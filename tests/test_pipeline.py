@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Surrogate, recycle
+from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Surrogate, recycle, warm_start
 from lorarecycle.adapters.adapter import LoRAFactors
-from lorarecycle.pipeline import load_adapters
+from lorarecycle.adapters.load_many import load_adapters
+from lorarecycle.data.images import normalize
 from lorarecycle.runtime import files
+from lorarecycle.work_dir import canonical_order
 
 FAST = {
     "inversion": {"prior": None, "images_per_class": 4, "steps": 4, "prune": {1: 0.5}},
@@ -65,33 +66,11 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     card = (work / "meta_lora" / "README.md").read_text()
     for adapter in adapters:
         assert adapter.digest() in card
-    monkeypatch.setattr("lorarecycle.pipeline.invert_together", lambda *a, **k: pytest.fail("inverted again"))
+    assert [Surrogate.load(p).adapter for p in sorted((work / "surrogates").iterdir())] == [
+        a.name for a in canonical_order(adapters)
+    ]
+    monkeypatch.setattr("lorarecycle.pipeline.invert", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
-
-
-def test_adapters_that_share_batches(tiny_backbone, adapters, tmp_path, monkeypatch):
-    """A surrogate that is missing is made anew beside those it shared batches with, and ends with the same bits."""
-    from lorarecycle import pipeline as recycling
-
-    groups, original = [], recycling.invert_together
-
-    def spy(backbone, group, *args, **kwargs):
-        groups.append([adapter.name for adapter in group])
-        return original(backbone, group, *args, **kwargs)
-
-    monkeypatch.setattr(recycling, "invert_together", spy)
-    settings = {**FAST, "inversion": {**FAST["inversion"], "adapters_per_batch": 2}, "base": tiny_backbone}
-    work = tmp_path / "work"
-    first = recycle(adapters, work_dir=work, **settings)
-    assert groups == [["adapter-0", "adapter-1"], ["adapter-2"]]
-    second = sorted((work / "surrogates").iterdir())[1]
-    images = Surrogate.load(second).images
-    second.unlink()
-    shutil.rmtree(work / "meta_lora")
-    groups.clear()
-    assert recycle(adapters, work_dir=work, **settings).digest() == first.digest()
-    assert groups == [["adapter-0", "adapter-1"]]
-    assert torch.equal(Surrogate.load(second).images, images)
 
 
 def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
@@ -190,55 +169,111 @@ def test_disk_full_leaves_the_earlier_files_whole(tiny_backbone, adapters, tmp_p
     assert resumed.digest() == recycle(adapters, base=tiny_backbone, **FAST).digest()
 
 
-def nan_adapter(folder: Path, adapter: Adapter) -> Path:
-    """A PEFT folder with a NaN in it."""
-    adapter.save(folder)
-    tensors, _ = files.load_tensors(folder / "adapter_model.safetensors")
-    next(v for k, v in tensors.items() if "lora_B" in k)[0, 0] = float("nan")
-    files.save_tensors(folder / "adapter_model.safetensors", tensors)
-    return folder
+LABELS = {**FAST["meta"], "guide_weight": 0.0}
+"""Settings that look at labels."""
 
 
-def test_bad_adapters(tiny_backbone, adapters, build_vit, make_adapter, tmp_path):
-    def fails(pool, message, base=tiny_backbone, kind=ValueError, **options):
+@pytest.fixture
+def refused(tiny_backbone, tmp_path):
+    """Makes sure that a run is refused before it leaves anything."""
+
+    def check(adapters, message, kind=ValueError, base=tiny_backbone, **options):
         with pytest.raises(kind, match=message):
-            recycle(pool, base=base, work_dir=tmp_path / "never", **{**FAST, **options})
+            recycle(adapters, base=base, work_dir=tmp_path / "never", **{**FAST, **options})
         assert not (tmp_path / "never").exists(), "no work before the checks"
 
-    fails([], "`adapters` must hold at least one adapter, got none")
+    return check
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"meta": {**LABELS, "n_way": 4}}, "`n_way` must be at most the classes of every adapter"),
+        ({"meta": {**LABELS, "n_query": 15}}, "`images_per_class` must be at least"),
+        ({"meta": {**FAST["meta"], "layers": (3,)}}, r"`layers` must be some of 0 to 2, got \(3,\)"),
+        ({"meta": {**FAST["meta"], "layers": ()}}, "`layers` must name at least one block"),
+        ({"meta": {**FAST["meta"], "guide_size": 30}}, "`guide_size` must be a multiple of the patch 8, got 30"),
+        ({"inversion": {"prune": {0: 1.0}}}, "no token would be left"),
+        ({"inversion": {"prune": {3: 0.5}}}, "`prune` must name layers 0 to 2, got 3"),
+        ({"inversion": {"image_size": 30}}, "`image_size` must be a positive multiple of the patch size 8"),
+        ({"inversion": {"prior": "nonsense", "steps": 1}}, "`prior` must be a timm model"),
+        ({"preset": "fast"}, "`preset` must be one of"),
+        ({"seed": -1}, "`seed` must be in"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_bad_settings(refused, adapters, settings, message):
+    refused(adapters, message, **settings)
+
+
+def test_unknown_settings(refused, adapters):
+    refused(adapters, "`inversion` must name settings of InversionConfig", TypeError, inversion={"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 48}, "must fit backbone 'tiny': at blocks.0.attn.q it is for a weight"),
+        ({"depth": 4}, "no site 'blocks.3.attn.q' among 3 blocks"),
+    ],
+    ids=["wide", "deep"],
+)
+def test_an_adapter_of_another_model(refused, adapters, make_adapter, build_vit, options, message):
+    refused([*adapters, make_adapter(Backbone(build_vit(**options), name="tiny"), seed=9)], message)
+
+
+def test_no_adapters(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "must be a folder of PEFT adapters, got .*empty with none in it")
-    fails(tmp_path / "nowhere", "nowhere", kind=FileNotFoundError)
-    wide = make_adapter(Backbone(build_vit(embed_dim=48), name="tiny"), seed=9)
-    fails([*adapters, wide], "must fit backbone 'tiny': at blocks.0.attn.q it is for a weight")
-    deep = make_adapter(Backbone(build_vit(depth=4), name="tiny"), seed=9)
-    fails([*adapters, deep], "no site 'blocks.3.attn.q' among 3 blocks")
+    refused([], "`adapters` must hold at least one adapter, got none")
+    refused(tmp_path / "empty", "must be a folder of PEFT adapters, got .*empty with none in it")
+    refused(tmp_path / "nowhere", "nowhere", FileNotFoundError)
+
+
+def test_no_head_where_heads_count(refused, adapters):
     random = {**FAST["meta"], "init": "random"}
-    fails([adapters[0].with_head(None), adapters[1]], "must have a classification head", meta=random)
-    fails([a.with_head(None) for a in adapters], "must have a classification head")
-    fails([adapters[0], replace(adapters[1], base_model="other")], "must be tuned on one base, got 2: 'other'")
-    nameless = [replace(a, base_model="") for a in adapters]
-    fails(nameless, "`base` must be given", base=None)
-    fails(
-        [adapters[0], replace(adapters[1], mean=(0.1, 0.2, 0.3))],
-        "must be tuned under the input normalisation",
-    )
-    fails(adapters, "`n_way` must be at most the classes of every adapter", meta={**FAST["meta"], "n_way": 4})
-    fails(adapters, "`images_per_class` must be at least", meta={**FAST["meta"], "n_query": 15})
-    fails(adapters, r"`layers` must be some of 0 to 2, got \(3,\)", meta={**FAST["meta"], "layers": (3,)})
-    fails(adapters, "`layers` must name at least one block", meta={**FAST["meta"], "layers": ()})
-    fails(adapters, "`guide_size` must be a multiple of the patch 8, got 30", meta={**FAST["meta"], "guide_size": 30})
-    fails(adapters, "no token would be left", inversion={"prune": {0: 1.0}})
-    fails(adapters, "`inversion` must name settings of InversionConfig", kind=TypeError, inversion={"step": 1})
-    fails(adapters, "`prior` must be a timm model", inversion={"prior": "nonsense", "steps": 1})
-    fails([nan_adapter(tmp_path / "nan", adapters[0]), adapters[1]], "must be finite, got 1 NaN")
-    truncated = adapters[0].save(tmp_path / "truncated") / "adapter_model.safetensors"
-    truncated.write_bytes(truncated.read_bytes()[:-9])
-    fails([truncated.parent, adapters[1]], "must be a whole safetensors file")
-    pickled = adapters[0].save(tmp_path / "pickled")
-    (pickled / "adapter_model.safetensors").unlink()
-    (pickled / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
-    fails([pickled, adapters[1]], "safetensors", kind=(ValueError, FileNotFoundError))
+    refused([adapters[0].with_head(None), adapters[1]], "got none in adapter-0; .*preset='weights'", meta=random)
+    refused([a.with_head(None) for a in adapters], "must have a classification head")
+
+
+def test_bases_that_differ(refused, adapters, tiny_backbone, caplog):
+    mixed = [adapters[0], replace(adapters[1], base_model="other")]
+    refused(mixed, "must be tuned on one base, got 2: 'other'", base=None)
+    refused([replace(a, base_model="") for a in adapters], "`base` must be given", base=None)
+    recycle(mixed, base=tiny_backbone, **FAST)
+    assert "base given counts, though adapters name others: 'other' (adapter-1)" in caplog.text
+
+
+def test_another_normalisation(refused, adapters):
+    refused([adapters[0], replace(adapters[1], mean=(0.1, 0.2, 0.3))], "tuned under the input normalisation")
+
+
+def nan_folder(folder: Path, adapter: Adapter) -> None:
+    tensors, _ = files.load_tensors(adapter.save(folder) / "adapter_model.safetensors")
+    next(v for k, v in tensors.items() if "lora_B" in k)[0, 0] = float("nan")
+    files.save_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def truncated_folder(folder: Path, adapter: Adapter) -> None:
+    path = adapter.save(folder) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def pickled_folder(folder: Path, adapter: Adapter) -> None:
+    (adapter.save(folder) / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nan_folder, "must be finite, got 1 NaN"),
+        (truncated_folder, "must be a whole safetensors file"),
+        (pickled_folder, "safetensors"),
+    ],
+)
+def test_damaged_adapters(refused, adapters, tmp_path, spoil, message):
+    spoil(tmp_path / "damaged", adapters[0])
+    refused([tmp_path / "damaged", adapters[1]], message, (ValueError, FileNotFoundError))
 
 
 def test_nan_and_zero_sized_factors_are_refused_in_memory():
@@ -266,10 +301,10 @@ def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
     without = recycle(adapters, base=tiny_backbone, **fast)
     with_it = recycle([*adapters, headless], base=tiny_backbone, work_dir=tmp_path / "work", **fast)
     assert with_it.digest() != without.digest()
-    assert "no head in bare: used for the warm start, not inverted" in caplog.text
+    assert "without a head, so without images of their own: bare" in caplog.text
     assert len(list((tmp_path / "work" / "surrogates").iterdir())) == 3
     assert headless.digest() in (tmp_path / "work" / "meta_lora" / "README.md").read_text()
-    with pytest.raises(ValueError, match="'bare' must have a classification head"):
+    with pytest.raises(ValueError, match="must have a classification head .* got none in bare"):
         recycle([*adapters, headless], base=tiny_backbone, **{**FAST, "meta": {**FAST["meta"], "init": "random"}})
 
 
@@ -279,5 +314,78 @@ def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     with_prior = recycle(adapters, base=tiny_backbone, prior=network, **FAST)
     assert "no effect" not in caplog.text
     recycle(adapters, base=tiny_backbone, prior=network, **FAST | {"inversion": {**FAST["inversion"], "steps": 0}})
-    assert "`prior` has no effect without steps of inversion" in caplog.text
+    assert "`prior` has no effect: no image is optimised" in caplog.text
     assert with_prior.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()
+
+
+def test_names_and_order_change_nothing(tiny_backbone, adapters, tmp_path):
+    """Neither the order of adapters nor names of adapters, classes and files enter the random streams."""
+    settings = {**FAST, "meta": {**FAST["meta"], "guide_weight": 0.5}}
+    renamed = [
+        replace(a, name=f"z{9 - i}", head=replace(a.head, class_names=tuple(f"{i}{c}" for c in "xyz")))
+        for i, a in enumerate(adapters)
+    ]
+    for i, adapter in enumerate(renamed[::-1]):
+        adapter.save(tmp_path / f"folder-{i}")
+    first = recycle(adapters, base=tiny_backbone, **settings)
+    second = recycle(tmp_path, base=tiny_backbone, **settings)
+    for site in first.sites:
+        torch.testing.assert_close(first.delta(site), second.delta(site), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_renamed_adapters_goes_on(tiny_backbone, adapters, tmp_path, monkeypatch):
+    first = recycle(adapters, base=tiny_backbone, work_dir=tmp_path, **FAST)
+    monkeypatch.setattr("lorarecycle.pipeline.invert", lambda *a, **k: pytest.fail("inverted again"))
+    renamed = [replace(a, name=f"other-{a.name}") for a in adapters[::-1]]
+    assert recycle(renamed, base=tiny_backbone, work_dir=tmp_path, **FAST).digest() == first.digest()
+
+
+def test_adapters_that_change_nothing_are_left_out(tiny_backbone, adapters, caplog):
+    zero = {s: LoRAFactors(f.lora_A, torch.zeros_like(f.lora_B), f.scaling) for s, f in adapters[0].factors.items()}
+    dead = replace(adapters[0], factors=zero, name="dead")
+    found = recycle([*adapters, dead], base=tiny_backbone, **FAST)
+    assert "left out, as their update is zero: dead" in caplog.text
+    assert found.digest() == recycle(adapters, base=tiny_backbone, **FAST).digest()
+    with pytest.raises(ValueError, match="`adapters` must change the model, got updates of zero in all: dead"):
+        recycle([dead], base=tiny_backbone, **FAST)
+
+
+PICTURES = {"inversion": {"pictures": 12}, "meta": {"steps": 3}, "quiet": True}
+
+
+def test_pictures_need_no_heads_and_serve_any_number_of_adapters(tiny_backbone, adapters, tmp_path, monkeypatch):
+    """One adapter, adapters without heads, with few classes: nothing that the work does not need is asked for."""
+    monkeypatch.setattr("lorarecycle.pipeline.invert", lambda *a, **k: pytest.fail("nothing depends on an adapter"))
+    one = recycle(adapters[0].with_head(None), base=tiny_backbone, work_dir=tmp_path / "one", **PICTURES)
+    many = recycle([a.with_head(None) for a in adapters], base=tiny_backbone, work_dir=tmp_path / "many", **PICTURES)
+    assert one.digest() != many.digest()
+    pictures = [tmp_path / name / "surrogates" / "pictures.safetensors" for name in ("one", "many")]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert len(Surrogate.load(pictures[0]).images) == 12
+    monkeypatch.setattr("lorarecycle.pipeline.painted_surrogate", lambda *a, **k: pytest.fail("painted again"))
+    again = recycle([a.with_head(None) for a in adapters], base=tiny_backbone, work_dir=tmp_path / "many", **PICTURES)
+    assert again.digest() == many.digest()
+
+
+@pytest.mark.parametrize("masks", [{"meta": {"steps": 3, "sparsity": 0.5}}, {"inversion": {"prune": {1: 0.5}}}])
+def test_pictures_are_masked_by_the_warm_start(tiny_backbone, adapters, tmp_path, masks):
+    settings = {**PICTURES, **masks}
+    settings["inversion"] = {**PICTURES["inversion"], **masks.get("inversion", {})}
+    recycle(adapters, base=tiny_backbone, work_dir=tmp_path, **settings)
+    found = Surrogate.load(tmp_path / "surrogates" / "pictures.safetensors")
+    masked = found.masked(0.5) if found.kept is None else found
+    guide = tiny_backbone.merge(warm_start(adapters, base=tiny_backbone))
+    x = normalize(found.images, guide.mean, guide.std)
+    if found.scores is not None:
+        torch.testing.assert_close(found.scores, guide.encode(x, scores=True).scores, rtol=1e-3, atol=1e-5)
+    else:
+        assert torch.equal(found.kept, guide.encode(x, prune={1: 0.5}).kept)
+    assert masked.kept.shape == (12, 8)
+
+
+def test_the_warm_start_alone_needs_no_images(tiny_backbone, adapters, tmp_path):
+    found = recycle(adapters, base=tiny_backbone, work_dir=tmp_path, meta={"steps": 0}, quiet=True)
+    assert not list((tmp_path / "surrogates").iterdir())
+    direct = warm_start(adapters, base=tiny_backbone)
+    for site in found.sites:
+        torch.testing.assert_close(found.delta(site), direct.delta(site), rtol=1e-4, atol=1e-6)

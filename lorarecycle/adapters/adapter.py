@@ -210,6 +210,20 @@ class Adapter:
             sha.update(self.head.bias.cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def weights_digest(self) -> str:
+        """SHA-256 (hex) over sites, factors, scalings and the head's weights, without any name."""
+        sha = hashlib.sha256()
+        for site, (lora_A, lora_B, scaling) in self.factors.items():
+            sha.update(f"{site} {tuple(lora_A.shape)} {tuple(lora_B.shape)} {scaling!r}".encode())
+            sha.update(lora_A.cpu().contiguous().numpy().tobytes())
+            sha.update(lora_B.cpu().contiguous().numpy().tobytes())
+        if self.head is not None:
+            assert self.head.bias is not None
+            sha.update(self.head.pool.encode())
+            sha.update(self.head.weight.cpu().contiguous().numpy().tobytes())
+            sha.update(self.head.bias.cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
     def with_head(self, head: Head | None) -> Adapter:
         """The same factors under another head, or under none."""
         return replace(self, head=head)

@@ -108,6 +108,13 @@ def normalize(
     return tvf.normalize(scaled, mean=list(mean), std=list(std)).to(dtype)
 
 
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """Images at `size` pixels, bicubic and differentiable; the same tensor where the size is that already."""
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    return torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
 def _fit(images: Tensor, size: int) -> Tensor:
     images = tvf.resize(images, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(images, [size, size])

@@ -25,8 +25,8 @@ TASKS = tuple(map(tuple, ("012", "345", "024", "135", "034", "125", "014", "235"
 UNSEEN = ("6", "7", "8", "9")
 TUNE = TuneConfig(epochs=4, lr=2e-3, flip=False)
 RECYCLE = RecycleConfig(
-    InversionConfig(images_per_class=10, prune={2: 0.5}),
-    MetaConfig(n_way=3, n_query=9, flip=False, gain=1.5),
+    InversionConfig(pictures=240, prune={2: 0.5}),
+    MetaConfig(n_way=3, n_query=9, flip=False, warm_start_gain=1.5),
 )
 """The gain was chosen with adapters of three of the digits 0 to 5, on tasks of the other three."""
 BRIGHTNESS = 0.4

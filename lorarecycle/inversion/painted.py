@@ -18,7 +18,7 @@ AXES = ((1.0, 1.0, 1.0), (0.4, 0.06, -0.46), (0.18, -0.22, 0.04))
 """Directions in which colours of natural images vary: light and dark, blue and yellow, red and green."""
 
 
-def draw_shapes(n: int, size: int, generator: torch.Generator) -> Tensor:
+def paint_pictures(n: int, size: int, generator: torch.Generator) -> Tensor:
     """Paint images with the make-up of photographs: a thing of one palette and several shaded parts, on white, even,
     or cluttered ground; shapes hide one another ("dead leaves", Lee, Mumford and Huang 2001) and have textures.
 
@@ -126,10 +126,3 @@ class _Painter:
         noise = torch.fft.irfft2(torch.fft.rfft2(noise) * spectrum, s=(self.size, self.size))
         noise = 0.5 * noise[:, :3] + 0.85 * noise[:, 3:]
         return noise / noise.std(dim=(1, 2, 3), keepdim=True)
-
-
-def enlarge(images: Tensor, size: int) -> Tensor:
-    """Images at `size` pixels, bicubic and differentiable; the same tensor where the size is that already."""
-    if tuple(images.shape[-2:]) == (size, size):
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -121,50 +120,42 @@ class BatchNormPrior(nn.Module):
             sha.update(tensor.cpu().float().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
-    def forward(
-        self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], rows: Sequence[int] | None = None
-    ) -> Tensor:
-        """The prior of a batch, or of each of several that pass through the network as one.
+    def forward(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        """The prior of a batch.
 
         Args:
             images: [B, 3, H, W], normalised with `mean` and `std`.
             mean, std: normalisation that the images are in.
-            rows: images of each of K batches, one after the other, whose statistics are their own.
 
         Returns:
-            float32: a scalar, or [K] with `rows`.
+            float32 scalar.
         """
         channels = zip(images.unbind(1), mean, std, self.mean, self.std, strict=True)  # no tensor to copy to a GPU
         x = torch.stack([(c * s + (m - own_m)) / own_s for c, m, s, own_m, own_s in channels], dim=1)
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
-        for layer in self._layers:
-            layer.rows = (len(x),) if rows is None else tuple(rows)
         self.network(x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last))
-        losses = torch.stack([layer.prior_loss for layer in self._layers]).sum(dim=0)
+        loss = torch.stack([layer.prior_loss for layer in self._layers]).sum()
         for layer in self._layers:
-            layer.prior_loss = layer.rows = None
-        return losses[0] if rows is None else losses
+            layer.prior_loss = None
+        return loss
 
 
 class _MeasuredBatchNorm(nn.BatchNorm2d):
-    """A frozen batch-norm layer that leaves the prior of each batch in `prior_loss`, [K]; `rows` are their images."""
+    """A frozen batch-norm layer that leaves the prior of a batch in `prior_loss`, a scalar."""
 
     prior_loss: Tensor | None
-    rows: tuple[int, ...] | None
 
     def forward(self, input: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.rows is not None
-        if torch.compiler.is_compiling() or len(self.rows) > 1:  # Inductor joins the layer with the activation after it
+        if torch.compiler.is_compiling():  # Inductor joins the layer with the activation after it
             _measure(self, (input,))
             return super().forward(input)
-        y, loss = batch_norm_with_prior(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        self.prior_loss = loss[None]
+        mean, var = self.running_mean, self.running_var
+        y, self.prior_loss = batch_norm_with_prior(input, mean, var, self.weight, self.bias, self.eps)
         return y
 
 
 def _measure(layer: Any, args: tuple[Tensor, ...]) -> None:
-    parts = args[0].split(layer.rows)
-    layer.prior_loss = torch.stack([batch_norm_prior(x, layer.running_mean, layer.running_var) for x in parts])
+    layer.prior_loss = batch_norm_prior(args[0], layer.running_mean, layer.running_var)

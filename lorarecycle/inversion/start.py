@@ -1,26 +1,25 @@
-"""What inversion optimises: images of the wanted size, or smaller ones that are enlarged; from noise or from shapes."""
+"""What inversion starts from: noise, or painted pictures of which the teacher takes the likeliest."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Head
 from ..config import InversionConfig
-from ..data.images import normalize
+from ..data.images import enlarge
 from ..vit.backbone import Backbone
-from .painted import draw_shapes, enlarge
+from ..vit.features import extract_features
+from .painted import paint_pictures
 
 
-def first_canvas(
+def start_images(
     teacher: Backbone, head: Head, labels: Tensor, config: InversionConfig, generator: torch.Generator
 ) -> Tensor:
     """Where the images of a batch start.
 
-    With `init="shapes"` the teacher looks at `config.candidates` random images of shapes for every one that is
-    needed, and each class takes those that it finds most likely.
+    With `init="painted"` the teacher looks at `config.candidates` pictures for every one that is needed, and each
+    class takes those that it finds most likely; it is not asked where there is no choice.
 
     Args:
         teacher: with the adapter merged; its device is used.
@@ -36,27 +35,27 @@ def first_canvas(
     size = config.latent_size or image_size
     if config.init == "noise":
         return torch.randn(len(labels), 3, size, size, generator=generator).to(teacher.device)
-    pool = draw_shapes(len(labels) * config.candidates, size, generator).to(teacher.device)
-    likelihood = torch.cat([_log_softmax(teacher, head, part, image_size) for part in pool.split(64)])
+    pictures = paint_pictures(len(labels) * config.candidates, size, generator)
+    if config.candidates > 1:
+        pictures = pictures[_likeliest(teacher, head, pictures, labels, image_size)]
+    mean, std = (torch.tensor(v, device=teacher.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+    return (pictures.to(teacher.device) - mean) / std
+
+
+def to_pixels(images: Tensor, size: int) -> Tensor:
+    """Pictures in [0, 1], float [n, 3, s, s], as uint8 [n, 3, size, size]."""
+    return (enlarge(images, size).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _likeliest(teacher: Backbone, head: Head, pictures: Tensor, labels: Tensor, image_size: int) -> Tensor:
+    """For each label a picture of its own that the teacher finds likely for that class, int64 [B] on the CPU."""
+    features = extract_features(teacher, to_pixels(pictures, image_size), size=image_size, pool=head.pool)
+    likelihood = head(features.to(teacher.device)).log_softmax(-1).cpu()
+    labels = labels.cpu()
     chosen = torch.empty_like(labels)
     for c in labels.unique().tolist():
         where = (labels == c).nonzero()[:, 0]
         best = likelihood[:, c].topk(len(where)).indices
-        likelihood[best] = -torch.inf  # no image serves twice
-        chosen[where] = best.to(labels.device)
-    mean, std = (torch.tensor(v, device=pool.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
-    return (pool[chosen.to(pool.device)] - mean) / std
-
-
-@torch.no_grad()
-def _log_softmax(teacher: Backbone, head: Head, pixels: Tensor, image_size: int) -> Tensor:
-    images = (enlarge(pixels, image_size).clamp(0, 1) * 255).round().to(torch.uint8)
-    features = teacher(normalize(images, teacher.mean, teacher.std, teacher.dtype), pool=head.pool)
-    return head(features).log_softmax(-1)
-
-
-def step_size(step: int, config: InversionConfig) -> float:
-    """Learning rate of a step: constant, or falling to zero along half a cosine."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+        likelihood[best] = -torch.inf  # no picture serves twice
+        chosen[where] = best
+    return chosen

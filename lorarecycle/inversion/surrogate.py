@@ -1,4 +1,4 @@
-"""Surrogate data of one adapter: synthesised labelled images, teacher logits, kept tokens; and its file."""
+"""Surrogate data: synthesised images with what is known of them (labels, teacher logits, kept tokens); and its file."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from torch import Tensor
 from ..kernels import reference
 from ..runtime.files import load_tensors, save_tensors
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """Labelled images synthesised from one adapter.
+    """Images to meta-train on: synthesised from one adapter, or painted.
 
     Attributes:
         images: uint8 [n, 3, H, W].
-        labels: int64 [n], indices into `class_names`.
-        teacher_logits: float32 [n, C], the adapter's own answer to the images.
-        class_names: C names.
+        labels: int64 [n], indices into `class_names`; None for painted pictures, which show no class.
+        teacher_logits: float32 [n, C], the adapter's own answer to the images; None where nothing asked for it.
+        class_names: C names; none for painted pictures.
         patch_size: side of the patches that `kept` and `scores` count.
         kept: int64 [n, k], patch tokens left after pruned inversion, ascending; None where nothing was pruned.
         scores: float32 [n, N], attention of the class token in the last block (Eq. 5); masks to any sparsity.
-        adapter: name of the adapter.
-        adapter_digest: its `Adapter.digest()`.
+        adapter: name of the adapter; "" for painted pictures.
+        adapter_digest: its `Adapter.weights_digest()`.
         config: settings it was made with.
 
     Raises:
@@ -40,8 +41,8 @@ class Surrogate:
     """
 
     images: Tensor
-    labels: Tensor
-    teacher_logits: Tensor
+    labels: Tensor | None
+    teacher_logits: Tensor | None
     class_names: tuple[str, ...]
     patch_size: int
     kept: Tensor | None = None
@@ -54,10 +55,11 @@ class Surrogate:
         n = len(self.images)
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}.")
-        for name, rows in (("labels", self.labels), ("teacher_logits", self.teacher_logits)):
-            if len(rows) != n:
+        for name in ("labels", "teacher_logits", "kept", "scores"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != n:
                 raise ValueError(f"`{name}` must have one row per image ({n}), got {len(rows)}.")
-        if self.teacher_logits.shape[1] != len(self.class_names):
+        if self.teacher_logits is not None and self.teacher_logits.shape[1] != len(self.class_names):
             raise ValueError(
                 f"`teacher_logits` must have a column per class ({len(self.class_names)}), "
                 f"got {list(self.teacher_logits.shape)}."
@@ -83,15 +85,12 @@ class Surrogate:
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one safetensors file atomically."""
-        tensors = {
-            "images": self.images,
-            "labels": self.labels,
-            "teacher_logits": self.teacher_logits.float(),
-        }
-        if self.kept is not None:
-            tensors["kept"] = self.kept.to(torch.int32)
-        if self.scores is not None:
-            tensors["scores"] = self.scores.float()
+        dtypes = {"teacher_logits": torch.float32, "kept": torch.int32, "scores": torch.float32}
+        tensors = {}
+        for name in ("images", "labels", "teacher_logits", "kept", "scores"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
         meta = {
             "surrogate_format": FORMAT,
             "class_names": list(self.class_names),
@@ -112,14 +111,15 @@ class Surrogate:
         """
         tensors, raw = load_tensors(path)
         meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
-        if meta.get("surrogate_format") != FORMAT:
+        if meta.get("surrogate_format") not in READABLE:
             raise ValueError(
-                f"{path} must be a surrogate of format {FORMAT}, got {meta.get('surrogate_format')}; make it again."
+                f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')}; make it "
+                "again."
             )
         return cls(
             images=tensors["images"],
-            labels=tensors["labels"],
-            teacher_logits=tensors["teacher_logits"],
+            labels=tensors.get("labels"),
+            teacher_logits=tensors.get("teacher_logits"),
             class_names=tuple(meta["class_names"]),
             patch_size=meta["patch_size"],
             kept=tensors["kept"].long() if "kept" in tensors else None,

@@ -41,10 +41,17 @@ class EpisodeSampler:
     def __init__(self, surrogates: Sequence[Surrogate], config: MetaConfig, seed: int = 0) -> None:
         class_counts = [len(s.class_names) for s in surrogates]
         check_episodes(class_counts, [s.adapter for s in surrogates], config)
+        for surrogate in surrogates:
+            if surrogate.teacher_logits is None and config.interpolation < 1:
+                raise ValueError(
+                    f"surrogate of {surrogate.adapter!r} must hold teacher logits for episodes within its classes, got "
+                    "none; make it with teacher_logits=True, or set interpolation=1.0."
+                )
         self.config, self.seed = config, seed
         self.members: list[list[Tensor]] = []
         offset = 0
         for surrogate in surrogates:
+            assert surrogate.labels is not None  # it has classes
             rows = [offset + (surrogate.labels == c).nonzero()[:, 0] for c in range(len(surrogate.class_names))]
             for name, row in zip(surrogate.class_names, rows, strict=True):
                 if len(row) < config.n_shot + config.n_query:
@@ -85,6 +92,33 @@ class EpisodeSampler:
             chosen = [self.classes[int(i)] for i in order]
             if len({pool for pool, _ in chosen}) > 1:
                 return chosen
+
+
+class ImageSampler:
+    """Draws images for steps that look at no label, as many as an episode has; those of a step depend on the seed and
+    the step alone.
+
+    Args:
+        surrogates: any images.
+        config: n_way, n_shot, n_query: their number is `n_way * (n_shot + n_query)`, or all there are.
+        seed: of all draws.
+
+    Raises:
+        ValueError: no images.
+    """
+
+    def __init__(self, surrogates: Sequence[Surrogate], config: MetaConfig, seed: int = 0) -> None:
+        self.total = sum(len(s.images) for s in surrogates)
+        if not self.total:
+            raise ValueError("`surrogates` must hold at least one image, got none.")
+        self.count = min(self.total, config.n_way * (config.n_shot + config.n_query))
+        self.seed = seed
+
+    def __call__(self, step: int) -> Episode:
+        """The images of a step; labels and teacher classes are empty."""
+        rows = torch.randperm(self.total, generator=stream(self.seed, "episode", step))[: self.count]
+        none = torch.empty(0, dtype=torch.int64)
+        return Episode(rows, none, none, cross_task=False)
 
 
 def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: MetaConfig) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..data.images import normalize
-from ..inversion.painted import enlarge
 from ..vit.backbone import Backbone
+from ..vit.features import normalized_batches
 from ..vit.positions import magnify, mirror
 
 
@@ -27,8 +28,9 @@ def feature_targets(
     """Features of surrogates under a guide that sees them larger than the student does.
 
     A Vision Transformer loses much when it reads images at a lower resolution than it was pre-trained with. The guide
-    does not: it enlarges them first. A student that follows it learns from unlabelled images what no adapter says. All
-    targets get the length of their mean, which a nearest-centre classifier then need not sort out.
+    does not: it enlarges them first. A student that follows it learns to give, at the lower resolution, the features of
+    the higher one; no labels are needed. All targets are scaled to their mean length, as nearest class centres compare
+    lengths too.
 
     Args:
         backbone: its device and dtype are used.
@@ -49,16 +51,15 @@ def feature_targets(
     model = backbone if guide is None else backbone.merge(guide)
     columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
     side = size // backbone.patch_size
+    own = itertools.repeat(None) if kept is None else kept.split(batch_size)
     parts = []
-    for first in range(0, len(images), batch_size):
-        part = slice(first, first + batch_size)
-        pixels = enlarge(images[part].to(backbone.device).float(), size).round().clamp(0, 255).to(torch.uint8)
-        views = [pixels, pixels.flip(-1)] if flip else [pixels]
+    for x, index in zip(normalized_batches(model, images, size=size, batch_size=batch_size), own, strict=False):
+        views = [x, x.flip(-1)] if flip else [x]
         read = None
-        if kept is not None:
-            own = magnify(kept[part].to(backbone.device), (rows, columns), (side, side))
-            read = torch.cat([own, mirror(own, side)] if flip else [own])
-        features = model(normalize(torch.cat(views), model.mean, model.std, model.dtype), kept=read).float()
+        if index is not None:
+            finer = magnify(index.to(backbone.device), (rows, columns), (side, side))
+            read = torch.cat([finer, mirror(finer, side)] if flip else [finer])
+        features = model(torch.cat(views), kept=read).float()
         parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
     targets = torch.cat(parts)
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()

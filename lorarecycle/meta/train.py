@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..config import MetaConfig, as_plain
-from ..data.images import normalize
+from ..config import MetaConfig, as_config, as_plain
 from ..inversion.surrogate import Surrogate
 from ..runtime.files import load_tensors, save_tensors
 from ..runtime.progress import track
@@ -23,11 +22,11 @@ from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiled
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
-from ..vit.positions import mirror
-from .episodes import Episode, EpisodeSampler
+from .bank import fill_bank
+from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
-from .prototypes import distance_logits
-from .warm_start import common_gain, warm_start
+from .loss import episode_loss, query_loss
+from .warm_start import start_factors
 
 CHECKPOINT_EVERY = 100
 
@@ -39,28 +38,15 @@ class MetaTraining(NamedTuple):
     """Without a head."""
     losses: Tensor
     """float32 [steps]: loss of every episode."""
-
-
-class Bank(NamedTuple):
-    """All surrogates side by side on the backbone's device."""
-
-    images: Tensor
-    """uint8 [n, 3, H, W]"""
-    teacher_logits: Tensor
-    """float32 [n, C], padded with zeros to the largest number of classes"""
-    kept: Tensor | None
-    """int64 [n, k]"""
-    columns: int
-    """patches in a row of the grid"""
-    targets: Tensor | None = None
-    """float32 [n, D], features to follow"""
+    seconds: dict[str, float]
+    """that each stage took"""
 
 
 def meta_train(
     backbone: Backbone,
     surrogates: Sequence[Surrogate],
-    config: MetaConfig | None = None,
     *,
+    config: MetaConfig | Mapping[str, Any] | None = None,
     adapters: Sequence[Adapter] = (),
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
@@ -71,14 +57,14 @@ def meta_train(
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
     Within an adapter's classes the student follows the teacher's stored logits (KL, Eq. 3a), across adapters the
-    labels (cross-entropy, Eq. 4). With `config.distill` its features follow those of a guide as well, or (at 1, the
-    default) instead: those of the warm start, or of the plain backbone where there is none, at a higher resolution (see
-    `feature_targets`).
+    labels (cross-entropy, Eq. 4). With `config.guide_weight` its features follow those of a guide as well, or (at 1,
+    the default) instead: those of the warm start, or of the plain backbone where there is none, at a higher resolution
+    (see `feature_targets`). Then labels and logits are not needed and episodes are any images.
 
     Args:
         backbone: frozen; its device and dtype are used.
         surrogates: of one image size; real images work too.
-        config: settings; `MetaConfig()` when None.
+        config: settings, or a mapping of those that differ; `MetaConfig()` when None.
         adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
@@ -88,33 +74,34 @@ def meta_train(
         quiet: show no progress bar.
 
     Returns:
-        `MetaTraining(meta_lora, losses)`.
+        `MetaTraining(meta_lora, losses, seconds)`.
 
     Raises:
-        ValueError: too few classes or images, surrogates that do not go together, a checkpoint of other settings, no
-            adapters where training starts from them.
+        ValueError: too few classes or images, surrogates that do not go together or lack what the loss needs, a
+            checkpoint of other settings, no adapters where training starts from them.
     """
-    config = config or MetaConfig()
+    config = as_config(MetaConfig, config)
     if config.init == "adapters" and not adapters:
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
-    sampler = EpisodeSampler(surrogates, config, seed)
-    bank = fill_bank(backbone, surrogates, config.sparsity)
+    clock, start = {}, time.perf_counter()
     lora = random_factors(backbone, config, seed)
     guide = None
     if config.init == "adapters":
-        gain = common_gain(adapters, lora, backbone) if config.gain is None else config.gain
-        lora = warm_start(adapters, lora, gain=gain)
+        lora = start_factors(adapters, lora, backbone, gain=config.warm_start_gain)
         guide = lora.to_adapter(name="guide", like=backbone)
-    if config.distill > 0:
-        targets = feature_targets(
-            backbone,
-            guide,
-            bank.images,
-            kept=bank.kept,
-            image_size=config.guide_size,
-            flip=config.flip,
-        )
+        clock["warm start"] = time.perf_counter() - start
+    if config.steps == 0:
+        return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock)
+    draw = (
+        ImageSampler(surrogates, config, seed) if config.guide_weight == 1 else EpisodeSampler(surrogates, config, seed)
+    )
+    bank = fill_bank(backbone, surrogates, config.sparsity)
+    start = time.perf_counter()
+    if config.guide_weight > 0:
+        size, flip = config.guide_size, config.flip
+        targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip)
         bank = bank._replace(targets=targets)
+        clock["guide features"] = time.perf_counter() - start
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
@@ -122,22 +109,24 @@ def meta_train(
         "config": as_plain(config),
         "seed": seed,
         "surrogates": [s.adapter_digest for s in surrogates],
-        "adapters": [a.digest() for a in adapters] if config.init == "adapters" else [],
+        "adapters": [a.weights_digest() for a in adapters] if config.init == "adapters" else [],
         "backbone": backbone.digest(),
     }
     loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
-    for step in track(range(done, config.steps), "meta-train", quiet=quiet, initial=done):
+    start = time.perf_counter()
+    for step in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config, lr)
         generator = stream(seed, "flip", step)
-        loss = episode_loss(backbone, lora, bank, sampler(step), config, generator, loss_of)
+        loss = episode_loss(backbone, lora, bank, draw(step), config, generator, loss_of)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
         if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
             _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
-    return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu())
+    clock["meta-training"] = time.perf_counter() - start
+    return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock)
 
 
 def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
@@ -180,100 +169,6 @@ def learning_rate(step: int, config: MetaConfig, lr: float) -> float:
         return config.lr_min + (lr - config.lr_min) * phase / warmup
     progress = (phase - warmup) / (cycle - warmup)
     return config.lr_min + (lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: float | None = None) -> Bank:
-    """Put surrogates side by side.
-
-    Args:
-        backbone: model that will see them.
-        surrogates: of one image size.
-        sparsity: mask every surrogate to this share from its scores; None takes their kept tokens as they are.
-
-    Raises:
-        ValueError: sizes, patch size or numbers of kept tokens that differ.
-    """
-    if sparsity is not None:
-        surrogates = [s.masked(sparsity) for s in surrogates]
-    for what, values in (
-        ("image size", [tuple(s.images.shape[-2:]) for s in surrogates]),
-        ("patch size", [s.patch_size for s in surrogates] + [backbone.patch_size]),
-        ("number of kept tokens", [None if s.kept is None else s.kept.shape[1] for s in surrogates]),
-    ):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"`surrogates` must share one {what}, got {sorted(set(values), key=str)}; invert them anew."
-            )
-    width = max(s.teacher_logits.shape[1] for s in surrogates)
-    logits = [F.pad(s.teacher_logits, (0, width - s.teacher_logits.shape[1])) for s in surrogates]
-    kept = [s.kept for s in surrogates if s.kept is not None]
-    device = backbone.device
-    return Bank(
-        torch.cat([s.images for s in surrogates]).to(device),
-        torch.cat(logits).to(device),
-        torch.cat(kept).to(device) if kept else None,
-        surrogates[0].grid[1],
-    )
-
-
-def episode_loss(
-    backbone: Backbone,
-    lora: LoRA,
-    bank: Bank,
-    episode: Episode,
-    config: MetaConfig,
-    generator: torch.Generator,
-    loss_of: Callable[..., Tensor],
-) -> Tensor:
-    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters.
-
-    `loss_of` is `query_loss` or its compiled form; everything around it is gathering and drawing.
-    """
-    device = backbone.device
-    rows, labels = episode.images.to(device), episode.labels.to(device)
-    images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
-    if config.flip:
-        flip = (torch.rand(len(rows), generator=generator) < 0.5).to(device)
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-        kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
-    S = config.n_way * config.n_shot
-    if episode.cross_task:
-        targets = F.one_hot(labels[S:], config.n_way).float()
-    else:
-        targets = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)].softmax(-1)
-    images = normalize(images, backbone.mean, backbone.std, backbone.dtype)
-    follow = None if bank.targets is None else bank.targets[rows]
-    return loss_of(backbone, lora, images, kept, targets, config, follow)
-
-
-def query_loss(
-    backbone: Backbone,
-    lora: LoRA,
-    images: Tensor,
-    kept: Tensor | None,
-    targets: Tensor,
-    config: MetaConfig,
-    follow: Tensor | None = None,
-) -> Tensor:
-    """KL of the targets from the nearest-centre probabilities (Eq. 3); the cross-entropy of Eq. 4 for one-hot targets.
-
-    Args:
-        backbone: wears `lora`.
-        images: normalised, [n_way * (n_shot + n_query), 3, H, W]: the support, class after class, then the queries.
-        kept: int64 [images, k], patches to read; all when None.
-        targets: class probabilities of the queries, float32 [n_way * n_query, n_way].
-        config: n_way, n_shot, distance, distill.
-        follow: features that those of the images should have, float32 [images, D]: their mean squared distance has
-            the share `distill` of the loss.
-    """
-    features = backbone(images, lora=lora, kept=kept).float()
-    if follow is not None and config.distill == 1:
-        return F.mse_loss(features, follow)
-    S = config.n_way * config.n_shot
-    centres = features[:S].unflatten(0, (config.n_way, config.n_shot)).mean(dim=1)
-    logits = distance_logits(features[S:], centres, config.distance)
-    loss = F.kl_div(logits.log_softmax(-1), targets, reduction="batchmean")
-    return loss if follow is None else torch.lerp(loss, F.mse_loss(features, follow), config.distill)
 
 
 def _write_checkpoint(

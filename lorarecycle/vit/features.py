@@ -49,6 +49,7 @@ def extract_features(
     backbone: Backbone,
     images: ImageInput,
     *,
+    size: int | None = None,
     lora: LoRA | None = None,
     pool: str = "token",
     batch_size: int = 64,
@@ -59,7 +60,8 @@ def extract_features(
 
     Args:
         backbone: the frozen model; its device and dtype are used.
-        images: whatever `to_batches` takes, such as uint8 [n, 3, H, W]; resized to `backbone.image_size`.
+        images: whatever `to_batches` takes, such as uint8 [n, 3, H, W].
+        size: side in pixels that they are resized to; `backbone.image_size` when None.
         lora: trainable factors to wear, un-merged.
         pool: which feature, see `Head.pool`.
         batch_size: images per forward pass.
@@ -71,5 +73,5 @@ def extract_features(
     """
     if isinstance(images, Tensor) and images.ndim == 4 and not len(images):
         return torch.empty(0, backbone.embed_dim * (2 if pool == "token+mean" else 1))
-    batches = normalized_batches(backbone, images, batch_size=batch_size, name=name, quiet=quiet)
+    batches = normalized_batches(backbone, images, size=size, batch_size=batch_size, name=name, quiet=quiet)
     return torch.cat([backbone(batch, lora=lora, pool=pool).float().cpu() for batch in batches])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..kernels import cls_topk_gather, reference, select_tokens
 from .attention import AttentionKind, attend, check_attention
 from .lora import LoRA
-from .lora_stack import LoRAStack, Worn
 from .support import require_plain_vit, share
 
 
@@ -112,8 +111,7 @@ class Encoder(nn.Module):
         self,
         images: Tensor,
         *,
-        lora: LoRA | LoRAStack | None = None,
-        adapter_ids: Tensor | None = None,
+        lora: LoRA | None = None,
         prune: Mapping[int, float] | None = None,
         kept: Tensor | None = None,
         pool: str = "token",
@@ -122,8 +120,7 @@ class Encoder(nn.Module):
 
         Args:
             images: normalised, [B, 3, H, W], any float dtype.
-            lora: factors to wear on top of the weights: trainable ones, or a stack of many adapters.
-            adapter_ids: int [B], which adapter of the stack each image wears, -1 for none; with a stack only.
+            lora: trainable factors to wear on top of the weights.
             prune: `{layer: ratio}`, patch tokens dropped on the way (Sec. 4.3).
             kept: int64 [B, N'], patches to read; the others are never embedded.
             pool: which feature, see `Head.pool`.
@@ -131,9 +128,7 @@ class Encoder(nn.Module):
         Returns:
             [B, D], or [B, 2 D] with `pool="token+mean"`.
         """
-        encoding = self.encode(
-            images, lora=lora, adapter_ids=adapter_ids, prune=prune, kept=kept, class_token_only=pool == "token"
-        )
+        encoding = self.encode(images, lora=lora, prune=prune, kept=kept, class_token_only=pool == "token")
         return self.pool(encoding.tokens, pool)
 
     def pool(self, tokens: Tensor, pool: str = "token") -> Tensor:
@@ -151,8 +146,7 @@ class Encoder(nn.Module):
         self,
         images: Tensor,
         *,
-        lora: LoRA | LoRAStack | None = None,
-        adapter_ids: Tensor | None = None,
+        lora: LoRA | None = None,
         prune: Mapping[int, float] | None = None,
         kept: Tensor | None = None,
         scores: bool = False,
@@ -165,15 +159,13 @@ class Encoder(nn.Module):
             class_token_only: only the class token of the last block is computed, the rest of its output is not.
 
         Raises:
-            ValueError: `adapter_ids` without a stack or a stack without them, not one for each image, ids that the
-                stack does not have, or tokens that cannot be pruned so.
+            ValueError: tokens that cannot be pruned so.
         """
-        worn = _worn(lora, adapter_ids, images.shape[0])
         x = self._embed(images.to(self.dtype), kept)
         keep = self.kept_per_layer(prune or {}, x.shape[1] - self.num_prefix_tokens)
         attention = None
         for i, block in enumerate(self.vit.blocks):
-            q, k, v = self._qkv(i, block, x, worn)
+            q, k, v = self._qkv(i, block, x, lora)
             last = i == self.num_blocks - 1
             if last and scores:
                 attention = reference.cls_attention(q, k, self.num_prefix_tokens)
@@ -187,11 +179,11 @@ class Encoder(nn.Module):
                 x, index = cls_topk_gather(q, k, x, keep[i], self.num_prefix_tokens)
                 rows = reference.gather_tokens(q.transpose(1, 2).flatten(2), index, self.num_prefix_tokens)
                 q = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            x = x + block.ls1(self._attention_output(i, block, q, k, v, worn))
+            x = x + block.ls1(self._attention_output(i, block, q, k, v, lora))
             if index is not None:
                 kept = index if kept is None else kept.gather(1, index)
                 attention = attention.gather(1, index) if attention is not None else None
-            x = x + block.ls2(self._mlp(i, block, block.norm2(x), worn))
+            x = x + block.ls2(self._mlp(i, block, block.norm2(x), lora))
         return Encoding(x, kept, attention)
 
     def _embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
@@ -234,19 +226,17 @@ class Encoder(nn.Module):
             num_prefix_tokens=0,
         )
 
-    def _qkv(self, i: int, block: Any, x: Tensor, lora: LoRA | Worn | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         qkv = _linear(f"blocks.{i}.attn.qkv", attn.qkv, block.norm1(x), lora)
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return attn.q_norm(q), attn.k_norm(k), v
 
-    def _attention_output(
-        self, i: int, block: Any, q: Tensor, k: Tensor, v: Tensor, lora: LoRA | Worn | None
-    ) -> Tensor:
+    def _attention_output(self, i: int, block: Any, q: Tensor, k: Tensor, v: Tensor, lora: LoRA | None) -> Tensor:
         x = attend(q, k, v, self.attention)
         return _linear(f"blocks.{i}.attn.proj", block.attn.proj, block.attn.norm(x), lora)
 
-    def _mlp(self, i: int, block: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:
+    def _mlp(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> Tensor:
         mlp = block.mlp
         if lora is None or not lora.adapts(f"blocks.{i}.mlp."):
             return mlp(x)
@@ -264,18 +254,5 @@ def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
     return nn.functional.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
 
 
-def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | Worn | None) -> Tensor:
+def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | None) -> Tensor:
     return layer(x) if lora is None else lora.linear(name, layer, x)
-
-
-def _worn(lora: LoRA | LoRAStack | None, adapter_ids: Tensor | None, B: int) -> LoRA | Worn | None:
-    if isinstance(lora, LoRAStack):
-        if adapter_ids is None:
-            raise ValueError("`adapter_ids` must say which adapter of the `LoRAStack` each image wears, got None.")
-        worn = lora.worn_by(adapter_ids)
-        if len(adapter_ids) != B:
-            raise ValueError(f"`adapter_ids` must hold one id per image, {B}, got {len(adapter_ids)}.")
-        return worn
-    if adapter_ids is not None:
-        raise ValueError(f"`adapter_ids` must come with a `LoRAStack` in `lora`, got {type(lora).__name__}.")
-    return lora

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, Head, LoRAFactors
 from ..kernels import lora_qkv, reference
 from ..kernels.lora_qkv import MAX_RANK
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 SITE_NAMES = {
     "q": "attn.q",
@@ -25,6 +22,20 @@ SITE_NAMES = {
     "fc2": "mlp.fc2",
 }
 _LAYERS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), **{f"{s}": (s,) for s in SITE_NAMES.values()}}
+
+
+class Sites(Protocol):
+    """What factors ask of the model that they are for, such as a `Backbone`."""
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_blocks: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def site_shape(self, site: str) -> tuple[int, int]: ...
 
 
 class LoRA(nn.Module):
@@ -43,7 +54,7 @@ class LoRA(nn.Module):
     @classmethod
     def random(
         cls,
-        backbone: Backbone,
+        backbone: Sites,
         *,
         r: int = 4,
         lora_alpha: float = 4.0,
@@ -87,7 +98,7 @@ class LoRA(nn.Module):
             for site, s in self.scalings.items()
         }
 
-    def to_adapter(self, *, name: str, like: Backbone, head: Head | None = None) -> Adapter:
+    def to_adapter(self, *, name: str, like: Sites, head: Head | None = None) -> Adapter:
         """An `Adapter` that holds copies of the factors, for the model `like`."""
         return Adapter(self.factors(), head, base_model=like.name, mean=like.mean, std=like.std, name=name)
 
@@ -141,12 +152,6 @@ def linear(
         return lora_qkv(x, layer.weight, layer.bias, *factors, adapter_ids=adapter_ids)
     lora_A, lora_B = (factor.to(x.dtype) for factor in factors)
     return reference.lora_qkv(x, layer.weight, layer.bias, lora_A, lora_B, adapter_ids=adapter_ids)
-
-
-def layer_of(site: str) -> str:
-    """The linear layer that holds a site: "blocks.3.attn.qkv" for "blocks.3.attn.q"."""
-    prefix, _, name = site.rpartition(".")
-    return f"{prefix}.qkv" if name in ("q", "k", "v") else site
 
 
 def _widths(name: str, layer: nn.Linear) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 import torch
 
-from lorarecycle.inversion.painted import draw_shapes, enlarge
+from lorarecycle.data.images import enlarge
+from lorarecycle.inversion.painted import paint_pictures
 
 
 def draw(n: int = 64, size: int = 32, seed: int = 0) -> torch.Tensor:
-    return draw_shapes(n, size, torch.Generator().manual_seed(seed))
+    return paint_pictures(n, size, torch.Generator().manual_seed(seed))
 
 
 def test_images_are_in_range_and_follow_the_seed():

@@ -48,17 +48,6 @@ def test_the_network_given_stays_as_it_is_and_gradients_reach_the_images():
     assert net[0].weight.requires_grad
 
 
-def test_batches_side_by_side_keep_their_own_statistics():
-    prior = BatchNormPrior(network())
-    images = torch.randn(5, 3, 9, 9, requires_grad=True)
-    losses = prior(images, HALF, HALF, rows=(2, 3))
-    alone = torch.stack([prior(part, HALF, HALF) for part in images.split((2, 3))])
-    torch.testing.assert_close(losses, alone)
-    weights = torch.tensor([1.0, 2.0])
-    gradients = [torch.autograd.grad((value * weights).sum(), images)[0] for value in (losses, alone)]
-    torch.testing.assert_close(*gradients)
-
-
 def test_reference_gradient():
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     mean, var = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)

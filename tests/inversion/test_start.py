@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lorarecycle import InversionConfig, invert
-from lorarecycle.data.images import normalize
-from lorarecycle.inversion.painted import enlarge
-from lorarecycle.inversion.start import first_canvas, step_size
+from lorarecycle.data.images import enlarge, normalize
+from lorarecycle.inversion.invert import step_size
+from lorarecycle.inversion.start import start_images
 from lorarecycle.runtime.seeds import stream
 
 FAST = {
@@ -23,7 +23,7 @@ LABELS = torch.arange(3).repeat(4)
 
 def start(backbone, adapter, **settings) -> torch.Tensor:
     config = InversionConfig(**FAST | settings)
-    return first_canvas(backbone.merge(adapter), adapter.head, LABELS, config, stream(0, "test"))
+    return start_images(backbone.merge(adapter), adapter.head, LABELS, config, stream(0, "test"))
 
 
 def likelihood(backbone, adapter, canvas) -> float:
@@ -39,10 +39,10 @@ def test_noise_is_what_it_was(tiny_backbone, make_adapter):
     assert torch.equal(canvas, torch.randn(12, 3, 32, 32, generator=stream(0, "test")))
 
 
-def test_the_teacher_chooses_among_shapes(tiny_backbone, make_adapter):
+def test_the_teacher_chooses_among_pictures(tiny_backbone, make_adapter):
     adapter = make_adapter(tiny_backbone)
-    few = start(tiny_backbone, adapter, init="shapes", candidates=1, latent_size=16)
-    many = start(tiny_backbone, adapter, init="shapes", candidates=16, latent_size=16)
+    few = start(tiny_backbone, adapter, init="painted", candidates=1, latent_size=16)
+    many = start(tiny_backbone, adapter, init="painted", candidates=16, latent_size=16)
     assert few.shape == many.shape == (12, 3, 16, 16)
     assert many.min() >= -1
     assert many.max() <= 1
@@ -50,11 +50,11 @@ def test_the_teacher_chooses_among_shapes(tiny_backbone, make_adapter):
     assert likelihood(tiny_backbone, adapter, many) > likelihood(tiny_backbone, adapter, few) + 0.5
 
 
-@pytest.mark.parametrize("init", ["noise", "shapes"])
+@pytest.mark.parametrize("init", ["noise", "painted"])
 def test_smaller_images_are_optimised_and_come_back_enlarged(tiny_backbone, make_adapter, init):
     adapter = make_adapter(tiny_backbone)
     config = InversionConfig(**FAST | {"init": init, "latent_size": 16, "schedule": "cosine", "lr": 0.1})
-    surrogate = invert(tiny_backbone, adapter, config, quiet=True)
+    surrogate = invert(tiny_backbone, adapter, config=config, quiet=True)
     assert surrogate.images.shape == (12, 3, 32, 32)
     assert (surrogate.teacher_logits.argmax(1) == surrogate.labels).float().mean() > 0.9
     power = torch.fft.rfft2(surrogate.images.float() - surrogate.images.float().mean(dim=(2, 3), keepdim=True)).abs()

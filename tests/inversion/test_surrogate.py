@@ -25,7 +25,10 @@ def surrogate(**changes) -> Surrogate:
     return Surrogate(**fields)
 
 
-@pytest.mark.parametrize("changes", [{}, {"kept": None}, {"scores": None}])
+UNLABELLED = {"labels": None, "teacher_logits": None, "class_names": ()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"kept": None}, {"scores": None}, UNLABELLED])
 def test_file_round_trip(tmp_path, changes):
     made = surrogate(**changes)
     found = Surrogate.load(made.save(tmp_path / "s.safetensors"))
@@ -57,7 +60,7 @@ def test_bad_surrogates(tmp_path):
         surrogate().masked(1.0)
     with pytest.raises(ValueError, match="must hold scores"):
         surrogate(scores=None).masked(0.5)
-    with pytest.raises(ValueError, match="must be a surrogate of format 1, got None"):
+    with pytest.raises(ValueError, match=r"must be a surrogate of a format in \(1, 2\), got None"):
         Surrogate.load(save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}))
     path = surrogate().save(tmp_path / "s.safetensors")
     path.write_bytes(path.read_bytes()[:-30])

@@ -1,10 +1,12 @@
 """Episodes: what they are made of, and that a step decides them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lorarecycle import MetaConfig, Surrogate
-from lorarecycle.meta.episodes import EpisodeSampler
+from lorarecycle.meta.episodes import EpisodeSampler, ImageSampler
 
 
 def pool(name: str, n_classes: int, per_class: int = 6) -> Surrogate:
@@ -89,3 +91,20 @@ def test_seed_and_step_decide():
 def test_bad_input(pools, config, message):
     with pytest.raises(ValueError, match=message):
         EpisodeSampler(pools, config)
+
+
+def test_images_without_labels():
+    pictures = Surrogate(torch.zeros(30, 3, 8, 8, dtype=torch.uint8), None, None, (), 8)
+    draw = ImageSampler([pictures, pictures], CONFIG, seed=1)
+    rows = [draw(step).images for step in range(20)]
+    assert all(len(r) == len(set(r.tolist())) == 18 and r.max() < 60 for r in rows)
+    assert torch.equal(rows[3], ImageSampler([pictures, pictures], CONFIG, seed=1)(3).images)
+    assert not torch.equal(rows[3], rows[4])
+    assert len(ImageSampler([pictures], MetaConfig(), seed=1)(0).images) == 30, "80 where there are so many"
+
+
+def test_episodes_within_an_adapter_ask_for_its_answers():
+    silent = replace(POOLS[0], teacher_logits=None)
+    with pytest.raises(ValueError, match=r"surrogate of 'a' must hold teacher logits .* or set interpolation=1.0"):
+        EpisodeSampler([silent, *POOLS[1:]], CONFIG)
+    EpisodeSampler([silent, *POOLS[1:]], replace(CONFIG, interpolation=1.0))

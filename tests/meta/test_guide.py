@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from lorarecycle.data.images import normalize
-from lorarecycle.inversion.painted import enlarge
+from lorarecycle.data.images import normalize, to_uint8
 from lorarecycle.meta.guide import feature_targets, native_size
 from lorarecycle.vit.backbone import Backbone
 
@@ -15,7 +14,7 @@ def test_targets_are_the_guides_features_at_its_size(tiny_vit, make_adapter, tin
     images = tiny_data.resize(16).images[:10]
     assert native_size(small) == 32
     targets = feature_targets(small, guide, images, batch_size=4)
-    pixels = enlarge(images.float(), 32).round().clamp(0, 255).to(torch.uint8)
+    pixels = to_uint8(images, 32)
     views = [small.merge(guide)(normalize(v, small.mean, small.std)) for v in (pixels, pixels.flip(-1))]
     expected = (views[0] + views[1]) / 2
     torch.testing.assert_close(F.normalize(targets, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
@@ -44,7 +43,7 @@ def test_the_guide_sees_what_a_sparse_student_sees(tiny_vit, make_adapter, tiny_
     kept = torch.tensor([[1, 2]] * 6)
     targets = feature_targets(small, guide, images, kept=kept, flip=False, batch_size=4)
     model = small.merge(guide)
-    pixels = enlarge(images.float(), 32).round().clamp(0, 255).to(torch.uint8)
+    pixels = to_uint8(images, 32)
     finer = torch.tensor([[2, 3, 6, 7, 8, 9, 12, 13]] * 6)
     expected = model(normalize(pixels, small.mean, small.std), kept=finer)
     torch.testing.assert_close(F.normalize(targets, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)

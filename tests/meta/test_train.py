@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from lorarecycle import MetaConfig, Surrogate, meta_train
 from lorarecycle.data.images import normalize
 from lorarecycle.meta import train as module
+from lorarecycle.meta.bank import fill_bank
 from lorarecycle.meta.episodes import EpisodeSampler
-from lorarecycle.meta.train import default_lr, episode_loss, fill_bank, learning_rate, query_loss
+from lorarecycle.meta.loss import episode_loss, query_loss
+from lorarecycle.meta.train import default_lr, learning_rate
 from lorarecycle.vit.lora import LoRA
 
-CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False, init="random", distill=0.0)
+CONFIG = MetaConfig(steps=12, n_way=3, n_shot=2, n_query=4, flip=False, init="random", guide_weight=0.0)
 
 
 def surrogates(data, n_adapters=2, kept=None) -> list[Surrogate]:
@@ -58,7 +60,7 @@ def test_training_lowers_the_loss_and_only_the_meta_lora_changes(tiny_backbone, 
     before = {k: v.clone() for k, v in tiny_backbone.state_dict().items()}
     changes = {"steps": 60, "lr": 1e-2, "sites": ("q", "v", "fc1"), "layers": (1, 2), "flip": True}
     config = MetaConfig(**{**vars(CONFIG), **changes})
-    result = meta_train(tiny_backbone, surrogates(make_data(noise=120.0)), config, quiet=True)
+    result = meta_train(tiny_backbone, surrogates(make_data(noise=120.0)), config=config, quiet=True)
     assert result.losses[-15:].mean() < 0.7 * result.losses[:15].mean()
     assert result.meta_lora.head is None
     assert result.meta_lora.sites[:3] == ("blocks.1.attn.q", "blocks.1.attn.v", "blocks.1.mlp.fc1")
@@ -69,11 +71,11 @@ def test_training_lowers_the_loss_and_only_the_meta_lora_changes(tiny_backbone, 
 
 def test_sparse_tokens(tiny_backbone, tiny_data):
     pools = surrogates(tiny_data)
-    dense = meta_train(tiny_backbone, pools, CONFIG, quiet=True)
-    everything = meta_train(tiny_backbone, [s.masked(0.0) for s in pools], CONFIG, quiet=True)
+    dense = meta_train(tiny_backbone, pools, config=CONFIG, quiet=True)
+    everything = meta_train(tiny_backbone, [s.masked(0.0) for s in pools], config=CONFIG, quiet=True)
     torch.testing.assert_close(dense.losses, everything.losses, rtol=1e-3, atol=1e-4)
-    sparse = meta_train(tiny_backbone, surrogates(tiny_data, kept=0.75), CONFIG, quiet=True)
-    asked = meta_train(tiny_backbone, pools, MetaConfig(**{**vars(CONFIG), "sparsity": 0.75}), quiet=True)
+    sparse = meta_train(tiny_backbone, surrogates(tiny_data, kept=0.75), config=CONFIG, quiet=True)
+    asked = meta_train(tiny_backbone, pools, config=MetaConfig(**{**vars(CONFIG), "sparsity": 0.75}), quiet=True)
     assert torch.equal(sparse.losses, asked.losses)
     assert not torch.equal(sparse.losses, dense.losses)
 
@@ -81,9 +83,9 @@ def test_sparse_tokens(tiny_backbone, tiny_data):
 def test_sparse_training_leaves_a_guide_of_its_own_size_alone(tiny_backbone, tiny_data, make_adapter):
     """The targets differ from the first features in length alone: the guide reads the same patches."""
     adapter = make_adapter(tiny_backbone, head=False)
-    config = MetaConfig(**{**vars(CONFIG), "distill": 1.0, "init": "adapters", "sparsity": 0.5, "flip": False})
+    config = MetaConfig(**{**vars(CONFIG), "guide_weight": 1.0, "init": "adapters", "sparsity": 0.5, "flip": False})
     config = replace(config, steps=1, sites=("q", "v"), layers=None)
-    sparse = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=[adapter], quiet=True)
+    sparse = meta_train(tiny_backbone, surrogates(tiny_data), config=config, adapters=[adapter], quiet=True)
     model, kept = tiny_backbone.merge(adapter), surrogates(tiny_data)[0].masked(0.5).kept
     features = model(normalize(tiny_data.images, model.mean, model.std), kept=kept)
     lengths = features.norm(dim=-1)
@@ -109,14 +111,14 @@ def test_the_default_learning_rate_falls_with_the_width(tiny_backbone, tiny_data
     highest = []
     monkeypatch.setattr(module, "learning_rate", lambda step, config, lr: highest.append(lr) or lr)
     for config in (replace(CONFIG, steps=1), replace(CONFIG, steps=1, lr=0.1)):
-        meta_train(tiny_backbone, surrogates(tiny_data), config, quiet=True)
+        meta_train(tiny_backbone, surrogates(tiny_data), config=config, quiet=True)
     assert highest == [5e-3, 0.1]
 
 
 def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
     pools, path = surrogates(tiny_data), tmp_path / "checkpoint.safetensors"
-    whole = meta_train(tiny_backbone, pools, CONFIG, quiet=True)
+    whole = meta_train(tiny_backbone, pools, config=CONFIG, quiet=True)
 
     calls = 0
     original = module.episode_loss
@@ -130,42 +132,43 @@ def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, mo
 
     monkeypatch.setattr(module, "episode_loss", stopped)
     with pytest.raises(KeyboardInterrupt):
-        meta_train(tiny_backbone, pools, CONFIG, checkpoint=path, quiet=True)
+        meta_train(tiny_backbone, pools, config=CONFIG, checkpoint=path, quiet=True)
     calls = 100
-    resumed = meta_train(tiny_backbone, pools, CONFIG, checkpoint=path, quiet=True)
+    resumed = meta_train(tiny_backbone, pools, config=CONFIG, checkpoint=path, quiet=True)
     assert calls == 100 + 7, "only the steps after the checkpoint at 5 were repeated"
     assert torch.equal(whole.losses, resumed.losses)
     assert whole.meta_lora.digest() == resumed.meta_lora.digest()
     with pytest.raises(ValueError, match="must be of the same settings and surrogates"):
-        meta_train(tiny_backbone, pools, CONFIG, seed=1, checkpoint=path, quiet=True)
+        meta_train(tiny_backbone, pools, config=CONFIG, seed=1, checkpoint=path, quiet=True)
 
 
 def test_surrogates_must_go_together(tiny_backbone, tiny_data):
     a, b = surrogates(tiny_data)
     with pytest.raises(ValueError, match="`surrogates` must share one number of kept tokens"):
-        meta_train(tiny_backbone, [a, b.masked(0.5)], CONFIG, quiet=True)
+        meta_train(tiny_backbone, [a, b.masked(0.5)], config=CONFIG, quiet=True)
     small = surrogates(tiny_data.resize(16))[0]
     with pytest.raises(ValueError, match="`surrogates` must share one image size"):
-        meta_train(tiny_backbone, [a, small], CONFIG, quiet=True)
+        meta_train(tiny_backbone, [a, small], config=CONFIG, quiet=True)
 
 
 def test_training_starts_from_the_adapters(tiny_backbone, tiny_data, make_adapter):
     adapters = [make_adapter(tiny_backbone, seed=i, head=False) for i in range(2)]
     for gain, used in ((2.0, 2.0), (None, 1.0)):  # the factors are large: `common_gain` is 1
-        config = MetaConfig(**{**vars(CONFIG), "steps": 0, "init": "adapters", "r": 8, "gain": gain})
-        untrained = meta_train(tiny_backbone, surrogates(tiny_data), config, adapters=adapters, quiet=True).meta_lora
+        config = MetaConfig(**{**vars(CONFIG), "steps": 0, "init": "adapters", "r": 8, "warm_start_gain": gain})
+        untrained = meta_train(tiny_backbone, [], config=config, adapters=adapters).meta_lora
         for site in adapters[0].sites:
             mean = (adapters[0].delta(site) + adapters[1].delta(site)) / 2
             torch.testing.assert_close(untrained.delta(site), used * mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="`adapters` must be given to start from them, got none"):
-        meta_train(tiny_backbone, surrogates(tiny_data), config, quiet=True)
+        meta_train(tiny_backbone, surrogates(tiny_data), config=config, quiet=True)
 
 
 def test_features_follow_the_guide(tiny_backbone, tiny_data, make_adapter):
     adapters = [make_adapter(tiny_backbone, seed=i, size=0.15) for i in range(2)]
-    settings = {"steps": 60, "init": "adapters", "r": 8, "lr": 5e-3, "guide_size": 48, "distill": 1.0}
+    settings = {"steps": 60, "init": "adapters", "r": 8, "lr": 5e-3, "guide_size": 48, "guide_weight": 1.0}
     pools = surrogates(tiny_data)
-    result = meta_train(tiny_backbone, pools, MetaConfig(**{**vars(CONFIG), **settings}), adapters=adapters, quiet=True)
+    config = {**vars(CONFIG), **settings}
+    result = meta_train(tiny_backbone, pools, config=config, adapters=adapters, quiet=True)
     assert result.losses[-10:].mean() < 0.6 * result.losses[:10].mean()
 
 
@@ -176,7 +179,7 @@ def test_the_two_losses_mix(tiny_backbone, tiny_data):
     bank = bank._replace(targets=torch.randn(len(bank.images), 32, generator=torch.Generator().manual_seed(1)))
     losses = []
     for share in (0.0, 0.25, 1.0):
-        config = MetaConfig(**{**vars(CONFIG), "distill": share})
+        config = MetaConfig(**{**vars(CONFIG), "guide_weight": share})
         episode = EpisodeSampler(pools, config)(0)
         losses.append(episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss).item())
     assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)

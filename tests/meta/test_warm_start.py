@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorarecycle.adapters.adapter import Adapter, LoRAFactors
-from lorarecycle.meta.warm_start import common_gain, warm_start
+from lorarecycle.meta.warm_start import common_gain, start_factors, warm_start
 from lorarecycle.vit.lora import LoRA
 
 
@@ -25,7 +25,7 @@ def cut(matrix: torch.Tensor, r: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [1, 2, 20, 100])
 def test_the_mean_is_amplified_by_the_gain(tiny_backbone, make_adapter, n):
     adapters = [make_adapter(tiny_backbone, seed=i, r=2) for i in range(n)]
-    warm = warm_start(adapters, fresh(tiny_backbone, r=4, lora_alpha=6.0), gain=4.5)
+    warm = start_factors(adapters, fresh(tiny_backbone, r=4, lora_alpha=6.0), tiny_backbone, gain=4.5)
     for site in adapters[0].sites:
         expected = cut(sum(a.delta(site) for a in adapters) * 4.5 / n, 4)
         torch.testing.assert_close(update(warm, site), expected, rtol=1e-4, atol=1e-5)
@@ -65,7 +65,7 @@ def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):
     two = make_adapter(tiny_backbone, seed=2, r=4, sites=("attn.v", "mlp.fc1"), head=False)
     like = fresh(tiny_backbone, r=16, sites=("q", "v", "fc1", "fc2"))
     before = like.factors()
-    warm = warm_start([one, two], like, gain=2.0)
+    warm = start_factors([one, two], like, tiny_backbone, gain=2.0)
     torch.testing.assert_close(update(warm, "blocks.1.attn.q"), one.delta("blocks.1.attn.q"), rtol=1e-4, atol=1e-5)
     both = one.delta("blocks.1.attn.v") + two.delta("blocks.1.attn.v")
     torch.testing.assert_close(update(warm, "blocks.1.attn.v"), both, rtol=1e-4, atol=1e-5)
@@ -79,9 +79,8 @@ def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):
 
 
 def test_factors_are_balanced(tiny_backbone, make_adapter):
-    warm = warm_start(
-        [make_adapter(tiny_backbone, seed=i) for i in range(3)], fresh(tiny_backbone, r=4, lora_alpha=4), gain=2.0
-    )
+    adapters = [make_adapter(tiny_backbone, seed=i) for i in range(3)]
+    warm = start_factors(adapters, fresh(tiny_backbone, r=4, lora_alpha=4), tiny_backbone, gain=2.0)
     lora_A, lora_B, _ = warm.factors()["blocks.0.attn.v"]
     torch.testing.assert_close(lora_A.norm(dim=1), lora_B.norm(dim=0), rtol=1e-4, atol=1e-5)
 
@@ -96,7 +95,8 @@ def test_shared_knowledge_outgrows_what_is_private(tiny_backbone):
         for _ in range(n):
             lora_A = torch.randn(4, 32, generator=g) / 32**0.5
             adapters.append(Adapter({site: LoRAFactors(lora_A, shared @ lora_A.T, 1.0)}))
-        found = update(warm_start(adapters, fresh(tiny_backbone, r=2, sites=("v",), layers=(0,)), gain=4.5), site)
+        like = fresh(tiny_backbone, r=2, sites=("v",), layers=(0,))
+        found = update(start_factors(adapters, like, tiny_backbone, gain=4.5), site)
         likeness.append(torch.cosine_similarity(found.flatten(), shared.flatten(), dim=0).item())
     assert likeness[0] < likeness[1] < likeness[2]
     assert likeness[2] > 0.9
@@ -111,11 +111,38 @@ def test_shared_knowledge_outgrows_what_is_private(tiny_backbone):
     ],
 )
 def test_bad_arguments(tiny_backbone, make_adapter, pool, gain, message):
+    pool = [make_adapter(tiny_backbone)] if pool is None else pool
     with pytest.raises(ValueError, match=message):
-        warm_start([make_adapter(tiny_backbone)] if pool is None else pool, fresh(tiny_backbone), gain=gain)
+        start_factors(pool, fresh(tiny_backbone), tiny_backbone, gain=gain)
 
 
 def test_adapters_of_another_width(tiny_backbone):
     other = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 16), torch.ones(16, 2), 1.0)})
     with pytest.raises(ValueError, match=r"`adapters` must fit the model.*\(16, 16\).*\[32, 32\]"):
-        warm_start([other], fresh(tiny_backbone), gain=1.0)
+        start_factors([other], fresh(tiny_backbone), tiny_backbone, gain=1.0)
+
+
+def test_one_adapter_from_many_without_images(tiny_backbone, make_adapter, tmp_path):
+    adapters = [make_adapter(tiny_backbone, seed=i, head=False) for i in range(3)]
+    for adapter in adapters:
+        adapter.save(tmp_path / adapter.name)
+    made = warm_start(tmp_path, base=tiny_backbone, r=8, lora_alpha=2.0, gain=2.0, layers=(0, 2), name="mine")
+    assert (made.name, made.head, made.base_model) == ("mine", None, "tiny")
+    assert {site.split(".")[1] for site in made.sites} == {"0", "2"}
+    for site in made.sites:
+        mean = sum(a.delta(site) for a in adapters) / 3
+        torch.testing.assert_close(made.delta(site), 2.0 * mean, rtol=1e-4, atol=1e-5)
+    again = warm_start(adapters[::-1], base=tiny_backbone, r=8, gain=2.0, layers=(0, 2))
+    for site in made.sites:
+        torch.testing.assert_close(again.delta(site), made.delta(site), rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_of_a_warm_start(tiny_backbone, make_adapter, build_vit):
+    from lorarecycle import Backbone
+
+    adapter = make_adapter(tiny_backbone)
+    wide = Backbone(build_vit(embed_dim=48), name="wide")
+    with pytest.raises(ValueError, match="must fit backbone 'wide'"):
+        warm_start(adapter, base=wide)
+    with pytest.raises(ValueError, match="`base` must be given"):
+        warm_start(Adapter(adapter.factors))

@@ -1,20 +1,18 @@
 """Compiled steps: one graph each, no recompilation within a phase, the same results."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from lorarecycle import BatchNormPrior, InversionConfig, MetaConfig, Surrogate, invert, meta_train
-from lorarecycle.inversion.invert import invert_together
-from lorarecycle.meta.train import query_loss
+from lorarecycle.meta.loss import query_loss
 from lorarecycle.runtime.steps import compiled
 from lorarecycle.vit.lora import LoRA
 
 INVERSION = InversionConfig(init="noise", images_per_class=2, batch_size=6, steps=8, prune={1: 0.5}, image_size=32)
-META = MetaConfig(steps=6, n_way=3, n_shot=1, n_query=2, sparsity=0.75, init="random", distill=0.0)
+META = MetaConfig(steps=6, n_way=3, n_shot=1, n_query=2, sparsity=0.75, init="random", guide_weight=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +37,13 @@ def small_prior() -> BatchNormPrior:
 def test_inversion_has_one_graph_before_pruning_and_one_after(tiny_backbone, make_adapter):
     adapters = [make_adapter(tiny_backbone, seed=seed) for seed in range(3)]
     for adapter in adapters:
-        surrogate = invert(tiny_backbone, adapter, INVERSION, prior=small_prior(), compile=True, quiet=True)
+        surrogate = invert(tiny_backbone, adapter, config=INVERSION, prior=small_prior(), compile=True, quiet=True)
         assert graphs() == 2, "another adapter of the same shape needs no other graph"
-    eager = invert(tiny_backbone, adapters[-1], INVERSION, prior=small_prior(), compile=False, quiet=True)
+    eager = invert(tiny_backbone, adapters[-1], config=INVERSION, prior=small_prior(), compile=False, quiet=True)
     assert graphs() == 2
     difference = (surrogate.images.int() - eager.images.int()).abs().float()
     assert difference.mean() < 1, "in steps of 1/255; Adam turns rounding errors of small gradients into whole steps"
     assert torch.equal(surrogate.labels, eager.labels)
-
-
-def test_inversion_of_several_adapters_has_one_graph_too(tiny_backbone, make_adapter):
-    config = replace(INVERSION, prune={})
-    runs = []
-    for mode in (True, False):
-        adapters = [make_adapter(tiny_backbone, seed=seed) for seed in range(2)]
-        runs.append(invert_together(tiny_backbone, adapters, config, prior=small_prior(), compile=mode, quiet=True))
-        assert graphs() == 1
-    for compiled_one, eager in zip(*runs, strict=True):
-        assert (compiled_one.images.int() - eager.images.int()).abs().float().mean() < 1
 
 
 def surrogates(data) -> list[Surrogate]:
@@ -73,12 +60,12 @@ def surrogates(data) -> list[Surrogate]:
 
 def test_meta_training_has_one_graph(tiny_backbone, tiny_data):
     pools = surrogates(tiny_data)
-    compiled_run = meta_train(tiny_backbone, pools, META, compile=True, quiet=True)
+    compiled_run = meta_train(tiny_backbone, pools, config=META, compile=True, quiet=True)
     assert graphs() == 1, "episodes within an adapter and across adapters share it"
-    again = meta_train(tiny_backbone, pools, META, seed=1, compile=True, quiet=True)
+    again = meta_train(tiny_backbone, pools, config=META, seed=1, compile=True, quiet=True)
     assert graphs() == 1, "so does another meta-LoRA"
     assert not torch.equal(again.losses, compiled_run.losses)
-    eager_run = meta_train(tiny_backbone, pools, META, compile=False, quiet=True)
+    eager_run = meta_train(tiny_backbone, pools, config=META, compile=False, quiet=True)
     torch.testing.assert_close(compiled_run.losses, eager_run.losses, rtol=1e-3, atol=1e-4)
 
 

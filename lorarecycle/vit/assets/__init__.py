@@ -1,0 +1,1 @@
+"""The small ViT that comes with the package, `Backbone.load("demo")`."""

@@ -1,0 +1,89 @@
+"""What a run asks of its adapters, checked before any work: only what the chosen settings use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .adapters.adapter import Adapter
+from .config import RecycleConfig
+from .inversion.invert import check_invertible
+from .meta.episodes import check_episodes
+from .stages import Needs
+from .vit.backbone import Backbone
+
+
+def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
+    """Adapters whose update is not zero everywhere, and a note that names the others.
+
+    Raises:
+        ValueError: all of them are zero.
+    """
+    alive = [a for a in adapters if any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in a.factors.values())]
+    dead = sorted(a.name for a in adapters if not any(a is b for b in alive))
+    if not alive:
+        raise ValueError(f"`adapters` must change the model, got updates of zero in all: {', '.join(dead)}.")
+    return alive, [f"left out, as their update is zero: {', '.join(dead)}"] if dead else []
+
+
+def choose_inverted(adapters: Sequence[Adapter], config: RecycleConfig) -> tuple[list[Adapter], list[str]]:
+    """The adapters that get images of their own, and a note that names those without a head.
+
+    Raises:
+        ValueError: none has a head, or some have none and would be of no use at all.
+    """
+    needs = Needs.of(config)
+    if not needs.heads:
+        return [], []
+    chosen = [adapter for adapter in adapters if adapter.head is not None]
+    headless = sorted(adapter.name for adapter in adapters if adapter.head is None)
+    if headless and (not chosen or not needs.warm_start):
+        raise ValueError(
+            f"adapters must have a classification head to have images of their own, got none in {', '.join(headless)}; "
+            "load them with `Adapter.load(path, head=...)`, put a head.safetensors (weight [C, D], bias [C]) beside "
+            "them, or use preset='weights', which needs no heads."
+        )
+    notes = [f"without a head, so without images of their own: {', '.join(headless)}"] if headless else []
+    return chosen, notes
+
+
+def check_adapters(
+    backbone: Backbone, adapters: Sequence[Adapter], inverted: Sequence[Adapter], config: RecycleConfig
+) -> None:
+    """Make sure that adapters fit the backbone and that episodes can be drawn from them.
+
+    Args:
+        backbone: that all are for.
+        adapters: all of them.
+        inverted: those with images of their own.
+        config: settings.
+
+    Raises:
+        ValueError: the message names adapter, rule and fix.
+    """
+    needs = Needs.of(config)
+    for adapter in adapters:
+        backbone.check(adapter)
+        _check_normalisation(backbone, adapter)
+    if needs.images:
+        patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
+        backbone.kept_per_layer(config.inversion.prune, patches)
+    for adapter in inverted:
+        check_invertible(backbone, adapter, config.inversion)
+    if needs.labels:
+        counts = [len(a.head.class_names) for a in inverted if a.head is not None]
+        check_episodes(counts, [a.name for a in inverted], config.meta)
+        wanted = config.meta.n_shot + config.meta.n_query
+        if config.inversion.images_per_class < wanted:
+            raise ValueError(
+                f"`images_per_class` must be at least n_shot + n_query = {wanted}, got "
+                f"{config.inversion.images_per_class}."
+            )
+
+
+def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
+    for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
+        if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
+            raise ValueError(
+                f"adapter {adapter.name!r} must be tuned under the input normalisation of the backbone, got {what} "
+                f"{own} and {theirs}; pass the right one to `Backbone.load({what}=...)`."
+            )

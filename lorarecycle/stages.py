@@ -1,0 +1,185 @@
+"""The stages of a run: what the settings ask for, and what each stage does and costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import costs
+from .adapters.adapter import Adapter
+from .config import RecycleConfig
+from .inversion.prior import BatchNormPrior
+from .meta.guide import native_size
+from .vit.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the settings make a run ask for; nothing else is checked, loaded or computed."""
+
+    images: bool
+    """Any images at all: there are steps of meta-training."""
+    pictures: bool
+    """Painted pictures that depend on no adapter, one set for all."""
+    heads: bool
+    """Heads, and with them the class counts of adapters: images are made or labelled for each adapter."""
+    labels: bool
+    """Episodes of classes, so enough classes, adapters and images of each class."""
+    teacher_logits: bool
+    """The teachers' answers, which episodes within an adapter follow."""
+    scores: bool
+    """Scores of patches, for masks to `meta.sparsity`."""
+    prior: bool
+    """A batch-norm network."""
+    guide: bool
+    """Features to follow."""
+    warm_start: bool
+    """The adapters' own weights."""
+
+    @classmethod
+    def of(cls, config: RecycleConfig) -> Needs:
+        """What these settings ask for."""
+        inversion, meta = config.inversion, config.meta
+        images = meta.steps > 0
+        labels = images and meta.guide_weight < 1
+        made = inversion.steps > 0 or inversion.candidates > 1
+        return cls(
+            images=images,
+            pictures=images and not made and not labels,
+            heads=images and (made or labels),
+            labels=labels,
+            teacher_logits=labels and meta.interpolation < 1,
+            scores=images and meta.sparsity is not None,
+            prior=images and inversion.steps > 0 and inversion.prior is not None and inversion.prior_weight > 0,
+            guide=images and meta.guide_weight > 0,
+            warm_start=meta.init == "adapters",
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: what its progress bar is called.
+        what: what it does.
+        amount: how much of it, in words.
+        bytes: that it keeps, in the work folder or in memory.
+        seconds: that it takes here, about.
+    """
+
+    name: str
+    what: str
+    amount: str
+    bytes: int
+    seconds: float
+
+
+class StageMaker:
+    """Describes the stages of a run.
+
+    Args:
+        backbone: on the device of the run.
+        config: settings.
+        dtype: precision of the run.
+    """
+
+    def __init__(self, backbone: Backbone, config: RecycleConfig, dtype: torch.dtype) -> None:
+        self.backbone, self.config, self.needs = backbone, config, Needs.of(config)
+        self.size = config.inversion.image_size or backbone.image_size
+        self.painted_size = config.inversion.latent_size or self.size
+        self.speed = costs.flops_per_second(backbone.device, dtype, backbone.embed_dim)
+        self.forward = costs.forward_flops(backbone, self.size) / self.speed
+
+    def all(
+        self, adapters: Sequence[Adapter], inverted: Sequence[Adapter], prior: BatchNormPrior | None
+    ) -> tuple[Stage, ...]:
+        """The stages in their order.
+
+        Args:
+            adapters: all of them.
+            inverted: those with images of their own; none where pictures serve all.
+            prior: the loaded network, where one is needed.
+        """
+        needs, images = self.needs, self._count(inverted)
+        stages = []
+        if needs.warm_start:
+            stages.append(self.warm_start(adapters))
+        if needs.pictures:
+            stages.append(self.pictures(images))
+        elif needs.images:
+            stages.append(self.inversion(inverted, images, prior))
+        if needs.guide:
+            stages.append(self.guide(images))
+        if needs.images:
+            stages.append(self.training(images))
+        return tuple(stages)
+
+    def warm_start(self, adapters: Sequence[Adapter]) -> Stage:
+        width = self.backbone.embed_dim
+        numbers = sum(f.lora_A.numel() + f.lora_B.numel() for a in adapters for f in a.factors.values())
+        rank = min(sum(max(a.ranks.values()) for a in adapters), width)
+        sites = max(len(a.factors) for a in adapters)
+        seconds = costs.DECOMPOSITION * sites * width * rank**2 / self.speed
+        amount = f"{len(adapters)} adapters, {sites} sites"
+        return Stage("warm start", "what the adapters' weights share", amount, 4 * numbers, seconds)
+
+    def pictures(self, images: int) -> Stage:
+        passes = self.needs.scores + self._masks_by_pruning
+        seconds = images * (costs.painting_seconds(self.painted_size) + passes * self.forward)
+        amount = f"{images} pictures, {self.painted_size} px"
+        return Stage("paint pictures", "one set for all adapters", amount, self._bytes(images), seconds)
+
+    def inversion(self, inverted: Sequence[Adapter], images: int, prior: BatchNormPrior | None) -> Stage:
+        config = self.config.inversion
+        pruned = costs.forward_flops(self.backbone, self.size, config.prune) / self.speed
+        share = 1 - config.prune_from if config.prune else 0.0
+        step = (1 - share) * self.forward + share * pruned
+        if prior is not None:
+            step += costs.network_flops(prior.network, prior.size or self.painted_size) / self.speed
+        each = config.steps * costs.PASSES * step
+        if config.init == "painted":
+            each += config.candidates * costs.painting_seconds(self.painted_size)
+        asked = self.needs.teacher_logits or self.needs.scores
+        each += self.forward * (asked + bool(config.prune) + (config.candidates > 1))
+        name = "invert adapters" if config.steps else "label pictures"
+        what = f"{config.steps} steps from {config.init}" if config.steps else "pictures for each adapter"
+        amount = f"{images} images of {len(inverted)} adapters, {self.size} px"
+        return Stage(name, what, amount, self._bytes(images), images * each)
+
+    def guide(self, images: int) -> Stage:
+        meta = self.config.meta
+        side = meta.guide_size or max(native_size(self.backbone), self.size)
+        seconds = images * (1 + meta.flip) * costs.forward_flops(self.backbone, side) / self.speed
+        amount = f"{images} images, {side} px"
+        return Stage("guide features", "what training follows", amount, 4 * images * self.backbone.embed_dim, seconds)
+
+    def training(self, images: int) -> Stage:
+        meta = self.config.meta
+        per_step = min(meta.n_way * (meta.n_shot + meta.n_query), images)
+        patches, prefix = self.backbone.num_patches(self.size), self.backbone.num_prefix_tokens
+        left = patches
+        if meta.sparsity is not None:
+            left -= math.floor(patches * meta.sparsity)
+        elif self.config.inversion.prune:
+            left = list(self.backbone.kept_per_layer(self.config.inversion.prune, patches).values())[-1]
+        share = (left + prefix) / (patches + prefix)
+        seconds = meta.steps * per_step * share * costs.PASSES * self.forward
+        loss = {1: "the guide", 0: "episodes"}.get(meta.guide_weight, "the guide and episodes")
+        return Stage("meta-training", f"follows {loss}", f"{meta.steps} steps of {per_step} images", 0, seconds)
+
+    @property
+    def _masks_by_pruning(self) -> bool:
+        return bool(self.config.inversion.prune) and self.config.meta.sparsity is None
+
+    def _count(self, inverted: Sequence[Adapter]) -> int:
+        if self.needs.pictures:
+            return self.config.inversion.pictures
+        classes = sum(len(a.head.class_names) for a in inverted if a.head is not None)
+        return classes * self.config.inversion.images_per_class
+
+    def _bytes(self, images: int) -> int:
+        return images * 3 * self.size * self.size

@@ -1,0 +1,104 @@
+"""The folder of a run: its record, where its surrogates and checkpoints are, and whether it is of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapters.adapter import Adapter
+from .config import RecycleConfig, as_plain
+from .inversion.prior import BatchNormPrior
+from .runtime.files import read_json, remove_leftovers, write_json
+from .runtime.version import __version__
+from .vit.backbone import Backbone
+
+RECORD = "run.json"
+
+
+class WorkDir:
+    """The files of a run, which it goes on from.
+
+    Args:
+        folder: where they are; nothing is made before `open`.
+        inverted: adapters with images of their own. Names of files follow from their weights.
+    """
+
+    def __init__(self, folder: Path, inverted: Sequence[Adapter] = ()) -> None:
+        self.folder = folder
+        images = folder / "surrogates"
+        names = [f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors" for i, adapter in enumerate(inverted)]
+        self.surrogates = [images / name for name in names]
+        self.pictures = images / "pictures.safetensors"
+        self.checkpoint = folder / "meta_checkpoint.safetensors"
+        self.losses = folder / "losses.csv"
+        self.meta_lora = folder / "meta_lora"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the images of every adapter are there."""
+        return all(path.exists() for path in self.surrogates)
+
+    def open(self, run: dict[str, Any]) -> None:
+        """Make the folder, or make sure that it is of this run.
+
+        Args:
+            run: what makes it this one (see `describe_run`).
+
+        Raises:
+            ValueError: a folder of another run, or with other files in it.
+        """
+        folder, record = self.folder, self.folder / RECORD
+        if record.exists():
+            ours, theirs = _without_names(run), _without_names(read_json(record))
+            if ours != theirs:
+                keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+                raise ValueError(
+                    f"`work_dir` {folder} must be of this run, got one that differs in {', '.join(keys)} (see "
+                    f"{record}); choose another folder, or the settings of that run."
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it.")
+        images = self.pictures.parent
+        images.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        remove_leftovers(images)
+        if not record.exists():
+            write_json(record, run)
+
+
+def describe_run(
+    config: RecycleConfig,
+    adapters: Sequence[Adapter],
+    backbone: Backbone,
+    dtype: torch.dtype,
+    prior: BatchNormPrior | None,
+) -> dict[str, Any]:
+    """What makes a run this one; names are there for people and may change."""
+    return {
+        "lorarecycle": __version__,
+        "base": {"name": backbone.name, "sha256": backbone.digest()},
+        "dtype": str(dtype).removeprefix("torch."),
+        "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
+        "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
+        "config": as_plain(config),
+    }
+
+
+def canonical_order(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters in an order that their names and places do not change."""
+    return sorted(adapters, key=lambda adapter: adapter.weights_digest())
+
+
+def _without_names(run: Any) -> dict[str, Any]:
+    """A run's record without the names in it, adapters in no order."""
+    if not isinstance(run, dict):
+        return {}
+    base, adapters = run.get("base"), run.get("adapters")
+    return {
+        **run,
+        "base": base.get("sha256") if isinstance(base, dict) else base,
+        "adapters": sorted(str(a.get("sha256")) for a in adapters or () if isinstance(a, dict)),
+    }
