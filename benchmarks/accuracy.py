@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity import Bench, Experiment, Row, inverted, run_experiment, tuned_adapters
+from fidelity import Bench, Experiment, run_experiment, surrogate_of, tuned_adapters
 from lorarecycle.kernels import use_backend
 from resnet20 import resnet20_prior
 
 from lorarecycle import RecycleConfig
 from lorarecycle.config import as_plain
 from lorarecycle.report.pictures import draw_surrogates
+from lorarecycle.reproduce.stages import Row
 from lorarecycle.runtime.device import resolve
 from lorarecycle.runtime.files import read_json, write_json, write_text
 
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), tables(report))
     backbone, (adapters, _) = bench.backbone(112), tuned_adapters(bench, Experiment("main-8"))
-    surrogates = [inverted(bench, backbone, adapter).masked(0.75) for adapter in adapters[:2]]
+    surrogates = [surrogate_of(bench, backbone, adapter).masked(0.75) for adapter in adapters[:2]]
     draw_surrogates(surrogates, args.output.with_name(f"surrogates_{args.preset}.png"))
     print(tables(report))
 

@@ -1,37 +1,30 @@
-"""Stages of the accuracy benchmark: adapters, surrogates, real images in their place, accuracies; each is kept."""
+"""The accuracy benchmark's experiments on CIFAR-FS and EuroSAT, made of the stages in `lorarecycle.reproduce`."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorarecycle import (
     Adapter,
     Backbone,
+    BatchNormPrior,
     LabelledImages,
     MetaConfig,
     RecycleConfig,
     Surrogate,
     TuneConfig,
-    invert,
     load_dataset,
-    meta_train,
-    tune,
+    recycle,
+    warm_start,
 )
-from lorarecycle.data.images import normalize
-from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.methods.average import average
-from lorarecycle.fewshot.tasks import sample_tasks
-from lorarecycle.inversion.prior import BatchNormPrior
-from lorarecycle.runtime.files import read_json, write_json
-from lorarecycle.runtime.seeds import stream
-from lorarecycle.vit.features import extract_features
+from lorarecycle.reproduce.stages import Row, draw_class_lists, inverted, label_by_teacher, measured, trained, tuned
 
 POOL = 20
 """Adapters in the pool; the first n of them make an experiment with n."""
@@ -42,8 +35,6 @@ WARM, OURS, BOUND = (
     "meta-LoRA from real images, the paper's loss (bound)",
 )
 OURS_REAL, PAPER = "meta-LoRA from real images, our loss", "meta-LoRA from surrogates, the paper's loss"
-
-Row = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -88,55 +79,43 @@ class Bench:
 
 
 def run_experiment(bench: Bench, experiment: Experiment, seeds: Sequence[int]) -> dict[str, list[Row]]:
-    """Method -> accuracies, one row for each seed of meta-training; surrogates are made once, with seed 0."""
+    """Method -> accuracies, one row for each seed of `recycle` and of the bound's training."""
     backbone = bench.backbone(experiment.image_size)
     adapters, tasks = tuned_adapters(bench, experiment)
     meta = replace(bench.config.meta, sparsity=experiment.sparsity)
     size = {"steps": meta.steps, "r": meta.r, "lora_alpha": meta.lora_alpha}
     paper = replace(RecycleConfig.paper().meta, **size, sparsity=experiment.sparsity)
-    surrogates = [inverted(bench, backbone, adapter) for adapter in adapters]
 
     @cache
     def real() -> list[Surrogate]:
-        return [label_by_teacher(backbone, a, t, bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
+        return [label_by_teacher(backbone, a, t, dtype=bench.dtype) for a, t in zip(adapters, tasks, strict=True)]
 
-    untrained = replace(meta, steps=0, init="adapters", guide_weight=0.0)
-    runs: dict[str, tuple[Callable[[], list[Surrogate]], MetaConfig]] = {
-        OURS: (lambda: surrogates, meta),
-        BOUND: (real, paper),
-    }
+    def recycled(settings: MetaConfig, seed: int) -> Adapter:
+        config = replace(bench.config, meta=settings, seed=seed)
+        where = {"base": backbone, "device": bench.device, "dtype": bench.dtype}
+        prior = bench.prior if config.inversion.steps else None
+        return recycle(adapters, config=config, prior=prior, **where)
+
+    def from_real_images(settings: MetaConfig, seed: int) -> Adapter:
+        return trained(backbone, real(), config=settings, adapters=adapters, seed=seed, dtype=bench.dtype)
+
+    runs: dict[str, Callable[[int], Adapter]] = {OURS: partial(recycled, meta), BOUND: partial(from_real_images, paper)}
     if experiment.ablations:
-        runs = {OURS_REAL: (real, meta), PAPER: (lambda: surrogates, paper)}
+        runs = {OURS_REAL: partial(from_real_images, meta), PAPER: partial(recycled, paper)}
     fixed: dict[str, Callable[[], Adapter | None]] = {
         "plain ViT, nearest class mean": lambda: None,
         "average of the adapters": lambda: average(adapters),
-        WARM: lambda: train(bench, backbone, surrogates, untrained, adapters, 0),
+        WARM: lambda: warm_start(adapters, base=backbone, r=meta.r, lora_alpha=meta.lora_alpha),
     }
     folder = bench.work_dir / "accuracy" / f"{experiment.name}-{bench.split}"
-    rows: dict[str, list[Row]] = {}
-    for name, make in fixed.items():
-        rows[name] = [accuracy(bench, backbone, make, folder / f"{name}.json")]
+    unseen = bench.unseen()
+    shared: dict[str, Any] = {"n_shots": bench.n_shots, "n_tasks": bench.n_tasks, "dtype": bench.dtype}
+    rows = {name: [measured(backbone, make, unseen, folder / f"{name}.json", **shared)] for name, make in fixed.items()}
     for seed in seeds:
-        for name, (pools, settings) in runs.items():
-
-            def trained(pools=pools, settings=settings, seed=seed):  # type: ignore[no-untyped-def]
-                return train(bench, backbone, pools(), settings, adapters, seed)
-
-            rows.setdefault(name, []).append(accuracy(bench, backbone, trained, folder / f"{name}-seed{seed}.json"))
+        for name, run in runs.items():
+            path = folder / f"{name}-seed{seed}.json"
+            rows.setdefault(name, []).append(measured(backbone, partial(run, seed), unseen, path, **shared))
     return rows
-
-
-def train(
-    bench: Bench,
-    backbone: Backbone,
-    pools: list[Surrogate],
-    settings: MetaConfig,
-    adapters: Sequence[Adapter],
-    seed: int,
-) -> Adapter:
-    """A meta-LoRA, in the precision of the benchmark."""
-    student = backbone.clone().to(bench.dtype)
-    return meta_train(student, pools, settings, adapters=adapters, seed=seed).meta_lora
 
 
 def tuned_adapters(bench: Bench, experiment: Experiment) -> tuple[list[Adapter], list[LabelledImages]]:
@@ -144,81 +123,17 @@ def tuned_adapters(bench: Bench, experiment: Experiment) -> tuple[list[Adapter],
     data = load_dataset(bench.data / "cifar_fs.npz", "train")
     backbone = bench.backbone(112).to(bench.dtype)
     adapters, tasks = [], []
-    for i, names in enumerate(class_lists(data, POOL, N_WAY)[: experiment.adapters]):
+    for i, names in enumerate(draw_class_lists(data.class_names, POOL, N_WAY)[: experiment.adapters]):
         rank = experiment.ranks[i % len(experiment.ranks)]
         folder = bench.work_dir / "adapters" / (f"task-{i}" if rank == 4 else f"task-{i}-rank{rank}")
         images = data.select_classes(names)
         config = TuneConfig(epochs=bench.tune_epochs, seed=i, r=rank, lora_alpha=float(rank))
-        adapters.append(tuned(backbone, images, config, folder))
+        adapters.append(tuned(backbone, images, folder, config=config))
         tasks.append(images.resize(experiment.image_size))
     return adapters, tasks
 
 
-def tuned(backbone: Backbone, images: LabelledImages, config: TuneConfig, folder: Path) -> Adapter:
-    """An adapter, from its folder where it is there."""
-    if not folder.exists():
-        tune(backbone, images, config, name=folder.name).save(folder)
-    return Adapter.load(folder)
-
-
-def class_lists(train: LabelledImages, n_tasks: int, n_way: int, seed: int = 0) -> list[list[str]]:
-    """The classes of each adapter's task, drawn without repetition as long as there are enough."""
-    names: list[str] = []
-    while len(names) < n_tasks * n_way:
-        order = torch.randperm(len(train.class_names), generator=stream(seed, "tasks", len(names)))
-        names += [train.class_names[i] for i in order[: len(order) // n_way * n_way]]
-    return [names[i * n_way : (i + 1) * n_way] for i in range(n_tasks)]
-
-
-def inverted(bench: Bench, backbone: Backbone, adapter: Adapter) -> Surrogate:
+def surrogate_of(bench: Bench, backbone: Backbone, adapter: Adapter) -> Surrogate:
     """The surrogate of an adapter, from the work folder where it is there."""
     path = bench.work_dir / "surrogates" / f"{adapter.name}-{backbone.image_size}px.safetensors"
-    if path.exists():
-        return Surrogate.load(path)
-    surrogate = invert(backbone, adapter, bench.config.inversion, prior=bench.prior, dtype=bench.dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    surrogate.save(path)
-    return surrogate
-
-
-@torch.no_grad()
-def label_by_teacher(backbone: Backbone, adapter: Adapter, task: LabelledImages, dtype: torch.dtype) -> Surrogate:
-    """Real images in a surrogate's place, with the teacher's logits and scores."""
-    assert adapter.head is not None
-    teacher, head = backbone.merge(adapter).to(dtype), adapter.head
-    logits, scores = [], []
-    for batch in task.images.split(100):
-        encoding = teacher.encode(normalize(batch.to(teacher.device), teacher.mean, teacher.std), scores=True)
-        assert encoding.scores is not None
-        logits.append(head(teacher.pool(encoding.tokens)).cpu())
-        scores.append(encoding.scores.float().cpu())
-    return Surrogate(
-        task.images,
-        task.labels,
-        torch.cat(logits),
-        head.class_names,
-        backbone.patch_size,
-        scores=torch.cat(scores),
-        adapter=adapter.name,
-        adapter_digest=adapter.digest(),
-    )
-
-
-def accuracy(bench: Bench, backbone: Backbone, make: Callable[[], Adapter | None], path: Path) -> Row:
-    """Accuracy of a meta-LoRA on the same tasks for all, in percent, and the seconds that making it took."""
-    if path.exists():
-        return read_json(path)
-    start = time.perf_counter()
-    adapter = make()
-    row: Row = {"seconds": {"mean": time.perf_counter() - start}}
-    model = backbone.clone().to(bench.dtype) if adapter is None else backbone.merge(adapter).to(bench.dtype)
-    for dataset, images in bench.unseen().items():
-        features = extract_features(model, images.images)
-        for n_shot in bench.n_shots:
-            tasks = sample_tasks(images.labels, n_way=N_WAY, n_shot=n_shot, n_query=15, n_tasks=bench.n_tasks, seed=0)
-            result = Evaluation(task_accuracies(features, tasks), tasks)
-            row[f"{dataset}, {n_shot}-shot"] = {"mean": result.accuracy, "interval": result.interval}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, row)
-    logging.info("%s: %s", path.stem, {k: round(v["mean"], 2) for k, v in row.items()})
-    return row
+    return inverted(backbone, adapter, path, config=bench.config.inversion, prior=bench.prior, dtype=bench.dtype)

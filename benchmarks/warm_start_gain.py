@@ -24,7 +24,7 @@ from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfi
 from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.train import random_factors
-from lorarecycle.meta.warm_start import common_gain, warm_start
+from lorarecycle.meta.warm_start import common_gain, start_factors
 from lorarecycle.runtime.files import write_json, write_text
 from lorarecycle.runtime.seeds import stream
 from lorarecycle.vit.features import extract_features
@@ -93,7 +93,9 @@ def rows(work_dir: Path, data: Path) -> Iterator[dict[str, object]]:
         own = common_gain(adapters, like, backbone)
         found = {}
         for name, gain in {"own": own, **{str(g): g for g in GAINS if g <= len(adapters)}}.items():
-            found[name] = accuracy(warm_start(adapters, like, gain=gain).to_adapter(name="warm", like=backbone))
+            found[name] = accuracy(
+                start_factors(adapters, like, backbone, gain=gain).to_adapter(name="warm", like=backbone)
+            )
         yield {"pool": title, "own_gain": own, "accuracy": found}
 
 

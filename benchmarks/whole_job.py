@@ -34,9 +34,8 @@ def main() -> None:
     folders = [args.work_dir / "adapters" / f"task-{i}" for i in range(8)]
     rows = []
     for steps in args.meta_steps:
-        meta = {"steps": steps} if steps else {"steps": 0, "distill": 0.0}  # nothing follows: the warm start alone
         start = time.perf_counter()
-        meta_lora = recycle(folders, base=backbone, inversion={"latent_size": 32}, meta=meta)
+        meta_lora = recycle(folders, base=backbone, inversion={"latent_size": 32}, meta={"steps": steps})
         seconds = time.perf_counter() - start
         found = evaluate(backbone.clone().to(dtype), unseen, meta_lora)
         rows.append({"steps": steps, "seconds": seconds, "mean": found.accuracy, "interval": found.interval})

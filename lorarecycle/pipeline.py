@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from .meta.warm_start import start_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.files import write_text
+from .runtime.progress import Stopwatch
 from .runtime.steps import Compile
 from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
@@ -181,12 +181,12 @@ class Job:
             if not folder.finished:
                 _ = self.prior  # not to be had: said before anything is written
             folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
-        start = time.perf_counter()
+        clock = Stopwatch()
         if self.needs.pictures:
             surrogates = [self._pictures(folder, quiet)]
         else:
             surrogates = self._images(folder, compile, quiet) if self.needs.images else []
-        self.seconds["images"] = time.perf_counter() - start
+        clock.lap("images")
         trained = meta_train(
             self.backbone.to(self.dtype),
             surrogates,
@@ -198,7 +198,7 @@ class Job:
             compile=compile,
             quiet=quiet,
         )
-        self.seconds |= trained.seconds
+        self.seconds |= clock.laps | trained.seconds
         if folder is not None:
             rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
             write_text(folder.losses, "step,loss\n" + rows)

@@ -12,7 +12,7 @@ import tyro
 from ..adapters.peft.config import CONFIG_FILE
 from ..generate.config import GenerateConfig
 from ..generate.task_vectors import FILE
-from .main import Common, Flat, _backbone
+from .common import Flat, Machine, Manners
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class TaskVector:
     """Description of the task, in place of images."""
     clip: str | None = None
     """Folder or Hub id of the CLIP model that reads the description."""
-    common: Annotated[Common, Flat] = field(default_factory=Common)
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
         from ..generate import task_vectors
@@ -50,9 +51,9 @@ class TaskVector:
         else:
             from ..data.dataset import load_dataset
 
-            data = load_dataset(self.data or "", self.split, download=self.download, quiet=self.common.quiet)
+            data = load_dataset(self.data or "", self.split, download=self.download, quiet=self.manners.quiet)
             data = data.select_classes(self.classes) if self.classes else data
-            backbone = _backbone(self.common)
+            backbone = self.machine.backbone()
             vector = task_vectors.task_vector(backbone, data.images)
             facts = {"images": str(len(data)), "encoder": backbone.name}
         print(task_vectors.save_vector(self.output, vector, **facts))
@@ -76,8 +77,7 @@ class Fit:
     """cpu, cuda, cuda:1 ...; the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; bfloat16 on a GPU that has it."""
-    quiet: bool = False
-    """Show no progress bar."""
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)
 
     def run(self) -> None:
@@ -100,7 +100,7 @@ class Fit:
             device=self.device,
             dtype=self.dtype,
             checkpoint=self.checkpoint,
-            quiet=self.quiet,
+            quiet=self.manners.quiet,
         )
         print(generator.save(self.output))
 
@@ -119,6 +119,7 @@ class Sample:
     """How many."""
     seed: int = 0
     """Seed of the draws."""
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
         from ..generate import load_generator

@@ -13,12 +13,14 @@ from ..data.dataset import LabelledImages, load_dataset
 from ..fewshot.evaluate import Evaluation, evaluate
 from ..fewshot.methods.average import average
 from ..inversion.surrogate import Surrogate
-from ..pipeline import recycle
+from ..pipeline import prepare
 from ..report.pictures import draw_losses, draw_surrogates
 from ..runtime.files import write_json, write_text
+from ..runtime.progress import Stopwatch
 from ..runtime.seeds import stream
 from ..tuning import tune
 from ..vit.backbone import Backbone
+from ..work_dir import WorkDir
 
 TASKS = tuple(map(tuple, ("012", "345", "024", "135", "034", "125", "014", "235")))
 """Digits that each adapter is tuned on; 6, 7, 8 and 9 stay unseen."""
@@ -47,17 +49,21 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
     Raises:
         ImportError: scikit-learn or matplotlib is missing; the message names the extra.
     """
-    output = Path(output)
+    output, clock = Path(output), Stopwatch()
     digits = on_photographs(load_dataset("digits", size=32), seed)
     backbone = Backbone.load("demo")
     adapters = [_adapter(backbone, digits, task, output, seed, quiet) for task in TASKS]
-    work_dir = output / "work"
-    meta_lora = recycle(adapters, base=backbone, work_dir=work_dir, config=RECYCLE, seed=seed, quiet=quiet)
+    clock.lap("tune 8 adapters")
+    job = prepare(adapters, base=backbone, config=RECYCLE, seed=seed)
+    meta_lora = job.run(output / "work", quiet=quiet)
     meta_lora.save(output / "meta_lora", sources=adapters)
+    clock.laps |= {f"recycle: {name}": seconds for name, seconds in job.seconds.items()}
+    clock.restart()
 
-    surrogates = [Surrogate.load(path) for path in sorted((work_dir / "surrogates").glob("*.safetensors"))]
-    draw_surrogates(surrogates, output / "surrogates.png")
-    draw_losses(work_dir / "losses.csv", output / "training_curve.png")
+    work = WorkDir(output / "work")
+    draw_surrogates([Surrogate.load(work.pictures)], output / "surrogates.png")
+    draw_losses(work.losses, output / "training_curve.png")
+    clock.lap("draw")
 
     unseen = digits.select_classes(UNSEEN)
     methods = {
@@ -70,8 +76,9 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
         name: [evaluate(backbone, unseen, adapter, config=config, quiet=True) for config in shots.values()]
         for name, adapter in methods.items()
     }
+    clock.lap("evaluate 3 methods")
     write_json(output / "accuracy.json", {name: [r.summary() for r in row] for name, row in results.items()})
-    report = _report(results, output)
+    report = _report(results, clock.laps, output)
     write_text(output / "report.txt", report + "\n")
     return report
 
@@ -105,11 +112,11 @@ def _adapter(
     if not folder.exists():
         generator = torch.Generator().manual_seed(seed)
         images = digits.select_classes(task).sample(100, generator)
-        tune(backbone, images, TUNE, name=name, quiet=quiet).save(folder)
+        tune(backbone, images, config=TUNE, name=name, quiet=quiet).save(folder)
     return Adapter.load(folder)
 
 
-def _report(results: dict[str, list[Evaluation]], output: Path) -> str:
+def _report(results: dict[str, list[Evaluation]], laps: dict[str, float], output: Path) -> str:
     width = max(map(len, results))
     head = f"{'accuracy in % on unseen digits':{width}}   1-shot          5-shot"
     lines = [head, "-" * len(head)]
@@ -123,8 +130,10 @@ def _report(results: dict[str, list[Evaluation]], output: Path) -> str:
             "",
             *lines,
             "",
+            "seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in laps.items()),
+            "",
             f"meta-LoRA            {output / 'meta_lora'}",
-            f"surrogate images     {output / 'surrogates.png'}",
+            f"painted pictures     {output / 'surrogates.png'}",
             f"training curve       {output / 'training_curve.png'}",
             "",
             "next, with your own adapters and photos:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..config import EvaluateConfig
+from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..vit.backbone import Backbone
@@ -61,7 +62,8 @@ def evaluate(
     data: LabelledImages,
     meta_lora: Adapter | None = None,
     *,
-    config: EvaluateConfig | None = None,
+    config: EvaluateConfig | Mapping[str, Any] | None = None,
+    seed: int | None = None,
     tasks: Tasks | None = None,
     batch_size: int = 64,
     quiet: bool = False,
@@ -75,7 +77,8 @@ def evaluate(
         backbone: the frozen model.
         data: images of the unseen classes, any size.
         meta_lora: adapter to merge in; the plain backbone when None.
-        config: settings; the defaults of `EvaluateConfig` when None.
+        config: settings, or a mapping of those that differ from the defaults of `EvaluateConfig`.
+        seed: of the task list, in place of `config.seed`.
         tasks: a task list of `data` to use instead of the one that `config` describes.
         batch_size: images per forward pass.
         quiet: no progress bar.
@@ -84,7 +87,7 @@ def evaluate(
         ValueError: an adapter that does not fit; fewer classes than `n_way` or fewer images of a class than
             `n_shot + n_query`; tasks of other data.
     """
-    config = config or EvaluateConfig()
+    config = as_config(EvaluateConfig, config)
     if tasks is None:
         tasks = sample_tasks(
             data.labels,
@@ -92,7 +95,7 @@ def evaluate(
             n_shot=config.n_shot,
             n_query=config.n_query,
             n_tasks=config.n_tasks,
-            seed=config.seed,
+            seed=config.seed if seed is None else seed,
         )
     check_tasks(tasks, data.labels)
     model = backbone.merge(meta_lora) if meta_lora is not None else backbone

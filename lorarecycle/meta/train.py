@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
 from ..inversion.surrogate import Surrogate
 from ..runtime.files import load_tensors, save_tensors
-from ..runtime.progress import track
+from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiled
 from ..vit.backbone import Backbone
@@ -83,25 +82,25 @@ def meta_train(
     config = as_config(MetaConfig, config)
     if config.init == "adapters" and not adapters:
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
-    clock, start = {}, time.perf_counter()
+    clock = Stopwatch()
     lora = random_factors(backbone, config, seed)
     guide = None
     if config.init == "adapters":
         lora = start_factors(adapters, lora, backbone, gain=config.warm_start_gain)
         guide = lora.to_adapter(name="guide", like=backbone)
-        clock["warm start"] = time.perf_counter() - start
+        clock.lap("warm start")
     if config.steps == 0:
-        return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock)
+        return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock.laps)
     draw = (
         ImageSampler(surrogates, config, seed) if config.guide_weight == 1 else EpisodeSampler(surrogates, config, seed)
     )
     bank = fill_bank(backbone, surrogates, config.sparsity)
-    start = time.perf_counter()
+    clock.restart()
     if config.guide_weight > 0:
         size, flip = config.guide_size, config.flip
         targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip)
         bank = bank._replace(targets=targets)
-        clock["guide features"] = time.perf_counter() - start
+        clock.lap("guide features")
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
     losses = torch.zeros(config.steps, device=backbone.device)
@@ -114,7 +113,7 @@ def meta_train(
     }
     loss_of = compiled(query_loss, compile, backbone.device)
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
-    start = time.perf_counter()
+    clock.restart()
     for step in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config, lr)
         generator = stream(seed, "flip", step)
@@ -125,8 +124,8 @@ def meta_train(
         losses[step] = loss.detach()
         if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
             _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
-    clock["meta-training"] = time.perf_counter() - start
-    return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock)
+    clock.lap("meta-training")
+    return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)
 
 
 def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:

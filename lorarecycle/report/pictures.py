@@ -21,7 +21,7 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
     Args:
         surrogates: one or more.
         path: PNG file to write.
-        per_class: images shown of each class.
+        per_class: images shown of each class; six times as many of pictures without classes.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -44,11 +44,12 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
             top, bottom = axes[2 * i, j], axes[2 * i + 1, j]
             top.imshow(surrogate.images[image].permute(1, 2, 0).numpy())
             bottom.imshow(masked[image].permute(1, 2, 0).numpy())
-            top.set_title(surrogate.class_names[surrogate.labels[image]], fontsize=8)
+            if surrogate.labels is not None:
+                top.set_title(surrogate.class_names[surrogate.labels[image]], fontsize=8)
         axes[2 * i, 0].text(
             -0.15,
             0.5,
-            surrogate.adapter,
+            surrogate.adapter or "painted",
             fontsize=8,
             rotation=90,
             va="center",
@@ -89,6 +90,8 @@ def draw_losses(losses: str | PathLike[str], path: str | PathLike[str]) -> Path:
 
 
 def _chosen(surrogate: Surrogate, per_class: int) -> list[int]:
+    if surrogate.labels is None:  # painted pictures
+        return list(range(min(len(surrogate.images), 6 * per_class)))
     classes = range(len(surrogate.class_names))
     return [int(i) for c in classes for i in (surrogate.labels == c).nonzero()[:per_class, 0]]
 

@@ -32,7 +32,7 @@ def adapters(tmp_path_factory):
 def test_presets_fill_in_what_is_not_given(monkeypatch, flags):
     seen = {}
     monkeypatch.setattr(
-        "lorarecycle.cli.main.Recycle.run", lambda self: seen.update(config=self.config, preset=self.preset)
+        "lorarecycle.cli.recycle.Recycle.run", lambda self: seen.update(config=self.config, preset=self.preset)
     )
     assert main(["recycle", "somewhere", *flags, "--meta.n-shot", "5"]) == 0
     preset = RecycleConfig.preset("paper" if flags else "default")

@@ -1,0 +1,67 @@
+"""`lorarecycle evaluate` and `lorarecycle predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..config import EvaluateConfig
+from .common import Flat, Machine, Manners, load_meta_lora
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Accuracy of a meta-LoRA (or of the plain model) on few-shot tasks, with its 95 % interval."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """As for `tune`; its classes must be unseen by the adapters."""
+    meta_lora: str | None = None
+    """PEFT folder or Hub id; the plain model when left out."""
+    split: str | None = None
+    """Part of the data: train, val, test."""
+    download: bool = False
+    """Fetch a named data set when it is absent."""
+    tasks: Path | None = None
+    """Task list to use; written by `Tasks.save`."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
+    config: Annotated[EvaluateConfig, Flat] = field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        from ..data.dataset import load_dataset
+        from ..fewshot.evaluate import evaluate
+        from ..fewshot.tasks import Tasks
+
+        quiet, meta_lora = self.manners.quiet, load_meta_lora(self.meta_lora)
+        data = load_dataset(self.data, self.split, download=self.download, quiet=quiet)
+        tasks = None if self.tasks is None else Tasks.load(self.tasks)
+        backbone = self.machine.backbone(meta_lora)
+        print(evaluate(backbone, data, meta_lora, config=self.config, tasks=tasks, quiet=quiet))
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classify images from a few labelled ones: prints file, class and probability."""
+
+    support: Path
+    """Folder with a sub-folder of images per class."""
+    query: tuple[Path, ...]
+    """Image files to classify."""
+    meta_lora: str | None = None
+    """PEFT folder or Hub id; the plain model when left out."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
+
+    def run(self) -> None:
+        from ..data.sources import read_folder
+        from ..fewshot.classifier import FewShotClassifier
+
+        files, labels, names = read_folder(self.support, None)
+        meta_lora = load_meta_lora(self.meta_lora)
+        classifier = FewShotClassifier(self.machine.backbone(meta_lora), meta_lora)
+        classifier.fit(files, [names[label] for label in labels])
+        for file, row in zip(self.query, classifier.predict_proba(list(self.query)), strict=True):
+            print(f"{file}\t{classifier.classes_[row.argmax()]}\t{row.max():.4f}")
