@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from lorarecycle.vit.packed import pack
 from torch import Tensor, nn
 
-from lorarecycle import Backbone, BatchNormPrior, Head, LoRAStack, MetaConfig
-from lorarecycle.inversion.objective import Teachers, inversion_losses
-from lorarecycle.meta.train import query_loss
+from lorarecycle import Backbone, BatchNormPrior, Head, MetaConfig
+from lorarecycle.inversion.objective import inversion_loss
+from lorarecycle.meta.loss import query_loss
 from lorarecycle.runtime.device import default_dtype
 from lorarecycle.runtime.steps import compiled
 from lorarecycle.vit.lora import LoRA
@@ -31,7 +30,6 @@ import baseline
 
 ARCHITECTURES = {"ViT-Tiny/16": "vit_tiny_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
 CUDA = torch.cuda.is_available()
-ADAPTERS = 4
 N_WAY, N_SHOT, N_QUERY = 5, 5 if CUDA else 1, 15
 PRUNE = {6: 0.75}
 
@@ -89,16 +87,14 @@ def bench_inversion_step(form, model, vit, place, time_step, benchmark):
     teacher = Backbone(vit).to(place, dtype)
     head = Head(torch.randn(5, model.width)).to(place)
     natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
-    losses_of = compiled(inversion_losses, True if form.startswith("compiled") else None, place)
-    if losses_of is inversion_losses:  # as `invert` does
-        teacher = pack(teacher)
-    teachers = Teachers.of(teacher, [head], [B])
-    time_step(lambda: inversion_step(losses_of, teachers, natural, images, labels, optimizer, prune), rounds=5)
+    loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
+    time_step(lambda: inversion_step(loss_of, teacher, head, natural, images, labels, optimizer, prune), rounds=5)
 
 
 def inversion_step(
-    losses_of: Callable[..., Tensor],
-    teachers: Teachers,
+    loss_of: Callable[..., Tensor],
+    teacher: Backbone,
+    head: Head,
     prior: BatchNormPrior | None,
     images: Tensor,
     labels: Tensor,
@@ -107,44 +103,12 @@ def inversion_step(
 ) -> None:
     """What `invert` does at each step, less its bookkeeping."""
     seen = images.roll((3, -2), dims=(2, 3))
-    losses = losses_of(teachers, seen, labels, prune, prior, 0.01, 224)
+    loss = loss_of(teacher, head, seen, labels, prune, prior, 0.01, 224)
     optimizer.zero_grad()
-    losses.sum().backward()
+    loss.backward()
     optimizer.step()
     with torch.no_grad():
         images.clamp_(-1, 1)
-
-
-@pytest.mark.parametrize("form", ["one_by_one", "together"])
-def bench_inversion_of_several(form, model, vit, place, time_step, benchmark):
-    """A step of several adapters: one after the other with merged weights, or in one batch with their factors worn."""
-    B = 25 if CUDA else 5
-    benchmark.group = f"inversion step of {ADAPTERS} adapters, {model.name}, batch {B} each"
-    dtype = default_dtype(place)
-    backbone = Backbone(vit).to(place, dtype)
-    heads = [Head(torch.randn(5, model.width)).to(place) for _ in range(ADAPTERS)]
-    prior = BatchNormPrior(timm.create_model("resnet50", num_classes=5), dtype=dtype).to(place)
-    losses_of = compiled(inversion_losses, None, place)
-    adapters = [
-        LoRA.random(backbone, generator=torch.Generator().manual_seed(i)).to_adapter(name=f"a{i}", like=backbone)
-        for i in range(ADAPTERS)
-    ]
-    if form == "together":
-        batches = [Teachers.of(backbone, heads, [B] * ADAPTERS, LoRAStack(adapters).to(place, dtype))]
-    else:
-        merged = [backbone.merge(adapter) for adapter in adapters]
-        if losses_of is inversion_losses:
-            merged = [pack(one) for one in merged]
-        batches = [Teachers.of(one, [head], [B]) for one, head in zip(merged, heads, strict=True)]
-    images = [torch.randn(sum(t.rows), 3, 224, 224).to(place).requires_grad_() for t in batches]
-    labels = [torch.arange(sum(t.rows), device=place) % 5 for t in batches]
-    optimizers = [torch.optim.Adam([x], lr=0.25, betas=(0.5, 0.99)) for x in images]
-
-    def step() -> None:
-        for teachers, x, wanted, optimizer in zip(batches, images, labels, optimizers, strict=True):
-            inversion_step(losses_of, teachers, prior, x, wanted, optimizer)
-
-    time_step(step, rounds=5)
 
 
 @pytest.mark.parametrize("form", ["plain", "dense", "sparse_25", "sparse_50", "sparse_75", "compiled_sparse_75"])
