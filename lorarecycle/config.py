@@ -296,7 +296,7 @@ def as_config(cls: type[T], given: Any, *, argument: str = "config", default: T 
         raise TypeError(
             f"`{argument}` must name settings of {cls.__name__} ({', '.join(known)}), got {', '.join(unknown)}."
         )
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in given.items():
         own = getattr(default, name) if name in known else None
         if is_dataclass(own) and not isinstance(own, type):
@@ -306,8 +306,8 @@ def as_config(cls: type[T], given: Any, *, argument: str = "config", default: T 
         if renamed.get(name) in given:
             raise TypeError(f"`{name}` is the old name of `{renamed[name]}`, got both; give `{renamed[name]}`.")
         if name in removed:
-            cls(**{name: value})  # raises with the reason
-        values[renamed.get(name, name)] = value
+            cls(**{str(name): value})  # raises with the reason
+        values[str(renamed.get(name, name))] = value
     return cast(T, replace(cast(Any, default), **values))
 
 
