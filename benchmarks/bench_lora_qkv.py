@@ -89,18 +89,3 @@ def bench_forward_and_backward(form, model, inputs, dtype, measure, benchmark, g
         tensor.requires_grad_()
     run, factors = _form(form, inputs, compile_plain)
     measure(grad(run, [inputs[0], *factors]), **_work(model, dtype, passes=2))
-
-
-@pytest.mark.parametrize("form", ["ours", "one_adapter", "eager"])
-def bench_eight_adapters(form, model, inputs, dtype, measure, benchmark):
-    """A batch sorted by adapter, beside our form for one adapter."""
-    benchmark.group = f"lora_qkv eight adapters {model.name}"
-    x, weight, bias, *factors = inputs
-    if form == "one_adapter":
-        ids = None
-    else:
-        factors = [t.expand(8, *t.shape).contiguous() for t in factors]
-        ids = (torch.arange(model.batch) * 8 // model.batch).to(x.device)
-    op = reference.lora_qkv if form == "eager" else lora_qkv
-    with torch.no_grad():
-        measure(lambda: op(x, weight, bias, *factors, 1.0, ids), **_work(model, dtype))

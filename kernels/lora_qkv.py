@@ -22,16 +22,15 @@ def _lora_qkv(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    adapter_ids: Tensor | None,
 ) -> Tensor:
     from .lora_qkv_triton import lora_qkv_forward
 
     with on_device_of(x):
-        return lora_qkv_forward(x, weight, bias, lora_A, lora_B, scaling, adapter_ids)
+        return lora_qkv_forward(x, weight, bias, lora_A, lora_B, scaling)
 
 
 @_lora_qkv.register_fake
-def _(x, weight, bias, lora_A, lora_B, scaling, adapter_ids):
+def _(x, weight, bias, lora_A, lora_B, scaling):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -43,22 +42,19 @@ def _lora_qkv_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    adapter_ids: Tensor | None,
     need_x: bool,
     need_lora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .lora_qkv_backward_triton import lora_qkv_backward
 
     with on_device_of(x):
-        dx, d_lora_A, d_lora_B = lora_qkv_backward(
-            dy, x, weight, lora_A, lora_B, scaling, adapter_ids, need_x, need_lora
-        )
+        dx, d_lora_A, d_lora_B = lora_qkv_backward(dy, x, weight, lora_A, lora_B, scaling, need_x, need_lora)
     # Outputs of an op must not share memory, the empty ones neither.
     return dx, d_lora_A if need_lora else x.new_empty(0), d_lora_B if need_lora else x.new_empty(0)
 
 
 @_lora_qkv_backward.register_fake
-def _(dy, x, weight, lora_A, lora_B, scaling, adapter_ids, need_x, need_lora):
+def _(dy, x, weight, lora_A, lora_B, scaling, need_x, need_lora):
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
         lora_A.new_empty(lora_A.shape) if need_lora else x.new_empty(0),
@@ -67,17 +63,17 @@ def _(dy, x, weight, lora_A, lora_B, scaling, adapter_ids, need_x, need_lora):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_A, lora_B, ctx.scaling, adapter_ids = inputs
-    ctx.save_for_backward(x, weight, lora_A, lora_B, adapter_ids)
+    x, weight, _, lora_A, lora_B, ctx.scaling = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B)
 
 
 def _backward(ctx, dy: Tensor):
-    x, weight, lora_A, lora_B, adapter_ids = ctx.saved_tensors
+    x, weight, lora_A, lora_B = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     dx = d_weight = d_bias = d_lora_A = d_lora_B = None
     if need_x or need_A or need_B:
         dx, d_lora_A, d_lora_B = _lora_qkv_backward(
-            dy, x, weight, lora_A, lora_B, ctx.scaling, adapter_ids, need_x, need_A or need_B
+            dy, x, weight, lora_A, lora_B, ctx.scaling, need_x, need_A or need_B
         )
     if need_weight:
         d_weight = dy.T @ x
@@ -90,16 +86,13 @@ def _backward(ctx, dy: Tensor):
         d_lora_A if need_A else None,
         d_lora_B if need_B else None,
         None,
-        None,
     )
 
 
 _lora_qkv.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
     """Raise ValueError, naming argument, rule and value, where the arguments do not fit together."""
     if weight.ndim != 2:
         raise ValueError(f"`weight` must be [N, K], got shape {list(weight.shape)}.")
@@ -108,22 +101,15 @@ def _check(
         raise ValueError(f"`x` must be [..., {K}] to fit `weight` [N, K], got shape {list(x.shape)}.")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"`bias` must be [{N}] to fit `weight` [N, K], got shape {list(bias.shape)}.")
-    many = adapter_ids is not None
-    form = "[L, S, R, K]" if many else "[S, R, K]"
-    if lora_A.ndim != 3 + many or lora_A.shape[-1] != K:
-        raise ValueError(f"`lora_A` must be {form} with K = {K}, got shape {list(lora_A.shape)}.")
-    if many and not lora_A.shape[0]:
-        raise ValueError(f"`lora_A` must hold at least one adapter, got shape {list(lora_A.shape)}.")
-    S, R = lora_A.shape[-3:-1]
+    if lora_A.ndim != 3 or lora_A.shape[-1] != K:
+        raise ValueError(f"`lora_A` must be [S, R, K] with K = {K}, got shape {list(lora_A.shape)}.")
+    S, R, _ = lora_A.shape
     if not 1 <= R <= MAX_RANK:
         raise ValueError(f"`lora_A` must have a rank from 1 to {MAX_RANK}, got rank {R}.")
     if S < 1 or N % S:
         raise ValueError(f"`lora_A` must have a number of segments that divides N = {N}, got {S} segments.")
-    expected = (*lora_A.shape[:-3], N, R)
-    if lora_B.shape != expected:
-        raise ValueError(
-            f"`lora_B` must be {list(expected)} to fit `weight` and `lora_A`, got shape {list(lora_B.shape)}."
-        )
+    if lora_B.shape != (N, R):
+        raise ValueError(f"`lora_B` must be [{N}, {R}] to fit `weight` and `lora_A`, got shape {list(lora_B.shape)}.")
     named = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
     for name, tensor in named.items():
         if tensor is None:
@@ -134,25 +120,6 @@ def _check(
             raise ValueError(f"`{name}` must have the dtype of `x`, {x.dtype}, got {tensor.dtype}.")
     if not x.dtype.is_floating_point:
         raise ValueError(f"`x` must have a floating-point dtype, got {x.dtype}.")
-    if adapter_ids is not None:
-        _check_adapter_ids(x, adapter_ids, lora_A.shape[0])
-
-
-def _check_adapter_ids(x: Tensor, adapter_ids: Tensor, num_adapters: int) -> None:
-    if x.ndim < 2 or adapter_ids.shape != x.shape[:1]:
-        raise ValueError(
-            f"`adapter_ids` must hold one id per image of `x` {list(x.shape)}, got shape {list(adapter_ids.shape)}."
-        )
-    if adapter_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"`adapter_ids` must be int32 or int64, got {adapter_ids.dtype}.")
-    if torch.compiler.is_compiling():
-        return
-    valid = (adapter_ids >= -1) & (adapter_ids < num_adapters)
-    if adapter_ids.device.type != "cpu":
-        torch._assert_async(valid.all())
-    elif not bool(valid.all()):
-        wrong = adapter_ids[~valid][0].item()
-        raise ValueError(f"`adapter_ids` must be from -1 (none) to {num_adapters - 1}, got {wrong}.")
 
 
 def lora_qkv(
@@ -162,7 +129,6 @@ def lora_qkv(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
-    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with one low-rank pair per output segment: `y = x W^T + b + s (x A_i^T) B_i^T`.
 
@@ -171,37 +137,27 @@ def lora_qkv(
     `lora_A`, `lora_B`, and `weight` and `bias` where they require one. Under autocast all inputs are cast to
     its dtype.
 
-    With `adapter_ids` the factors of L adapters are stacked and each image of the batch wears its own; the
-    base weights are read once. Fastest where images that wear the same adapter are neighbours.
-
     Args:
-        x: input, [..., K]; with `adapter_ids` [B, ..., K].
+        x: input, [..., K].
         weight: frozen weight, [N, K], in the dtype of `x`.
         bias: [N] or None.
-        lora_A: [S, R, K], or [L, S, R, K]; rank R from 1 to 64. Factors may have another floating-point dtype
-            (float32 masters); they are cast to that of `x`.
-        lora_B: [N, R], or [L, N, R]; rows of segment i belong to the i-th factor of `lora_A`.
+        lora_A: [S, R, K]; rank R from 1 to 64. Factors may have another floating-point dtype (float32 masters);
+            they are cast to that of `x`.
+        lora_B: [N, R]; rows of segment i belong to `lora_A[i]`.
         scaling: factor of the low-rank product.
-        adapter_ids: int32 or int64 [B], -1 for none; or None for one adapter. Ids on the CPU are checked
-            before work starts, ids on a GPU on the GPU (a wrong one then stops the process's CUDA context); inside
-            a compiled function they are not checked.
 
     Returns:
         [..., N], in the dtype of `x`.
 
     Raises:
-        ValueError: shapes, dtypes, devices, the rank or an adapter id break the rules above.
+        ValueError: shapes, dtypes, devices or the rank break the rules above.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, lora_A, lora_B, adapter_ids)
+    _check(x, weight, bias, lora_A, lora_B)
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    if adapter_ids is not None:
-        adapter_ids = adapter_ids.to(x.device, non_blocking=True).contiguous()
     if x.numel() == 0 or choose_backend(x, has_cpp=False) == "reference":
-        return reference.lora_qkv(x, weight, bias, lora_A, lora_B, scaling, adapter_ids)
-    if adapter_ids is None:
-        lora_A, lora_B = lora_A[None], lora_B[None]
-    y = _lora_qkv(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, adapter_ids)
+        return reference.lora_qkv(x, weight, bias, lora_A, lora_B, scaling)
+    y = _lora_qkv(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling)
     return y.view(*x.shape[:-1], -1)

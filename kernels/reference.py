@@ -14,7 +14,6 @@ def lora_qkv(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
-    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with one low-rank pair per output segment: `y = x W^T + b + s (x A_i^T) B_i^T`.
 
@@ -25,24 +24,16 @@ def lora_qkv(
         x: input, [..., K].
         weight: frozen weight, [N, K].
         bias: [N] or None.
-        lora_A: [S, R, K]; with `adapter_ids` [L, S, R, K].
-        lora_B: [N, R]; rows of segment i belong to `lora_A[i]`. With `adapter_ids` [L, N, R].
+        lora_A: [S, R, K].
+        lora_B: [N, R]; rows of segment i belong to `lora_A[i]`.
         scaling: factor of the low-rank product.
-        adapter_ids: int [B], the adapter each image of `x` [B, ..., K] wears, -1 for none; or None.
 
     Returns:
         [..., N], in the dtype of `x`.
     """
-    S = lora_A.shape[-3]
     y = F.linear(x, weight, bias)
-    if adapter_ids is not None:
-        own = adapter_ids.long().clamp(min=0)
-        worn = (adapter_ids >= 0).to(x.dtype)[:, None, None, None]
-        h = torch.einsum("bmk,bsrk->bmsr", x.unsqueeze(1).flatten(1, -2), lora_A[own] * worn)
-        low_rank = torch.einsum("bmsr,bsnr->bmsn", h, lora_B[own].unflatten(1, (S, -1)))
-        return y + scaling * low_rank.reshape(y.shape)
     h = F.linear(x, lora_A.flatten(0, 1))  # [..., S R]
-    spread = torch.block_diag(*lora_B.chunk(S))  # [N, S R]: one product for all segments
+    spread = torch.block_diag(*lora_B.chunk(lora_A.shape[0]))  # [N, S R]: one product for all segments
     y_rows, h_rows = (t.unsqueeze(0).flatten(0, -2) for t in (y, h))  # of a single vector too
     return torch.addmm(y_rows, h_rows, spread.T, alpha=scaling).view_as(y)
 

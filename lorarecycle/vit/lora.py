@@ -142,16 +142,14 @@ class LoRA(nn.Module):
         return torch.stack(stack_A).to(dtype), torch.cat(stack_B).to(dtype)
 
 
-def linear(
-    layer: nn.Linear, x: Tensor, factors: tuple[Tensor, Tensor] | None, adapter_ids: Tensor | None = None
-) -> Tensor:
+def linear(layer: nn.Linear, x: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
     """A frozen linear layer plus stacked factors (see `kernels.lora_qkv`), if any; x [..., in]."""
     if factors is None:
         return layer(x)
     if factors[0].shape[-2] <= MAX_RANK:
-        return lora_qkv(x, layer.weight, layer.bias, *factors, adapter_ids=adapter_ids)
+        return lora_qkv(x, layer.weight, layer.bias, *factors)
     lora_A, lora_B = (factor.to(x.dtype) for factor in factors)
-    return reference.lora_qkv(x, layer.weight, layer.bias, lora_A, lora_B, adapter_ids=adapter_ids)
+    return reference.lora_qkv(x, layer.weight, layer.bias, lora_A, lora_B)
 
 
 def _widths(name: str, layer: nn.Linear) -> tuple[int, int]:

@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def _lora_qkv(
-    B: int, T: int, K: int, N: int, S: int, R: int, *, num_adapters: int | None = None, need_x: bool = True
-) -> Callable[[torch.dtype], None]:
+def _lora_qkv(B: int, T: int, K: int, N: int, S: int, R: int, *, need_x: bool = True) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
         from lorarecycle.kernels.lora_qkv_backward_triton import lora_qkv_backward
         from lorarecycle.kernels.lora_qkv_triton import lora_qkv_forward
@@ -17,12 +15,10 @@ def _lora_qkv(
         def meta(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        L = num_adapters or 1
         x, weight, bias = meta(B * T, K), meta(N, K), meta(N)
-        factors = meta(L, S, R, K), meta(L, N, R)
-        ids = None if num_adapters is None else torch.empty(B, dtype=torch.int64, device="meta")
-        lora_qkv_forward(x, weight, bias, *factors, 1.0, ids)
-        lora_qkv_backward(meta(B * T, N), x, weight, *factors, 1.0, ids, need_x, True)
+        factors = meta(S, R, K), meta(N, R)
+        lora_qkv_forward(x, weight, bias, *factors, 1.0)
+        lora_qkv_backward(meta(B * T, N), x, weight, *factors, 1.0, need_x, True)
 
     return launch
 
@@ -96,18 +92,12 @@ LORA_SHAPES = {
 LORA_RANKS = (4, 32, 64)
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
+    **{f"lora_qkv/{name}_rank{R}": _lora_qkv(*shape, R) for name, shape in LORA_SHAPES.items() for R in LORA_RANKS},
     **{
-        f"lora_qkv/{name}_rank{R}{many}": _lora_qkv(*shape, R, num_adapters=8 if many else None)
-        for name, shape in LORA_SHAPES.items()
-        for R in LORA_RANKS
-        for many in ("", "_many")
-    },
-    **{
-        f"lora_qkv/no_dx_{name}_rank{R}{many}": _lora_qkv(*shape, R, num_adapters=8 if many else None, need_x=False)
+        f"lora_qkv/no_dx_{name}_rank{R}": _lora_qkv(*shape, R, need_x=False)
         for name, shape in LORA_SHAPES.items()
         if name in ("small", "odd")
         for R in LORA_RANKS
-        for many in ("", "_many")
     },
     "lora_qkv/fc1": _lora_qkv(100, 257, 1024, 4096, 1, 16),
     **{
@@ -139,14 +129,13 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 def sweep() -> list[Callable[[torch.dtype], None]]:
     """Launches of many more sizes: no configuration of theirs may be missing from `CASES`."""
     launches = [
-        _lora_qkv(B, T, K, N, S, R, num_adapters=many, need_x=need_x)
-        for B, T in ((1, 1), (2, 50), (16, 197), (100, 197), (100, 257))
+        _lora_qkv(B, T, K, N, S, R, need_x=need_x)
+        for B, T in ((1, 1), (2, 50), (16, 197), (100, 257))
         for K, N, S in (
             *((D, 3 * D, 3) for D in (40, 48, 100, 192, 384, 768, 1000, 1024, 1408)),
             *((768, 768, 1), (768, 3072, 1), (3072, 768, 1), (1408, 6144, 1), (48, 33, 1)),
         )
         for R in (1, 4, 17, 33, 64)
-        for many in (None, 8)
         for need_x in (True, False)
     ]
     launches += [

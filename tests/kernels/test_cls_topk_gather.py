@@ -11,7 +11,7 @@ from lorarecycle.kernels.cls_topk_gather import MAX_TOKENS
 SIZES = [
     (2, 3, 49, 64, 192, 12, 1),
     (1, 2, 197, 80, 100, 49, 5),
-    (2, 1, 257, 24, 30, 256, 1),
+    (1, 1, 257, 24, 30, 256, 1),
     (3, 2, 2, 8, 3, 1, 1),
 ]
 
