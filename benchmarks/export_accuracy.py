@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,17 @@ def main() -> None:
     backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=args.image_size)
     images = load_dataset(data / "cifar_fs.npz", args.split)
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-    machine += f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    machine = f"{name_cpu()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+    machine += f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}"
     report: dict[str, Any] = {"split": args.split, "image_size": args.image_size, "accuracy": {}}
     if args.output.exists():
         earlier = json.loads(args.output.read_text())
         if all(earlier[key] == report[key] for key in ("split", "image_size")):
             report = earlier
     for form in args.forms:
-        start = time.perf_counter()
+        start = time.process_time()
         features = encode_all(backbone, images.images, form)
-        row = {"seconds": round(time.perf_counter() - start, 1), "command": command, "machine": machine}
+        row = {"cpu_seconds": round(time.process_time() - start, 1), "command": command, "machine": machine}
         for n_shot in args.n_shots:
             tasks = sample_tasks(images.labels, n_way=5, n_shot=n_shot, n_query=15, n_tasks=600, seed=0)
             result = Evaluation(task_accuracies(features, tasks), tasks)
@@ -67,6 +68,18 @@ def main() -> None:
         print(form, row, flush=True)
         report["accuracy"][form] = row
         write_json(args.output, report)
+
+
+def name_cpu() -> str:
+    """The processor as Linux names it, with VNNI's presence, which decides how int8 products are computed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    vnni = "with VNNI" if {"avx512_vnni", "avx_vnni"} & set(facts.get("flags", "").split()) else "without VNNI"
+    named = facts.get("model name", platform.machine())
+    return f"{named}, family {facts.get('cpu family', '?')} model {facts.get('model', '?')}, {vnni}"
 
 
 @torch.no_grad()

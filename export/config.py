@@ -33,9 +33,10 @@ class ExportConfig:
     opset: int = 18
     """ONNX operator set, 18 or later."""
     dtype: Literal["fp32", "fp16", "int8"] = "fp32"
-    """fp16 keeps layer norm and softmax in float32; int8 has per-channel weights and activations measured per run, and
-    keeps products whose input has outliers in float32. It was measured on a CPU with VNNI; one without (AVX2 only)
-    saturates the sums of its 8-bit products, which may cost accuracy there."""
+    """fp16 keeps layer norm and softmax in float32. int8 has per-channel weights and activations measured per run, and
+    keeps products whose input has outliers in float32. Its weights use 7 of the 8 bits, so that no sum of products
+    saturates: accuracy is the same with and without VNNI. Speed is not: CPUs with VNNI gain most, old ones may gain
+    nothing but the smaller file."""
     img_size: int | None = None
     """Side in pixels, a multiple of the patch; the model's own when left out."""
     batch_size: int | None = None

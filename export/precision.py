@@ -19,6 +19,9 @@ FLOAT32_OPS = ["LayerNormalization", "Softmax", "TopK", "Range", "Min", "Max"]
 """What stays in float32 in an fp16 graph."""
 INT8_OPS = ["MatMul", "Gemm"]
 """What int8 quantises: the products with weights; the patch convolution stays in float32."""
+MAX_WEIGHT = 64
+"""Largest int8 weight. CPUs with AVX2 or AVX-512 but no VNNI add two products of an activation (0 to 255) and a weight
+in 16 bits, and what exceeds 32767 is cut off there: 2 * 255 * 64 = 32640 fits, 2 * 255 * 127 does not."""
 MAX_ROUNDING = 0.1
 """A product stays in float32 if int8 would add more noise to its input than this share of a typical channel's size."""
 
@@ -40,6 +43,9 @@ def to_fp16(source: Path) -> Any:
 def to_int8(source: Path, target: Path, samples: Sequence[np.ndarray]) -> None:
     """Per-channel int8 weights; activations quantised while the graph runs, with the range of each call.
 
+    Weights reach from -64 to 64, one bit less than int8 holds, so that no CPU saturates (see `MAX_WEIGHT`): the sums of
+    products are the same whole numbers wherever the file is served.
+
     One step serves a whole activation. Trained ViTs have single neurons of the MLP that exceed all others whatever
     the image (ViT-Tiny, block 7: 210 where the others reach 3); the step that holds them rounds the rest to zero. Such
     products stay in float32 (see `rounding`).
@@ -48,6 +54,9 @@ def to_int8(source: Path, target: Path, samples: Sequence[np.ndarray]) -> None:
         source: the float32 graph.
         target: the file to write.
         samples: batches of the graph's only input, on which the products are judged.
+
+    Raises:
+        ValueError: the installed onnxruntime wrote weights that may saturate.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -63,9 +72,33 @@ def to_int8(source: Path, target: Path, samples: Sequence[np.ndarray]) -> None:
             nodes_to_exclude=coarse,
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=True,  # -64 to 64
             extra_options={"MatMulConstBOnly": True},
         )
+    check_weights(target)
     logger.info("int8: %d products stay in float32 for their outliers: %s", len(coarse), ", ".join(coarse) or "none")
+
+
+def check_weights(path: Path) -> None:
+    """Raise where a CPU without VNNI could saturate.
+
+    Raises:
+        ValueError: a quantised product has weights beyond `MAX_WEIGHT`.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    for product in (node for node in graph.node if node.op_type == "MatMulInteger"):
+        tensor = weights.get(product.input[1])
+        largest = None if tensor is None else int(np.abs(numpy_helper.to_array(tensor).astype(np.int16)).max())
+        if largest is None or largest > MAX_WEIGHT:
+            raise ValueError(
+                f"the int8 weights of {product.name} must lie within {MAX_WEIGHT} (wider ones saturate on CPUs without "
+                f"VNNI), got {'another kind' if largest is None else largest} from onnxruntime's quantiser; install "
+                "another version of onnxruntime."
+            )
 
 
 def rounding(source: Path, samples: Sequence[np.ndarray]) -> dict[str, float]:

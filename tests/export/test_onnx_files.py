@@ -2,7 +2,6 @@
 
 import json
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,8 @@ from lorarecycle.export import (
     export_onnx,
     folder,
     onnx_files,
-    precision,
     put_in_place,
 )
-from lorarecycle.export.graphs import EncoderGraph
 
 from lorarecycle import Adapter, Backbone
 from lorarecycle.adapters.adapter import LoRAFactors
@@ -73,79 +70,6 @@ def test_a_class_without_support_images_is_never_chosen(exported):
     )
     assert np.isneginf(logits[:, 1]).all()
     assert np.isfinite(logits[:, [0, 2]]).all()
-
-
-def test_int8_uint8_pruned_fixed(exported_int8, model, pictures):
-    graph = onnx.load(exported_int8 / "encoder.onnx").graph
-    kinds = {node.op_type for node in graph.node}
-    assert {"MatMulInteger", "DynamicQuantizeLinear", "TopK", "GatherElements"} <= kinds
-    assert shapes(graph.input) == {"pixel_values": [4, 3, 32, 32]}
-    int8 = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
-    scales = [t for t in graph.initializer if t.name.endswith("_scale")]
-    assert len(int8) == 8, "four products with weights in each of two blocks"
-    assert all(len(t.dims) == 1 and t.dims[0] > 1 for t in scales), "one scale per channel"
-    (ours,) = run(exported_int8 / "encoder.onnx", pixel_values=pictures.images[:4])
-    merged = model.backbone.merge(model.meta_lora)
-    expected = merged(normalize(pictures.images[:4], merged.mean, merged.std), prune={0: 0.5}).numpy()
-    cosine = (ours * expected).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
-    assert cosine.min() > 0.98
-    assert np.abs(ours - expected).max() > 1e-4, "not quantised"
-    config = json.loads((exported_int8 / "config.json").read_text())
-    assert (config["batch_size"], config["input_dtype"], config["prune"]) == (4, "uint8", {"0": 0.5})
-    accuracy = config["accuracy"]
-    assert accuracy["tasks"] == "600 5-way 1-shot tasks of handwritten digits"
-    assert abs(accuracy["int8"] - accuracy["float32"]) < 3
-    assert accuracy["float32"] > 20
-
-
-def test_int8_leaves_a_product_with_an_outlier_in_float32(model, tmp_path, monkeypatch):
-    """One neuron of the MLP far above the others, as in trained ViTs: in int8 it would swallow them."""
-    backbone = deepcopy(model.backbone)
-    with torch.no_grad():
-        backbone.vit.blocks[1].mlp.fc1.bias[5] += 500
-        backbone.vit.blocks[1].mlp.fc2.weight[:, 5] *= 0.01
-
-    def cosine(name):
-        return export_encoder(backbone, tmp_path / name, config=ExportConfig(dtype="int8", atol=1e3)).cosine
-
-    kept = cosine("kept.onnx")
-    monkeypatch.setattr(precision, "MAX_ROUNDING", float("inf"))
-    plain = cosine("plain.onnx")
-    assert plain < 0.98 < 0.998 < kept
-    kinds = [[node.op_type for node in onnx.load(tmp_path / name).graph.node] for name in ("kept.onnx", "plain.onnx")]
-    assert [k.count("MatMulInteger") for k in kinds] == [7, 8]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_rounding_at_a_fixed_batch_size_with_uint8_input(model, tmp_path, batch_size):
-    """The measure by hand: the first product reads the first layer norm."""
-    config = ExportConfig(batch_size=batch_size, uint8_input=True)
-    graph = EncoderGraph(model.backbone, uint8_input=True)
-    onnx_files.write_encoder(graph, tmp_path / "encoder.onnx", config)
-    pixels = check.trial_pixels(graph, batch_size)
-    found = precision.rounding(tmp_path / "encoder.onnx", [pixels.numpy()])
-    assert len(found) == 8
-    inputs = []
-    hook = model.backbone.vit.blocks[0].norm1.register_forward_hook(lambda module, _, y: inputs.append(y))
-    graph(pixels)
-    hook.remove()
-    step = (inputs[0].max() - inputs[0].min()) / 255
-    size = np.sqrt(np.median(inputs[0].square().mean((0, 1))))
-    assert next(iter(found.values())) == pytest.approx(float(step / 12**0.5 / size), rel=1e-4)
-
-
-def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
-    parity = export_encoder(model.backbone, tmp_path / "half.onnx", model.meta_lora, ExportConfig(dtype="fp16"))
-    assert 1e-5 < parity.max_error < 0.05
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half.onnx")).graph
-    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
-    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-    for node in inferred.node:
-        wanted = {"LayerNormalization": full, "Softmax": full, "MatMul": half}.get(node.op_type)
-        assert wanted is None or {kinds.get(name, wanted) for name in node.output} == {wanted}, node.op_type
-    weights = {t.data_type for t in inferred.initializer if len(t.dims) == 2 and min(t.dims) > 16}
-    assert weights == {half}
-    assert {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.output)} == {full}
 
 
 def test_gelu_in_the_form_that_onnx_runtime_fuses(exported, tmp_path):
@@ -244,21 +168,40 @@ def test_an_adapter_of_another_width_is_refused(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_kinds_of_objects_are_refused(model, tmp_path):
-    with pytest.raises(TypeError, match=r"`backbone` must be a Backbone, got str; use `Backbone\.load`"):
-        export_onnx("demo", tmp_path / "out")
-    with pytest.raises(TypeError, match=r"`meta_lora` must be an Adapter, got str; use `Adapter\.load`"):
-        export_encoder(model.backbone, tmp_path / "out" / "encoder.onnx", "meta-lora")
-    with pytest.raises(ValueError, match="`embed_dim` must be at least 1, got 0"):
-        export_head(tmp_path / "out" / "head.onnx", embed_dim=0)
+@pytest.mark.parametrize(
+    ("export", "error", "message"),
+    [
+        pytest.param(
+            lambda backbone, out: export_onnx("demo", out),
+            TypeError,
+            r"`backbone` must be a Backbone, got str; use `Backbone\.load`",
+            id="a name for a backbone",
+        ),
+        pytest.param(
+            lambda backbone, out: export_encoder(backbone, out / "encoder.onnx", "meta-lora"),
+            TypeError,
+            r"`meta_lora` must be an Adapter, got str; use `Adapter\.load`",
+            id="a name for an adapter",
+        ),
+        pytest.param(
+            lambda backbone, out: export_head(out / "head.onnx", embed_dim=0),
+            ValueError,
+            "`embed_dim` must be at least 1, got 0",
+            id="no width",
+        ),
+    ],
+)
+def test_other_kinds_of_objects_are_refused(model, tmp_path, export, error, message):
+    with pytest.raises(error, match=message):
+        export(model.backbone, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+@pytest.mark.parametrize("output", ["file", "file/inner"])
+def test_a_folder_that_cannot_be_made(tmp_path, output):
     (tmp_path / "file").write_text("mine")
-    for output in ("file", "file/inner"):
-        with pytest.raises(OSError, match=rf"cannot write into the folder .*{output}: .*; choose another"):
-            export_head(tmp_path / output / "head.onnx", embed_dim=8)
+    with pytest.raises(OSError, match=rf"cannot write into the folder .*{output}: .*; choose another"):
+        export_head(tmp_path / output / "head.onnx", embed_dim=8)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 
@@ -286,13 +229,13 @@ def test_an_int8_episode_that_is_too_far_off_is_removed(model, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_values_that_are_not_finite_fail_whatever_the_limits():
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_fail_whatever_the_limits(bad):
     rows = np.ones((2, 3), np.float32)
-    for bad in (np.nan, np.inf):
-        broken = rows.copy()
-        broken[1, 1] = bad
-        with pytest.raises(ValueError, match=r"episode\.onnx must give finite values, got 1 NaN or infinite"):
-            check.judge(Path("episode.onnx"), [(broken, rows)], None, None)
+    broken = rows.copy()
+    broken[1, 1] = bad
+    with pytest.raises(ValueError, match=r"episode\.onnx must give finite values, got 1 NaN or infinite"):
+        check.judge(Path("episode.onnx"), [(broken, rows)], None, None)
 
 
 def test_the_reference_on_a_gpu_is_computed_without_tf32():

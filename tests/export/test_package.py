@@ -82,8 +82,8 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def predict(runner, *words):
-    return subprocess.run([str(runner), *map(str, words)], capture_output=True, text=True, check=False)
+def predict(runner, *words, cwd=None):
+    return subprocess.run([str(runner), *map(str, words)], capture_output=True, text=True, check=False, cwd=cwd)
 
 
 @needs_compiler
@@ -101,45 +101,50 @@ def test_the_runner_answers_as_python_does(package, runner, model, photos):
         assert abs(float(probability) - expected.max()) < 2e-3, query.name
 
 
-@needs_compiler
-def test_the_runner_explains_bad_input(package, runner, photos, tmp_path):
+@pytest.fixture(scope="module")
+def bad_files(package, photos, tmp_path_factory):
+    """A folder of what the runner must refuse, beside links to a whole package and to support images."""
+    root = tmp_path_factory.mktemp("bad")
     folder, queries = photos
-    support = folder / "support"
-    damaged = tmp_path / "damaged.jpg"
-    damaged.write_bytes(queries[1].read_bytes()[:400])
-    text = tmp_path / "text.png"
-    text.write_text("no image")
+    (root / "whole.pt2").symlink_to(package)
+    (root / "support").symlink_to(folder / "support")
+    (root / "damaged.jpg").write_bytes(queries[1].read_bytes()[:400])
+    (root / "text.png").write_text("no image")
     header = struct.pack(">2I5B", 100_000, 100_000, 8, 2, 0, 0, 0)
-    vast = tmp_path / "vast.png"
-    vast.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
-    other = tmp_path / "other" / "class"
-    other.mkdir(parents=True)
-    (other / "picture.webp").write_bytes(b"RIFF")
-    empty = tmp_path / "support"
-    (empty / "class").mkdir(parents=True)
-    foreign = tmp_path / "foreign.pt2"
-    foreign.write_text("no package")
-    short = tmp_path / "short.pt2"
-    short.write_bytes(package.read_bytes()[:-100])
-    for words, message in (
-        ([package, "--support", support], "usage: lorarecycle-predict"),
-        ([package, "--suport", support], "unknown flag --suport"),
-        ([tmp_path / "no.pt2", "--support", support, "--query", text], "no package"),
-        ([foreign, "--support", support, "--query", text], "foreign.pt2 must be a whole package for this machine"),
-        ([short, "--support", support, "--query", text], "short.pt2 must be a whole package for this machine"),
-        ([package, "--support", tmp_path / "no", "--query", text], "no support folder"),
-        ([package, "--support", empty, "--query", text], "must hold PNG or JPEG files, got none"),
-        ([package, "--support", support, "--query", text], "got neither PNG nor JPEG"),
-        ([package, "--support", support, "--query", damaged], "damaged.jpg must be readable"),
-        ([package, "--support", support, "--query", vast], "got 100000 x 100000 pixels, more than"),
-        ([package, "--support", other.parent, "--query", text], "picture.webp must be PNG or JPEG, got .webp"),
-        ([package, "--support", support, "--query", tmp_path / "no.png"], "no image file"),
-    ):
-        done = predict(runner, *words)
-        assert done.returncode == 2, words
-        assert done.stderr.startswith("lorarecycle-predict: error: ")
-        assert message in done.stderr
-        assert done.stdout == ""
+    vast = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    (root / "vast.png").write_bytes(vast)
+    (root / "other" / "class").mkdir(parents=True)
+    (root / "other" / "class" / "picture.webp").write_bytes(b"RIFF")
+    (root / "empty" / "class").mkdir(parents=True)
+    (root / "foreign.pt2").write_text("no package")
+    (root / "short.pt2").write_bytes(package.read_bytes()[:-100])
+    return root
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("whole.pt2 --support support", "usage: lorarecycle-predict"),
+        ("whole.pt2 --suport support", "unknown flag --suport"),
+        ("no.pt2 --support support --query text.png", "no package"),
+        ("foreign.pt2 --support support --query text.png", "foreign.pt2 must be a whole package for this machine"),
+        ("short.pt2 --support support --query text.png", "short.pt2 must be a whole package for this machine"),
+        ("whole.pt2 --support no --query text.png", "no support folder"),
+        ("whole.pt2 --support empty --query text.png", "must hold PNG or JPEG files, got none"),
+        ("whole.pt2 --support support --query text.png", "got neither PNG nor JPEG"),
+        ("whole.pt2 --support support --query damaged.jpg", "damaged.jpg must be readable"),
+        ("whole.pt2 --support support --query vast.png", "got 100000 x 100000 pixels, more than"),
+        ("whole.pt2 --support other --query text.png", "picture.webp must be PNG or JPEG, got .webp"),
+        ("whole.pt2 --support support --query no.png", "no image file"),
+    ],
+)
+def test_the_runner_explains_bad_input(runner, bad_files, words, message):
+    done = predict(runner, *words.split(), cwd=bad_files)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lorarecycle-predict: error: ")
+    assert message in done.stderr
+    assert done.stdout == ""
 
 
 @needs_compiler

@@ -110,18 +110,29 @@ def test_solve_is_one_graph_for_a_task(session, classifier, pictures):
     for kind in (np.uint8, np.uint64, np.int16):
         np.testing.assert_allclose(session.solve(support, labels.numpy().astype(kind), query), expected, atol=1e-4)
     np.testing.assert_allclose(session.solve(support, iter(labels), query), expected, atol=1e-4)
-    for wrong in ([0, 2, 3], [0, 1, 10**12], [-1, 0, 1], [1, 1, 1]):
-        with pytest.raises(ValueError, match=r"`support_labels` must hold every class from 0 .* got the classes \["):
-            session.solve(support[:3], wrong, query)
-    with pytest.raises(ValueError, match="2 labels for 3 images"):
-        session.solve(support[:3], [0, 1], query)
-    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
-        session.solve([], [], query)
-    with pytest.raises(TypeError, match="`support_labels` must be a sequence of labels, got 0"):
-        session.solve(support[:1], 0, query)
-    for wrong in (["a", "b"], [0.0, 1.0], [False, True]):
-        with pytest.raises(ValueError, match="`support_labels` must be integers, got"):
-            session.solve(support[:2], wrong, query)
+
+
+GAPS = r"`support_labels` must hold every class from 0 .* got the classes \["
+
+
+@pytest.mark.parametrize(
+    ("n_images", "labels", "error", "message"),
+    [
+        pytest.param(3, [0, 2, 3], ValueError, GAPS, id="a class left out"),
+        pytest.param(3, [0, 1, 10**12], ValueError, GAPS, id="a huge class"),
+        pytest.param(3, [-1, 0, 1], ValueError, GAPS, id="a negative class"),
+        pytest.param(3, [1, 1, 1], ValueError, GAPS, id="class 0 left out"),
+        pytest.param(3, [0, 1], ValueError, "2 labels for 3 images", id="too few labels"),
+        pytest.param(0, [], ValueError, "`support_images` must hold at least one image", id="no images"),
+        pytest.param(1, 0, TypeError, "`support_labels` must be a sequence of labels, got 0", id="one number"),
+        pytest.param(2, ["a", "b"], ValueError, "`support_labels` must be integers, got", id="strings"),
+        pytest.param(2, [0.0, 1.0], ValueError, "`support_labels` must be integers, got", id="floats"),
+        pytest.param(2, [False, True], ValueError, "`support_labels` must be integers, got", id="booleans"),
+    ],
+)
+def test_solve_refuses_labels(session, pictures, n_images, labels, error, message):
+    with pytest.raises(error, match=message):
+        session.solve(pictures.images[:n_images] if n_images else [], labels, pictures.images[40:42])
 
 
 def test_fixed_batch_uint8_int8(exported_int8, model, pictures):
@@ -149,30 +160,39 @@ def test_prototypes_save_and_load(exported, pictures, tmp_path, suffix, labels):
     assert served.predict(images).tolist() == fitted.predict(images).tolist()
 
 
-def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("labels", "name", "error", "message"),
+    [
+        pytest.param(None, "p.npz", NotFittedError, "call `fit", id="not fitted"),
+        pytest.param([(1, 2), (3, 4)], "p.npz", ValueError, "strings or numbers", id="labels of another kind"),
+        pytest.param(["a", "b"], "p.pkl", ValueError, r"must end in \.npz or \.safetensors", id="another suffix"),
+    ],
+)
+def test_prototypes_that_cannot_be_saved(exported, pictures, tmp_path, labels, name, error, message):
     session = FewShotSession(exported)
-    with pytest.raises(NotFittedError, match="call `fit"):
-        session.save_prototypes(tmp_path / "p.npz")
-    session.fit(pictures.images[:2], [(1, 2), (3, 4)])
-    with pytest.raises(ValueError, match="strings or numbers"):
-        session.save_prototypes(tmp_path / "p.npz")
-    session.fit(pictures.images[:2], ["a", "b"])
-    with pytest.raises(ValueError, match=r"must end in \.npz or \.safetensors"):
-        session.save_prototypes(tmp_path / "p.pkl")
+    if labels is not None:
+        session.fit(pictures.images[:2], labels)
+    with pytest.raises(error, match=message):
+        session.save_prototypes(tmp_path / name)
     assert not list(tmp_path.iterdir())
-    for suffix in (".npz", ".safetensors"):
-        path = session.save_prototypes(tmp_path / f"p{suffix}")
-        with pytest.raises(ValueError, match="must hold the centres of this model"):
-            FewShotSession(exported_int8).load_prototypes(path)
-        monkeypatch.setattr(prototype_files, "FORMAT_VERSION", 3)
-        with pytest.raises(ValueError, match="`format_version` 2 in place of 3; save again"):
-            session.load_prototypes(path)
-        monkeypatch.undo()
-        path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(ValueError, match="must be a whole file of `save_prototypes`"):
-            session.load_prototypes(path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, pictures, tmp_path, monkeypatch, suffix):
+    session = FewShotSession(exported).fit(pictures.images[:2], ["a", "b"])
+    path = session.save_prototypes(tmp_path / f"p{suffix}")
+    with pytest.raises(ValueError, match="must hold the centres of this model"):
+        FewShotSession(exported_int8).load_prototypes(path)
+    monkeypatch.setattr(prototype_files, "FORMAT_VERSION", 3)
+    with pytest.raises(ValueError, match="`format_version` 2 in place of 3; save again"):
+        session.load_prototypes(path)
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="must be a whole file of `save_prototypes`"):
+        session.load_prototypes(path)
+    path.unlink()
     with pytest.raises(FileNotFoundError, match="no prototypes"):
-        session.load_prototypes(tmp_path / "absent.npz")
+        session.load_prototypes(path)
 
 
 def test_prototypes_of_other_weights_beside_the_graph(model, pictures, tmp_path, monkeypatch):
@@ -198,39 +218,72 @@ def test_prototypes_of_images_prepared_otherwise(exported, pictures, tmp_path):
         FewShotSession(folder).load_prototypes(path)
 
 
-def test_bad_input(session, pictures, tmp_path):
-    with pytest.raises(NotFittedError, match="call `fit"):
-        session.predict(pictures.images)
-    images = pictures.images[:3]
-    with pytest.raises(ValueError, match="got 2 labels for 3 images"):
-        session.fit(images, [0, 1])
-    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
-        session.fit([], [])
+def with_nan(images):
     broken = images.float() / 255
     broken[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="`support_images` must be finite, got 1 NaN"):
-        session.fit(broken, [0, 1, 2])
-    with pytest.raises(ValueError, match="must hold floats in"):
-        session.transform(broken.nan_to_num() * 255)
-    with pytest.raises(TypeError, match=r"`images\[0\]` must be a PIL image"):
-        session.transform([{"a": 1}])
-    with pytest.raises(FileNotFoundError, match="no image file"):
-        session.transform("nowhere.png")
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(lambda s, x: s.predict(x), NotFittedError, "call `fit", id="not fitted"),
+        pytest.param(lambda s, x: s.fit(x, [0, 1]), ValueError, "got 2 labels for 3 images", id="too few labels"),
+        pytest.param(
+            lambda s, x: s.fit([], []), ValueError, "`support_images` must hold at least one image", id="no images"
+        ),
+        pytest.param(
+            lambda s, x: s.fit(with_nan(x), [0, 1, 2]),
+            ValueError,
+            "`support_images` must be finite, got 1 NaN",
+            id="a NaN",
+        ),
+        pytest.param(
+            lambda s, x: s.transform(with_nan(x).nan_to_num() * 255), ValueError, "must hold floats in", id="0 to 255"
+        ),
+        pytest.param(
+            lambda s, x: s.transform([{"a": 1}]), TypeError, r"`images\[0\]` must be a PIL image", id="a dict"
+        ),
+        pytest.param(lambda s, x: s.transform("nowhere.png"), FileNotFoundError, "no image file", id="no file"),
+    ],
+)
+def test_bad_input(session, pictures, call, error, message):
+    with pytest.raises(error, match=message):
+        call(session, pictures.images[:3])
+
+
+def test_a_file_that_is_no_image(session, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(ValueError, match=r"bad\.png must be readable"):
         session.transform(tmp_path / "bad.png")
 
 
-def test_prepared_pixels_of_another_size_or_dtype(session):
+def test_prepared_pixels_are_arrays_or_tensors(session):
     good = np.zeros((2, 3, 32, 32), np.float32)
     assert session.embed(good).shape == (2, 32)
     assert session.embed(torch.from_numpy(good)).shape == (2, 32)
-    for bad in ([[1.0]], good[:, :, :16], good.astype(np.float64), good.astype(np.uint8), good[0]):
-        with pytest.raises(ValueError, match=r"`pixel_values` must be float32 \['batch_size', 3, 32, 32\], got"):
-            session.embed(bad)
-    good[0, 0, 0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param([[1.0]], id="a list"),
+        pytest.param(np.zeros((2, 3, 16, 32), np.float32), id="another size"),
+        pytest.param(np.zeros((2, 3, 32, 32), np.float64), id="float64"),
+        pytest.param(np.zeros((2, 3, 32, 32), np.uint8), id="uint8"),
+        pytest.param(np.zeros((3, 32, 32), np.float32), id="no batch"),
+    ],
+)
+def test_prepared_pixels_of_another_size_or_dtype(session, bad):
+    with pytest.raises(ValueError, match=r"`pixel_values` must be float32 \['batch_size', 3, 32, 32\], got"):
+        session.embed(bad)
+
+
+def test_prepared_pixels_that_are_not_finite(session):
+    pixels = np.zeros((2, 3, 32, 32), np.float32)
+    pixels[0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="`pixel_values` must be finite, got 1 NaN"):
-        session.embed(good)
+        session.embed(pixels)
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "head.onnx"])
@@ -351,9 +404,9 @@ def test_without_pillow_and_safetensors(session, pictures, tmp_path, monkeypatch
     for name in ("PIL", "safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "query.png").touch()
-    for images in (tmp_path / "query.png", np.zeros((40, 50, 3), np.uint8)):
+    for needs_pillow in (tmp_path / "query.png", np.zeros((40, 50, 3), np.uint8)):
         with pytest.raises(ImportError, match="need Pillow .* install `pillow`, or pass arrays of the model's size"):
-            session.predict(images)
+            session.predict(needs_pillow)
     for use in (session.load_prototypes, session.save_prototypes):
         with pytest.raises(ImportError, match=r"need safetensors .* install `safetensors`, or use a \.npz file"):
             use(kept)

@@ -122,41 +122,44 @@ def test_other_kinds_of_adapters_keep_their_shapes(quick):
         LoRAGenerator.fit([vera(0), vera(1, r=3)], torch.eye(2), quick, device="cpu", quiet=True)
 
 
-def test_bad_input(pool, quick, tmp_path):
-    def refuse(match, *adapters):
-        with pytest.raises(ValueError, match=match):
-            LoRAGenerator.fit(adapters, torch.eye(len(adapters)), quick, device="cpu", quiet=True)
+KEY = f"{MODULES[0]}.lora_B.weight"
 
-    refuse("must be of one kind", pool[0], language_adapter(0))
-    refuse(
-        "must have the same `fan_in_fan_out`, got None and True",
-        language_adapter(0),
-        language_adapter(1, fan_in_fan_out=True),
-    )
-    wide = language_adapter(1)
-    key = f"{MODULES[0]}.lora_B.weight"
-    refuse(
-        "must be for one architecture",
-        language_adapter(0),
-        PeftAdapter({**wide.tensors, key: torch.ones(9, 2)}, CONFIG),
-    )
-    refuse(
-        "must adapt the same sites", language_adapter(0), PeftAdapter({**wide.tensors, "more": torch.ones(1)}, CONFIG)
-    )
-    refuse(
-        "must be finite",
-        language_adapter(0),
-        PeftAdapter({**wide.tensors, key: torch.full((12, 2), torch.nan)}, CONFIG),
-    )
+
+def changed(key, tensor):
+    """A language model's adapter with one tensor put in."""
+    return PeftAdapter({**language_adapter(1).tensors, key: tensor}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        pytest.param(lambda pool: pool[0], "must be of one kind", id="an adapter of a ViT"),
+        pytest.param(
+            lambda pool: language_adapter(1, fan_in_fan_out=True),
+            "must have the same `fan_in_fan_out`, got None and True",
+            id="another setting",
+        ),
+        pytest.param(lambda pool: changed(KEY, torch.ones(9, 2)), "must be for one architecture", id="another shape"),
+        pytest.param(lambda pool: changed("more", torch.ones(1)), "must adapt the same sites", id="one tensor more"),
+        pytest.param(lambda pool: changed(KEY, torch.full((12, 2), torch.nan)), "must be finite", id="NaN"),
+    ],
+)
+def test_adapters_that_do_not_belong_together(pool, quick, other, message):
+    adapters = [language_adapter(0), other(pool)]
+    with pytest.raises(ValueError, match=message):
+        LoRAGenerator.fit(adapters, torch.eye(2), quick, device="cpu", quiet=True)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_adapter(tmp_path / "nowhere")
     write_json(tmp_path / "adapter_config.json", CONFIG)
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors"):
         load_adapter(tmp_path)
-    save_tensors(tmp_path / "adapter_model.safetensors", wide.tensors)
+    save_tensors(tmp_path / "adapter_model.safetensors", language_adapter(1).tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="must hold a JSON object"):
         load_adapter(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        load_adapter(tmp_path / "nowhere")
 
 
 def test_a_damaged_adapter_of_a_vit_is_not_taken_for_bare_parameters(pool, tmp_path):

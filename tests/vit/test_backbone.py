@@ -206,13 +206,15 @@ def test_pruning_counts(tiny_backbone: Backbone) -> None:
     assert tiny_backbone.kept_per_layer({0: 0.3, 2: 0.5}, 16) == {0: 12, 2: 6}
     assert tiny_backbone.kept_per_layer({0: 0.99, 1: 0.99, 2: 0.99}, 16) == {0: 1, 1: 1, 2: 1}
     assert tiny_backbone.kept_per_layer({2: 0.0}, 16) == {2: 16}
-    for prune, message in (
-        ({3: 0.5}, "layers 0 to 2, got 3"),
-        ({0: 1.0}, "no token"),
-        ({0: -0.1}, r"\[0, 1\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tiny_backbone.kept_per_layer(prune, 16)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [({3: 0.5}, "layers 0 to 2, got 3"), ({0: 1.0}, "no token"), ({0: -0.1}, r"\[0, 1\)")],
+)
+def test_pruning_that_cannot_be(tiny_backbone: Backbone, prune: dict[int, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_backbone.kept_per_layer(prune, 16)
 
 
 def test_scores_belong_to_the_kept_tokens(tiny_backbone: Backbone, images: Tensor) -> None:

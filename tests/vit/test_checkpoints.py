@@ -208,26 +208,48 @@ def test_without_configuration_the_family_decides(caplog, tmp_path):
     assert type(vit.blocks[0].mlp.act).__name__ == "QuickGELU"
 
 
-def test_other_architectures_are_refused():
-    with pytest.raises(ValueError, match=r"must be of a timm ViT or of transformers' ViT"):
-        convert_state_dict({"layer1.0.conv1.weight": torch.zeros(1)})
-    state = make("vit").state_dict()
-    with pytest.raises(ValueError, match=r"relative_position_bias"):
-        convert_state_dict({**state, "layers.0.attention.relative_position_bias.table": torch.zeros(1)})
-    state.pop(next(key for key in state if "1" in key and key.endswith(("k_proj.weight", "key.weight"))))
-    with pytest.raises(ValueError, match=r"must hold .*attn.k.* together"):
-        convert_state_dict(state)
+def without_a_key(state):
+    lost = next(key for key in state if "1" in key and key.endswith(("k_proj.weight", "key.weight")))
+    return {key: value for key, value in state.items() if key != lost}
 
 
-def test_facts_that_do_not_fit_are_refused():
-    state = make("vit").state_dict()
-    with pytest.raises(ValueError, match=r"`num_heads` must be given and divide"):
-        build_vit(state, {"num_heads": 5})
-    with pytest.raises(ValueError, match=r"`hidden_act` must be one of"):
-        build_vit(state, {"num_heads": 3, "hidden_act": "mystery"})
-    state["embeddings.position_embeddings"] = torch.zeros(1, 16, 24)
-    with pytest.raises(ValueError, match=r"`image_size` must fit 15 positions"):
-        build_vit(state, {"num_heads": 3, "image_size": 32})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda state: {"layer1.0.conv1.weight": torch.zeros(1)},
+            r"must be of a timm ViT or of transformers' ViT",
+            id="a ResNet",
+        ),
+        pytest.param(
+            lambda state: {**state, "layers.0.attention.relative_position_bias.table": torch.zeros(1)},
+            r"relative_position_bias",
+            id="relative positions",
+        ),
+        pytest.param(without_a_key, r"must hold .*attn.k.* together", id="no keys in one block"),
+    ],
+)
+def test_other_architectures_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(change(make("vit").state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "message"),
+    [
+        ({}, {"num_heads": 5}, r"`num_heads` must be given and divide"),
+        ({}, {"num_heads": 3, "hidden_act": "mystery"}, r"`hidden_act` must be one of"),
+        (
+            {"embeddings.position_embeddings": torch.zeros(1, 16, 24)},
+            {"num_heads": 3, "image_size": 32},
+            r"`image_size` must fit 15 positions",
+        ),
+    ],
+    ids=["heads", "activation", "positions"],
+)
+def test_facts_that_do_not_fit_are_refused(tensors, facts, message):
+    with pytest.raises(ValueError, match=message):
+        build_vit({**make("vit").state_dict(), **tensors}, facts)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
