@@ -147,7 +147,23 @@ class Adapter(AdapterValue):
 
         Returns:
             the directory.
+
+        Raises:
+            ValueError: an argument for the Hub without `push_to_hub=True`; and what `push_to_hub` raises.
         """
+        for_hub = {
+            "repo_id": repo_id,
+            "private": private,
+            "commit_message": commit_message,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr or None,
+        }
+        unused = [argument for argument, value in for_hub.items() if value is not None]
+        if unused and not push_to_hub:
+            raise ValueError(
+                f"`push_to_hub` must be True where `{unused[0]}` is given, got False; leave `{unused[0]}` out."
+            )
         folder = self.save(save_directory, layout=layout, config=config, sources=sources)
         if push_to_hub:
             self.push_to_hub(

@@ -62,11 +62,15 @@ def test_not_in_the_cache(client, revision):
     refused(client, FETCH % f", revision={revision}, local_files_only=True", "FileNotFoundError", message)
 
 
+# older clients (1.0.0) hand the folder out all the same, and the reader finds the gap
+INCOMPLETE = "must lie whole in the Hub client's cache|must hold adapter_model.safetensors, got none"
+
+
 def test_cache_that_misses_a_file(hub, client, saved, tmp_path):
     put(hub, saved[0])
     client(FETCH % "")
     next((tmp_path / "cache").rglob("snapshots/*/adapter_model.safetensors")).unlink()
-    refused(client, FETCH % ", local_files_only=True", "FileNotFoundError", "must lie whole in the Hub client's cache")
+    refused(client, FETCH % ", local_files_only=True", "FileNotFoundError", INCOMPLETE)
 
 
 def test_repository_without_an_adapter(hub, client):
@@ -123,10 +127,14 @@ def test_push_that_is_refused(hub, client, saved, arguments, kind, message):
     [
         ("Adapter.from_pretrained({folder!r}, revision='v1')", "`revision` must be left out for a directory, got 'v1'"),
         ("Adapter.from_pretrained({folder!r}, subfolder='../x')", "`subfolder` must lie inside .*, got '../x'"),
+        (
+            "Adapter.load({folder!r}).save_pretrained('x', repo_id='a/b')",
+            "`push_to_hub` must be True where `repo_id` is",
+        ),
         ("load_adapters([{folder!r}], revision='v1')", "`revision` must come with a Hub id among `adapters`, got 'v1'"),
         ("load_adapters([Adapter.load({folder!r})], subfolder='x')", "`subfolder` must come with folders or Hub ids"),
     ],
-    ids=["revision", "subfolder outside", "revision for many", "subfolder for objects"],
+    ids=["revision", "subfolder outside", "no push", "revision for many", "subfolder for objects"],
 )
 def test_arguments_that_nothing_uses(client, saved, call, message):
     refused(client, call.format(folder=str(saved[0])), "ValueError", message)
