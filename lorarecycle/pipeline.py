@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from .adapters.adapter import Adapter
-from .adapters.load_many import AdapterLike, load_adapters
+from .adapters.load_many import AdapterLike, HubOptions, load_adapters
 from .checks import check_adapters, choose_inverted, leave_out_dead
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_config, as_plain
 from .inversion.invert import invert, load_prior
@@ -32,6 +32,9 @@ from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
 from .vit.base import BaseLike, find_base
 from .work_dir import WorkDir, canonical_order, describe_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ def recycle(
     name: str = "meta-lora",
     compile: Compile = None,
     quiet: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> Adapter:
     """Distil adapters into one meta-LoRA, without any of their training data.
 
@@ -83,6 +87,8 @@ def recycle(
         compile: whether the steps of both stages run through `torch.compile`; on a GPU only when None. A mode of
             `torch.compile` works too.
         quiet: show no progress bars.
+        hub: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only` for Hub ids among `adapters`, as in
+            `Adapter.from_pretrained`.
 
     Returns:
         the meta-LoRA, without a head: give it to `FewShotClassifier` or `Adapter.save`.
@@ -102,6 +108,7 @@ def recycle(
         prior=prior,
         device=device,
         dtype=dtype,
+        **hub,
     )
     return job.run(work_dir, name=name, compile=compile, quiet=quiet)
 
@@ -113,7 +120,8 @@ def make_plan(adapters: AdapterLike | Iterable[AdapterLike], **settings: Any) ->
 
     Args:
         adapters: as in `recycle`.
-        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `prior`, `device`, `dtype`, as in `recycle`.
+        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `prior`, `device`, `dtype` and
+            those for the Hub, as in `recycle`.
 
     Raises:
         ValueError, FileNotFoundError, TypeError: as `recycle` does.
@@ -258,6 +266,7 @@ def prepare(
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Job:
     """Load and check what a run needs; arguments and errors as in `recycle`."""
     start = RecycleConfig.preset(preset)
@@ -269,7 +278,7 @@ def prepare(
         seed=settings.seed if seed is None else seed,
     )
     where, precision = resolve(device, dtype)
-    found = canonical_order(load_adapters(adapters))
+    found = canonical_order(load_adapters(adapters, **hub))
     backbone = find_base(base, found).to(where)
     found, dead = leave_out_dead(found)
     inverted, headless = choose_inverted(found, settings)

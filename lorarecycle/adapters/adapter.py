@@ -1,94 +1,28 @@
-"""A LoRA adapter of a Vision Transformer: low-rank factors at sites, and the head tuned with them."""
+"""`Adapter`: the value that `value.py` describes, with PEFT folders and the Hugging Face Hub around it."""
 
 from __future__ import annotations
 
-import hashlib
-import re
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ..runtime.hub import find_folder, push_folder
+from .peft.read import FILES, read_peft
+from .peft.write import OWN_HEAD_FILES, write_peft
+from .value import SITE_PATTERN, AdapterValue, Head, LoRAFactors
 
-SITE_PATTERN = re.compile(r"blocks\.(\d+)\.(attn\.(?:q|k|v|proj)|mlp\.(?:fc1|fc2))")
-POOLS = ("token", "token+mean", "mean")
+if TYPE_CHECKING:  # a heavy import, needed for one annotation
+    from huggingface_hub import CommitInfo
 
-
-class LoRAFactors(NamedTuple):
-    """The low-rank update of one site: `delta W = scaling * lora_B @ lora_A` (LoRA Recycle, Sec. 3)."""
-
-    lora_A: Tensor
-    """[r, in]"""
-    lora_B: Tensor
-    """[out, r]"""
-    scaling: float
-    """lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA."""
-
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return self.lora_A.shape[0]
+__all__ = ["SITE_PATTERN", "Adapter", "Head", "LoRAFactors"]
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The linear classifier tuned together with an adapter.
-
-    Attributes:
-        weight: [C, D], or [C, 2 D] with `pool="token+mean"`.
-        bias: [C]; zeros when left out.
-        class_names: C names; "0" to "C-1" when left out.
-        pool: the feature that the head reads: "token" (class token after the final norm: ViT, DeiT, timm),
-            "token+mean" (class token beside the mean patch token: transformers' DINOv2 classifier) or
-            "mean" (mean patch token before the final norm: transformers' CLIP classifier).
-
-    Raises:
-        ValueError: shapes that do not fit together, NaN or infinite values, an unknown pool.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    class_names: tuple[str, ...] = ()
-    pool: str = "token"
-
-    def __post_init__(self) -> None:
-        weight = self.weight.detach()
-        if weight.ndim != 2 or weight.shape[0] < 1:
-            raise ValueError(f"`weight` of a head must be [classes, features], got {list(weight.shape)}.")
-        bias = torch.zeros(len(weight), dtype=weight.dtype) if self.bias is None else self.bias.detach()
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"`bias` of a head must have one value per class ({len(weight)}), got {list(bias.shape)}.")
-        names = tuple(str(name) for name in self.class_names) or tuple(map(str, range(len(weight))))
-        if len(names) != len(weight):
-            raise ValueError(f"`class_names` must name the head's {len(weight)} classes, got {len(names)} names.")
-        if self.pool not in POOLS:
-            raise ValueError(f"`pool` must be one of {POOLS}, got {self.pool!r}.")
-        for label, tensor in (("weight", weight), ("bias", bias)):
-            _require_finite(tensor, f"the head's `{label}`")
-        object.__setattr__(self, "weight", weight.float())
-        object.__setattr__(self, "bias", bias.float())
-        object.__setattr__(self, "class_names", names)
-
-    def to(self, device: torch.device) -> Head:
-        """The head with its tensors on a device."""
-        assert self.bias is not None
-        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Logits [B, C] in float32 of features [B, D]."""
-        assert self.bias is not None
-        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
-        return torch.nn.functional.linear(features.float(), weight, bias)
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(AdapterValue):
     """LoRA factors at sites of a ViT, with or without a classification head.
 
-    A site is one linear layer, or one third of a fused qkv: `blocks.3.attn.q`, `.k`, `.v`, `blocks.3.attn.proj`,
+    A site is one linear layer, or one third of a qkv layer: `blocks.3.attn.q`, `.k`, `.v`, `blocks.3.attn.proj`,
     `blocks.3.mlp.fc1`, `blocks.3.mlp.fc2`. Ranks and scalings may differ between sites.
 
     Attributes:
@@ -102,30 +36,56 @@ class Adapter:
         ValueError: no factors, an unknown site, shapes that do not fit together, NaN or infinite values.
     """
 
-    factors: Mapping[str, LoRAFactors]
-    head: Head | None = None
-    base_model: str = ""
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    name: str = "adapter"
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        head: Head | str | PathLike[str] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Adapter:
+        """Read a PEFT adapter: a directory, or a Hugging Face Hub id.
 
-    def __post_init__(self) -> None:
-        if not self.factors:
-            raise ValueError(f"`factors` of {self.name!r} must hold at least one site, got none.")
-        clean = {}
-        for site in sorted(self.factors, key=_model_order):
-            lora_A, lora_B, scaling = self.factors[site]
-            if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
-                raise ValueError(
-                    f"`factors[{site!r}]` of {self.name!r} must be lora_A [r, in] and lora_B [out, r] of the same "
-                    f"rank, got {list(lora_A.shape)} and {list(lora_B.shape)}."
-                )
-            _require_finite(lora_A, f"lora_A at {site} of {self.name!r}")
-            _require_finite(lora_B, f"lora_B at {site} of {self.name!r}")
-            if not torch.isfinite(torch.tensor(float(scaling))):
-                raise ValueError(f"scaling at {site} of {self.name!r} must be finite, got {scaling}.")
-            clean[site] = LoRAFactors(lora_A.detach().float(), lora_B.detach().float(), float(scaling))
-        object.__setattr__(self, "factors", clean)
+        Written for transformers' ViT, DeiT, DINOv2 or CLIP vision models (the names of transformers 4 and 5) or
+        for timm models. The head comes from `modules_to_save` in the adapter, or from a `head.safetensors` or
+        `classifier.safetensors` beside it (keys `weight`, `bias`), or from `head=`.
+
+        Args:
+            path_or_id: directory with adapter_config.json and adapter_model.safetensors, or a Hub id "owner/name".
+            revision: branch, tag or commit on the Hub; its default branch when None. Not for a directory.
+            token: for private and gated repositories; the one of `hf auth login` when None, none at all when False.
+            subfolder: folder of the adapter inside the directory or repository.
+            cache_dir: where the Hub's files are kept; the Hub client's own cache when None.
+            local_files_only: take what the cache has, without a network.
+            head: a `Head`, or a safetensors file with `weight` [C, D] and `bias` [C]; replaces a saved one.
+            class_names: names of the head's classes; read from the adapter's own files when left out.
+
+        Raises:
+            FileNotFoundError: no such directory or repository (or a private one that `token` does not open), a file
+                is missing, or the cache does not have it.
+            PermissionError: a gated repository, or a token that the Hub refuses.
+            ConnectionError: no network, a Hub that is down, or (`HubRateLimitError`) too many requests.
+            ValueError: unknown `revision`, or unreadable or foreign content; the message names rule and fix.
+        """
+        folder = find_folder(
+            path_or_id,
+            FILES,
+            what="a PEFT adapter",
+            argument="path_or_id",
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        local = Path(path_or_id).expanduser().is_dir()
+        name = folder.resolve().name if local else "/".join(filter(None, (str(path_or_id), subfolder)))
+        return read_peft(folder, cls, name=name, head=head, class_names=class_names)
 
     @classmethod
     def load(
@@ -135,24 +95,8 @@ class Adapter:
         head: Head | str | PathLike[str] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Adapter:
-        """Read a PEFT adapter: a directory, or a Hugging Face Hub id where there is a network.
-
-        Written for transformers' ViT, DeiT, DINOv2 or CLIP vision models (the names of transformers 4 and 5) or
-        for timm models. The head comes from `modules_to_save` in the adapter, or from a `head.safetensors` or
-        `classifier.safetensors` beside it (keys `weight`, `bias`), or from `head=`.
-
-        Args:
-            source: directory with adapter_config.json and adapter_model.safetensors, or a Hub id.
-            head: a `Head`, or a safetensors file with `weight` [C, D] and `bias` [C]; replaces a saved one.
-            class_names: names of the head's classes; read from the adapter's own files when left out.
-
-        Raises:
-            FileNotFoundError: no such directory, or a file is missing.
-            ValueError: unreadable or foreign content; the message names the file, the rule and the fix.
-        """
-        from .peft.read import load_peft
-
-        return load_peft(source, head=head, class_names=class_names)
+        """Read a PEFT adapter: a directory, or a Hub id; `from_pretrained` without the Hub's arguments."""
+        return cls.from_pretrained(source, head=head, class_names=class_names)
 
     def save(
         self,
@@ -160,7 +104,7 @@ class Adapter:
         *,
         layout: str = "timm",
         config: Mapping[str, object] | None = None,
-        sources: Sequence[Adapter] = (),
+        sources: Sequence[AdapterValue] = (),
     ) -> Path:
         """Write a PEFT directory that `peft.PeftModel.from_pretrained` loads, with a model card.
 
@@ -168,84 +112,117 @@ class Adapter:
 
         Args:
             directory: made if absent.
-            layout: "timm" (fused qkv: q, k and v become one block-structured pair), or a transformers model type
-                ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model") under the names that the
-                installed transformers uses.
+            layout: "timm" (q, k and v become one block-structured pair of the qkv layer), or a transformers model
+                type ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model") under the names that
+                the installed transformers uses.
             config: settings of the run that made it, for the model card.
             sources: the adapters that went in, for the model card (name and hash each).
 
         Returns:
             the directory.
         """
-        from .peft.read import save_peft
+        return write_peft(self, directory, layout=layout, config=config, sources=sources)
 
-        return save_peft(self, directory, layout=layout, config=config, sources=sources)
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        layout: str = "timm",
+        config: Mapping[str, object] | None = None,
+        sources: Sequence[AdapterValue] = (),
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Path:
+        """`save` under the name that PEFT and transformers use; with `push_to_hub=True` the Hub gets it as well.
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The sites that carry factors, in model order."""
-        return tuple(self.factors)
+        Args:
+            save_directory, layout, config, sources: as in `save`.
+            push_to_hub: also upload; the arguments from here on are those of `push_to_hub`.
+            repo_id: the directory's name, under your own account, when None.
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank at each site."""
-        return {site: factors.r for site, factors in self.factors.items()}
+        Returns:
+            the directory.
 
-    def delta(self, site: str) -> Tensor:
-        """The full update of one site, float32 [out, in]; zero-rank sites raise KeyError."""
-        lora_A, lora_B, scaling = self.factors[site]
-        return scaling * (lora_B @ lora_A)
+        Raises:
+            ValueError: an argument for the Hub without `push_to_hub=True`; and what `push_to_hub` raises.
+        """
+        for_hub = {
+            "repo_id": repo_id,
+            "private": private,
+            "commit_message": commit_message,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr or None,
+        }
+        unused = [argument for argument, value in for_hub.items() if value is not None]
+        if unused and not push_to_hub:
+            raise ValueError(
+                f"`push_to_hub` must be True where `{unused[0]}` is given, got False; leave `{unused[0]}` out."
+            )
+        folder = self.save(save_directory, layout=layout, config=config, sources=sources)
+        if push_to_hub:
+            self.push_to_hub(
+                repo_id or folder.resolve().name,
+                layout=layout,
+                config=config,
+                sources=sources,
+                private=private,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return folder
 
-    def digest(self) -> str:
-        """SHA-256 (hex) over sites, factors, scalings and head: equal content, equal digest."""
-        sha = hashlib.sha256()
-        for site, (lora_A, lora_B, scaling) in self.factors.items():
-            sha.update(f"{site} {tuple(lora_A.shape)} {tuple(lora_B.shape)} {scaling!r}".encode())
-            sha.update(lora_A.cpu().contiguous().numpy().tobytes())
-            sha.update(lora_B.cpu().contiguous().numpy().tobytes())
-        if self.head is not None:
-            assert self.head.bias is not None
-            sha.update(f"{self.head.class_names} {self.head.pool}".encode())
-            sha.update(self.head.weight.cpu().contiguous().numpy().tobytes())
-            sha.update(self.head.bias.cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        layout: str = "timm",
+        config: Mapping[str, object] | None = None,
+        sources: Sequence[AdapterValue] = (),
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload to the Hugging Face Hub what `save` writes, in one commit; the repository is made if absent.
 
-    def weights_digest(self) -> str:
-        """SHA-256 (hex) over sites, factors, scalings and the head's weights, without any name."""
-        sha = hashlib.sha256()
-        for site, (lora_A, lora_B, scaling) in self.factors.items():
-            sha.update(f"{site} {tuple(lora_A.shape)} {tuple(lora_B.shape)} {scaling!r}".encode())
-            sha.update(lora_A.cpu().contiguous().numpy().tobytes())
-            sha.update(lora_B.cpu().contiguous().numpy().tobytes())
-        if self.head is not None:
-            assert self.head.bias is not None
-            sha.update(self.head.pool.encode())
-            sha.update(self.head.weight.cpu().contiguous().numpy().tobytes())
-            sha.update(self.head.bias.cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        A head.safetensors that an earlier push left there is deleted when this adapter has none.
 
-    def with_head(self, head: Head | None) -> Adapter:
-        """The same factors under another head, or under none."""
-        return replace(self, head=head)
+        Args:
+            repo_id: "owner/name", or "name" under your own account.
+            layout, config, sources: as in `save`.
+            private: of a new repository; the account's own setting when None.
+            commit_message: "Upload <name> with lorarecycle" when None.
+            token: with write access; the one of `hf auth login` when None.
+            revision: branch, made if absent; the default branch when None.
+            create_pr: open a pull request instead of writing to the branch.
 
-    def __repr__(self) -> str:
-        ranks = sorted(set(self.ranks.values()))
-        classes = f", {len(self.head.class_names)} classes" if self.head else ""
-        return f"Adapter({self.name!r}, {len(self.factors)} sites, r={ranks}{classes}, base={self.base_model!r})"
+        Returns:
+            the commit; as text, its URL. `oid` is its hash, `pr_url` that of the pull request.
 
-
-def _model_order(site: str) -> tuple[int, int]:
-    match = SITE_PATTERN.fullmatch(site)
-    if match is None:
-        raise ValueError(
-            f"`factors` must be keyed by sites such as 'blocks.3.attn.q' (q, k, v, proj) or 'blocks.3.mlp.fc1' "
-            f"(fc1, fc2), got {site!r}."
-        )
-    order = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
-    return int(match[1]), order.index(match[2])
-
-
-def _require_finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(f"{what} must be finite, got {bad} NaN or infinite values; the file is damaged.")
+        Raises:
+            PermissionError: no token, or one without write access there.
+            ConnectionError: no network, a Hub that is down, or (`HubRateLimitError`) too many requests.
+            FileNotFoundError: a repository that `token` does not open.
+            ValueError: an impossible `repo_id`, unknown layout.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save(Path(parent) / "adapter", layout=layout, config=config, sources=sources)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                commit_message=commit_message or f"Upload {self.name} with lorarecycle",
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                delete=OWN_HEAD_FILES,
+            )

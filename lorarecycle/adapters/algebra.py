@@ -1,4 +1,4 @@
-"""Several low-rank updates as one block-structured pair over a fused layer, and back."""
+"""Several low-rank updates as one block-structured pair over a qkv layer, and back."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ from collections.abc import Sequence
 
 import torch
 
-from .adapter import LoRAFactors
+from .value import LoRAFactors
 
 Columns = tuple[int, int] | None
-"""The columns [start, stop) of the fused B that a part owns; None when the part carries no update."""
+"""The columns [start, stop) of the whole B that a part owns; None when the part carries no update."""
 
 
 def split_factors(
-    fused: LoRAFactors, num_parts: int, columns: Sequence[Columns] | None = None
+    whole: LoRAFactors, num_parts: int, columns: Sequence[Columns] | None = None
 ) -> list[LoRAFactors | None]:
-    """Cut an update of a fused layer into the updates of its parts; exact.
+    """Cut an update of a layer of several parts (q, k and v in one) into the updates of its parts; exact.
 
     The rows of B fall into `num_parts` equal segments that share A. With `columns` (as `stack_factors` gave
     them) each part keeps its own columns only and the parts that were absent stay so; that is done only where
     what is left out is zero in every entry, so the update is the same either way.
 
     Args:
-        fused: lora_A [r, in], lora_B [num_parts * out, r].
+        whole: lora_A [r, in], lora_B [num_parts * out, r].
         num_parts: segments.
         columns: per part.
 
     Raises:
         ValueError: the rows of B do not divide by `num_parts`.
     """
-    lora_A, lora_B, scaling = fused
+    lora_A, lora_B, scaling = whole
     if lora_B.shape[0] % num_parts:
         raise ValueError(
-            f"`lora_B` of a fused layer must have rows divisible by {num_parts}, got {list(lora_B.shape)}."
+            f"`lora_B` of a layer of {num_parts} parts must have rows divisible by {num_parts}, got "
+            f"{list(lora_B.shape)}."
         )
     segments = lora_B.chunk(num_parts)
     if columns is None or not _structured(segments, columns):
@@ -46,7 +47,7 @@ def split_factors(
 def stack_factors(parts: Sequence[LoRAFactors | None]) -> tuple[LoRAFactors, list[Columns]]:
     """Put updates of equal size into one pair whose B is block-structured; the update is the same.
 
-    Parts with the same A and scaling share one block of columns, so factors that came from a fused layer go
+    Parts with the same A and scaling share one block of columns, so factors that came from one qkv layer go
     back at their old rank. Where scalings differ, the ratio to the largest is folded into B.
 
     Args:
@@ -63,7 +64,7 @@ def stack_factors(parts: Sequence[LoRAFactors | None]) -> tuple[LoRAFactors, lis
     for pair in present:
         if (pair.lora_B.shape[0], pair.lora_A.shape[1]) != (out, width):
             raise ValueError(
-                f"`parts` of a fused layer must all be [{out}, {width}], got "
+                f"`parts` of one layer must all be [{out}, {width}], got "
                 f"[{pair.lora_B.shape[0]}, {pair.lora_A.shape[1]}]."
             )
     scaling = max((part.scaling for part in present), key=abs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, Head, LoRAFactors
-from ..adapters.peft.config import CONFIG_FILE, AdapterConfig, make_config, match_pattern
-from ..adapters.peft.keys import PREFIX, WEIGHTS_FILE, sort_keys
-from ..runtime.files import load_tensors, read_json, save_tensors, write_json
+from ..adapters.peft.config import CONFIG_FILE, AdapterConfig, make_config, read_config
+from ..adapters.peft.keys import WEIGHTS_FILE, find_factor, read_weights, sort_keys
+from ..adapters.peft.scaling import Sizes
+from ..runtime.files import save_tensors, write_json
 
 logger = logging.getLogger(__name__)
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?P<rest>(?:\.[^.]+)?\.weight)?")
 _SIZES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """Keys of a PEFT configuration that may differ between the adapters of one generator."""
 _IDLE = ("base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision", "runtime_config")
@@ -51,15 +50,8 @@ class PeftAdapter:
             ValueError: damaged files.
         """
         folder = Path(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"a PEFT folder must hold {name}, got none in {folder}; save it as safetensors."
-                )
-        config = read_json(folder / CONFIG_FILE)
-        if not isinstance(config, dict):
-            raise ValueError(f"{folder / CONFIG_FILE} must hold a JSON object, got {type(config).__name__}.")
-        return cls(load_tensors(folder / WEIGHTS_FILE)[0], config, folder.resolve().name)
+        config = read_config(folder / CONFIG_FILE)
+        return cls(read_weights(folder), config, folder.resolve().name)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the two files, each atomically; the folder."""
@@ -136,9 +128,9 @@ def make_adapter(parameters: Parameters, class_names: tuple[str, ...] = ()) -> A
 
 
 def pair_of(name: str) -> tuple[str, str] | None:
-    """(module, "A" or "B") of a factor's name; None for any other tensor."""
-    match = _FACTOR.fullmatch(name)
-    return match and (match["module"].removeprefix(PREFIX), match["side"])
+    """(module, "A" or "B") of a factor's name, a PEFT key or `<site>.lora_A`; None for any other tensor."""
+    factor = find_factor(f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name)
+    return factor and (factor.module, factor.side)
 
 
 def _is_vit(folder: Path) -> bool:
@@ -197,12 +189,9 @@ def _is_plain_lora(adapter: PeftAdapter, tensors: Mapping[str, Tensor], heads: f
 
 
 def _scalings(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """alpha / r of every pair, alpha / sqrt(r) with rank-stabilised LoRA."""
-    alphas, alpha = adapter.config.get("alpha_pattern") or {}, adapter.config.get("lora_alpha")
-    default = 8.0 if alpha is None else float(alpha)  # 0 is a value
+    sizes = Sizes(adapter.config, f"the configuration of {adapter.name!r}")
     ranks = {pair[0]: len(t) for key, t in tensors.items() if (pair := pair_of(key)) and pair[1] == "A"}
-    power = 0.5 if adapter.config.get("use_rslora") else 1.0
-    return {module: match_pattern(alphas, module, default) / r**power for module, r in ranks.items()}
+    return {module: sizes.scaling(module, r) for module, r in ranks.items()}
 
 
 def _pairs(parameters: Parameters) -> dict[str, LoRAFactors]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, LoRAFactors
-from ..adapters.load_many import AdapterLike, load_adapters
+from ..adapters.load_many import AdapterLike, HubOptions, load_adapters
 from ..vit.backbone import Backbone
 from ..vit.base import BaseLike, find_base
 from ..vit.lora import LoRA
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GAIN, SHARED, LENGTH = 4.5, 0.5, 0.04
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
@@ -28,6 +32,7 @@ def warm_start(
     layers: Sequence[int] | None = None,
     gain: float | None = None,
     name: str = "warm-start",
+    **hub: Unpack[HubOptions],
 ) -> Adapter:
     """One adapter with what many have in common, found in their weights alone: no images, no training, seconds.
 
@@ -45,6 +50,8 @@ def warm_start(
         layers: blocks of the result; all when None.
         gain: factor on the mean of the updates; `common_gain` when None.
         name: of the result.
+        hub: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only` for Hub ids among `adapters`, as in
+            `Adapter.from_pretrained`.
 
     Returns:
         an `Adapter` without a head.
@@ -53,7 +60,7 @@ def warm_start(
         ValueError, FileNotFoundError: no adapters, adapters that do not fit, no base that can be found, `gain` not
             positive.
     """
-    found = load_adapters(adapters)
+    found = load_adapters(adapters, **hub)
     backbone = find_base(base, found)
     for adapter in found:
         backbone.check(adapter)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.peft.names import FUSED, find_layer, split_block
+from ..adapters.peft.names import PARTS, find_layer, split_block
 from ..runtime.files import load_tensors, read_json
 from .checkpoint_facts import DEFAULTS, Facts, read_config
 
@@ -228,7 +228,7 @@ def _timm_name(name: str, key: str) -> str:
 
 def _fuse(weights: dict[str, Tensor], fused: str) -> None:
     """Join the rows of the parts of `attn.qkv` (or of a SwiGLU `mlp.fc1`) in every block, in place."""
-    parts = FUSED[fused]
+    parts = PARTS[fused]
     for key in [key for key in weights if f".{parts[0]}." in key]:
         names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
         if any(name not in weights for name in names):

@@ -82,7 +82,7 @@ def _demo_vit() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _hub_vit(name: str, weights: str | PathLike[str] | None) -> tuple[nn.Module, dict[str, Any]]:
-    folder = find_folder(name, ("*.json", "*.safetensors"), what="a Vision Transformer")
+    folder = find_folder(name, ("*.json", "*.safetensors"), what="a Vision Transformer", argument="base")
     facts = read_json(folder / "config.json")
     if "architecture" in facts:  # a timm repository
         vit, found = _timm_vit(facts["architecture"], weights or folder / "model.safetensors")

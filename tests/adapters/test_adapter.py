@@ -1,6 +1,9 @@
 """Adapter and Head: what they accept, what they derive."""
 
+import copy
+import hashlib
 import math
+import pickle
 
 import pytest
 import torch
@@ -32,20 +35,81 @@ def test_half_precision_factors_are_kept_as_float32():
     assert adapter.factors["blocks.0.attn.q"].lora_A.dtype == torch.float32
 
 
-def test_digest_follows_content_only():
-    head = Head(torch.ones(2, 6))
-    one = Adapter({"blocks.0.attn.q": pair()}, head, name="one")
-    same = Adapter({"blocks.0.attn.q": pair()}, head, name="two", base_model="x")
-    assert one.digest() == same.digest()
-    others = [
-        Adapter({"blocks.0.attn.k": pair()}, head),
-        Adapter({"blocks.0.attn.q": pair(seed=1)}, head),
-        Adapter({"blocks.0.attn.q": pair(scaling=0.25)}, head),
-        one.with_head(None),
-        one.with_head(Head(torch.ones(2, 6), torch.ones(2))),
-        one.with_head(Head(torch.ones(2, 6), None, ("cat", "dog"))),
-    ]
-    assert len({adapter.digest() for adapter in [one, *others]}) == 7
+def small(head=True, site="blocks.0.attn.q", **changes):
+    """An adapter of one site with a head of ones."""
+    return Adapter({site: pair(**changes)}, Head(torch.ones(2, 6)) if head is True else head)
+
+
+NAMED = Head(torch.ones(2, 6), None, ("cat", "dog"))
+DIGESTS = pytest.mark.parametrize("digest", [Adapter.digest, Adapter.weights_digest], ids=["digest", "weights_digest"])
+
+
+@DIGESTS
+@pytest.mark.parametrize(
+    "other",
+    [
+        small(site="blocks.0.attn.k"),
+        small(seed=1),
+        small(scaling=0.25),
+        small(head=None),
+        small(head=Head(torch.zeros(2, 6))),
+        small(head=Head(torch.ones(2, 6), torch.ones(2))),
+        small(head=Head(torch.ones(2, 6), pool="mean")),
+    ],
+    ids=["site", "factors", "scaling", "no head", "weight", "bias", "pool"],
+)
+def test_digests_follow_content(digest, other):
+    assert digest(other) != digest(small())
+
+
+@DIGESTS
+def test_digests_do_not_follow_the_name(digest):
+    renamed = Adapter(small().factors, Head(torch.ones(2, 6)), name="two", base_model="x")
+    assert digest(renamed) == digest(small())
+
+
+def test_class_names_are_in_one_digest_only():
+    assert small(head=NAMED).digest() != small().digest()
+    assert small(head=NAMED).weights_digest() == small().weights_digest()
+
+
+@DIGESTS
+def test_digests_are_computed_once(digest, monkeypatch):
+    adapter, sha256, calls = small(), hashlib.sha256, []
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: calls.append(1) or sha256(*content))
+    assert digest(adapter) == digest(adapter)
+    assert len(calls) == 1
+
+
+@DIGESTS
+def test_a_tensor_written_to_is_seen(digest):
+    """Factors in float32 share memory with what they were made of."""
+    lora_A, lora_B, scaling = pair()
+    adapter = Adapter({"blocks.0.attn.q": LoRAFactors(lora_A, lora_B, scaling)})
+    before = digest(adapter)
+    lora_A.add_(1)
+    assert digest(adapter) != before
+
+
+@DIGESTS
+def test_digests_of_tensors_without_a_version_counter(digest):
+    with torch.inference_mode():
+        made = small()
+        assert made.factors["blocks.0.attn.q"].lora_A.is_inference()
+        assert digest(made) == digest(small())
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+def test_digests_of_copies(twin):
+    adapter = small(head=NAMED)
+    assert twin(adapter).digest() == adapter.digest() == twin(adapter).digest()
+
+
+def test_another_head_makes_another_adapter():
+    adapter = small(head=NAMED)
+    digest = adapter.digest()
+    assert isinstance(adapter.with_head(None), Adapter)
+    assert adapter.with_head(None).digest() != digest == adapter.digest()
 
 
 def test_head_defaults_and_logits():
@@ -78,6 +142,7 @@ def test_repr_tells_what_it_is():
         ),
         ({"blocks.0.attn.q": pair(scaling=math.inf)}, r"scaling at blocks.0.attn.q of 'x' must be finite"),
     ],
+    ids=["none", "unknown site", "two ranks", "A", "B", "scaling"],
 )
 def test_bad_factors_are_refused(factors, message):
     with pytest.raises(ValueError, match=message):
@@ -97,6 +162,7 @@ def test_bad_factors_are_refused(factors, message):
         ((torch.full((3, 4), math.nan),), r"the head's `weight` must be finite"),
         ((torch.ones(3, 4), torch.full((3,), -math.inf)), r"the head's `bias` must be finite"),
     ],
+    ids=["one axis", "bias", "names", "pool", "weight not finite", "bias not finite"],
 )
 def test_bad_heads_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

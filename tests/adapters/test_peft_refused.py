@@ -1,6 +1,7 @@
 """Adapters that cannot be read, one by one: each refused before work starts, with what to do."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,44 +45,24 @@ def test_the_good_one_loads(folder):
 # --- where it is -----------------------------------------------------------------------------------
 
 
-def test_no_such_folder(tmp_path):
-    refuses(
-        tmp_path / "absent",
-        r"`source` must be .* a PEFT adapter or a Hub id, got .*absent",
-        FileNotFoundError,
-    )
-    refuses("./absent", r"no such folder", FileNotFoundError)
-    refuses("absent", r"no such folder", FileNotFoundError)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            Path("nowhere") / "absent",
+            r"`path_or_id` must be .* a PEFT adapter or a Hub id, got .*absent: no such folder",
+        ),
+        ("./absent", r"got \./absent: no such folder"),
+        ("absent", r"got absent: no such folder"),
+    ],
+    ids=["path", "relative text", "one word"],
+)
+def test_no_such_folder(source, message):
+    refuses(source, message, FileNotFoundError)
 
 
 def test_a_file_instead_of_its_folder(folder):
-    refuses(folder / WEIGHTS, r"`source` must be the directory of a PEFT adapter, got the file .*give .*adapter")
-
-
-def test_hub_id_without_network(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refuses(
-        "nobody/no-such-adapter",
-        r"got 'nobody/no-such-adapter': there is no such folder here, and the Hugging Face Hub did not give "
-        r"it \(.*\); check the name and the network, or copy",
-        FileNotFoundError,
-    )
-
-
-def test_hub_id_with_network(folder, monkeypatch):
-    asked = {}
-
-    def snapshot_download(name, *, allow_patterns):
-        asked.update(name=name, patterns=allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    (folder / "lorarecycle.json").unlink()
-    adapter = Adapter.load("somebody/some-adapter")
-    assert adapter.name == asked["name"] == "somebody/some-adapter"
-    assert {WEIGHTS, CONFIG} <= set(asked["patterns"])
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["patterns"])
+    refuses(folder / WEIGHTS, r"`path_or_id` must be the directory of a PEFT adapter, got the file .*give .*adapter")
 
 
 # --- adapter_config.json ---------------------------------------------------------------------------
@@ -92,11 +73,14 @@ def test_config_missing(folder):
     refuses(folder, r"must hold adapter_config.json, got none in", FileNotFoundError)
 
 
-def test_config_not_json(folder):
-    (folder / CONFIG).write_text("{'r': 4}")
-    refuses(folder, r"adapter_config.json must be JSON")
-    (folder / CONFIG).write_text("[1]")
-    refuses(folder, r"must hold a JSON object, got list")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{'r': 4}", r"adapter_config.json must be JSON"), ("[1]", r"must hold a JSON object, got list")],
+    ids=["Python", "list"],
+)
+def test_config_not_json(folder, content, message):
+    (folder / CONFIG).write_text(content)
+    refuses(folder, message)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR", "IA3", "VERA", "ADALORA", "PREFIX_TUNING", None])
@@ -119,6 +103,19 @@ def test_other_peft_types(folder, kind):
         ("arrow_config", {"top_k": 2}),
         ("kasa_config", {"beta": 1.0}),
         ("monteclora_config", {"num_samples": 4}),
+    ],
+    ids=[
+        "DoRA",
+        "QALoRA",
+        "BD-LoRA",
+        "bias of B",
+        "repeated blocks",
+        "aLoRA",
+        "tokens",
+        "bare parameters",
+        "Arrow",
+        "KaSA",
+        "MonteCLoRA",
     ],
 )
 def test_variants_that_are_not_plain_lora(folder, key, value):
@@ -168,6 +165,7 @@ def test_fan_in_fan_out_changes_nothing(folder):
         ({"alpha_pattern": {"qkv": "2"}}, r"`alpha_pattern` in .* must map module names to numbers, got '2'"),
         ({"rank_pattern": {"(": 2}}, r"`rank_pattern` in .* must have regular keys, got '\('"),
     ],
+    ids=["alpha", "pattern", "value in a pattern", "key of a pattern"],
 )
 def test_config_values_of_the_wrong_kind(folder, values, message):
     set_config(folder, **values)
@@ -231,9 +229,9 @@ def test_pair_of_two_ranks(folder):
     refuses(folder, r"of one rank, got \[3, 6\] and \[18, 2\] at 'blocks.0.attn.qkv'")
 
 
-def test_fused_pair_that_does_not_divide_by_three(folder):
+def test_qkv_pair_that_does_not_divide_by_three(folder):
     change_weights(folder, lambda tensors: tensors.update({f"{QKV}.lora_B.weight": torch.ones(20, 2)}))
-    refuses(folder, r"qkv of block 0: `lora_B` of a fused layer must have rows divisible by 3, got \[20, 2\]")
+    refuses(folder, r"qkv of block 0: `lora_B` of a layer of 3 parts must have rows divisible by 3, got \[20, 2\]")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +243,7 @@ def test_fused_pair_that_does_not_divide_by_three(folder):
         "classifier",
         "blocks.0.attn.q",
     ],
+    ids=["pooler", "language model", "text encoder", "classifier", "part of a qkv"],
 )
 def test_unknown_sites(folder, module):
     pair = {f"base_model.model.{module}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
@@ -269,6 +268,7 @@ def test_patch_embedding(folder):
         ("cls_classifier.weight", r"got two heads of a distilled model"),
         ("blocks.0.attn.qkv.hada_w1_a", r"neither a LoRA factor nor a linear head"),
     ],
+    ids=["embedding", "DoRA", "bias", "norm", "two heads", "LoHa"],
 )
 def test_tensors_that_are_no_factors(folder, key, message):
     change_weights(folder, lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(2)}))
@@ -310,6 +310,9 @@ def test_adapter_of_a_text_model(folder):
 def test_head_of_another_width(folder):
     change_weights(folder, lambda tensors: tensors.update({"base_model.model.head.weight": torch.ones(3, D + 1)}))
     refuses(folder, r"the head in .* must read 6 features .* got a weight of \[3, 7\]")
+
+
+def test_given_head_of_another_width(folder):
     refuses(folder, r"`head` must read 6 features .* got a weight of \[2, 5\]", head=Head(torch.ones(2, 5)))
 
 
@@ -330,14 +333,16 @@ def test_two_heads(folder):
     assert Adapter.load(folder, head=Head(torch.ones(2, D))).head is not None
 
 
-def test_head_file_that_is_none(folder, tmp_path):
+def test_head_file_that_is_not_there(folder, tmp_path):
     refuses(folder, r"`head` must be a safetensors file .* no such file", FileNotFoundError, head=tmp_path / "x")
+
+
+def test_head_file_of_another_kind(folder, tmp_path):
     (tmp_path / "head.bin").write_bytes(b"pickle")
-    refuses(
-        folder,
-        r"`head` must be a safetensors file .* got .*head.bin; save it as one",
-        head=tmp_path / "head.bin",
-    )
+    refuses(folder, r"`head` must be a safetensors file .* got .*head.bin; save it as one", head=tmp_path / "head.bin")
+
+
+def test_head_file_with_other_keys(folder, tmp_path):
     save_tensors(tmp_path / "h.safetensors", {"kernel": torch.ones(3, D)})
     refuses(folder, r"must hold `weight` .* got \['kernel'\]", head=tmp_path / "h.safetensors")
 
@@ -359,8 +364,9 @@ def test_class_names_without_a_head(folder):
         ({"format_version": 1, "head": [1]}, r"`head` in .* must be a JSON object"),
         ({"format_version": 1, "mean": [1, 2], "std": [1, 2, 3]}, r"`mean` beside .* must be three numbers"),
     ],
+    ids=["list", "newer", "head", "normalisation"],
 )
-def test_damaged_side_file(folder, content, message):
+def test_damaged_metadata(folder, content, message):
     write_json(folder / "lorarecycle.json", content)
     refuses(folder, message)
 
@@ -368,8 +374,8 @@ def test_damaged_side_file(folder, content, message):
 @pytest.mark.parametrize("columns", [[0, 9], [1, 1], [0, 1], "all", [0.0, 2.0]])
 def test_block_structure_that_is_not_there_is_ignored(folder, columns):
     before = Adapter.load(folder)
-    side = read_json(folder / "lorarecycle.json")
-    side["fused"]["blocks.0.attn.qkv"]["attn.k"] = columns
-    write_json(folder / "lorarecycle.json", side)
+    metadata = read_json(folder / "lorarecycle.json")
+    metadata["fused"]["blocks.0.attn.qkv"]["attn.k"] = columns
+    write_json(folder / "lorarecycle.json", metadata)
     after = Adapter.load(folder)
     assert all(torch.equal(before.delta(site), after.delta(site)) for site in before.sites)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..adapter import Adapter
+from ...runtime.hub import is_hub_id
+from ..value import AdapterValue
 
 
 def write_card(
-    adapter: Adapter,
+    adapter: AdapterValue,
     *,
     layout: str,
     model_class: str,
     versions: Mapping[str, str],
     config: Mapping[str, object] | None,
-    sources: Sequence[Adapter],
+    sources: Sequence[AdapterValue],
 ) -> str:
-    """The text of the model card, with YAML front matter.
+    """The text of the model card, with the Hub's metadata in front.
+
+    `base_model` is among the metadata where it is a Hub id: the Hub refuses cards with any other.
 
     Args:
         adapter: what is saved.
@@ -29,10 +30,12 @@ def write_card(
         config: settings of the run that made it.
         sources: the adapters that went in.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     tags = ["lora", "peft", "vision-transformer", "lorarecycle", *(["few-shot"] if sources else [])]
-    front = {"library_name": "peft", "base_model": adapter.base_model or None, "tags": tags}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value), "---", ""]
-    lines += [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(layout, model_class), ""]
+    base_model = adapter.base_model if is_hub_id(adapter.base_model) else None
+    data = ModelCardData(library_name="peft", base_model=base_model, tags=tags)
+    lines = [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(layout, model_class), ""]
     lines += ["## Contents", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in _facts(adapter, layout, model_class).items()]
     if sources:
@@ -48,10 +51,10 @@ def write_card(
             "```",
         ]
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
-    return "\n".join(lines) + "\n"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 
-def _summary(adapter: Adapter, sources: Sequence[Adapter]) -> str:
+def _summary(adapter: AdapterValue, sources: Sequence[AdapterValue]) -> str:
     origin = f", recycled from {len(sources)} adapters without their training data" if sources else ""
     head = f"with a linear head over {len(adapter.head.class_names)} classes" if adapter.head else "without a head"
     return f"LoRA factors for a Vision Transformer ({adapter.base_model or 'base unknown'}), {head}{origin}."
@@ -62,14 +65,14 @@ def _usage(layout: str, model_class: str) -> list[str]:
     return [
         "```python",
         "import lorarecycle",
-        'adapter = lorarecycle.Adapter.load("path/to/this/folder")',
+        'adapter = lorarecycle.Adapter.from_pretrained("path/to/this/folder")  # or this repository\'s id on the Hub',
         "```",
         "",
         f"or, onto the matching {model}, `peft.PeftModel.from_pretrained(model, 'path/to/this/folder')`.",
     ]
 
 
-def _facts(adapter: Adapter, layout: str, model_class: str) -> dict[str, str]:
+def _facts(adapter: AdapterValue, layout: str, model_class: str) -> dict[str, str]:
     layers = Counter(site.split(".", 2)[2] for site in adapter.sites)
     facts = {
         "sites": ", ".join(f"{layer} x {count}" for layer, count in layers.items()),

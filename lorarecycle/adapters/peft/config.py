@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json
-from ..adapter import LoRAFactors
+from ..value import LoRAFactors
+from .scaling import Sizes
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -47,11 +47,33 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways to start the factors that leave the base weights alone, beside True and False."""
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of an adapter_config.json, of any kind of PEFT adapter.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"an adapter directory must hold {CONFIG_FILE}, got none in {path.parent}; give the "
+            "directory that PEFT's `save_pretrained` wrote."
+        )
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
+    return content
+
+
 class AdapterConfig:
     """A checked adapter_config.json.
 
     Args:
         path: the file.
+
+    Attributes:
+        path, content: the file and what it holds.
+        sizes: rank and scaling of each module.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,20 +81,10 @@ class AdapterConfig:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"an adapter directory must hold {CONFIG_FILE}, got none in {path.parent}; give the "
-                "directory that PEFT's `save_pretrained` wrote."
-            )
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
         self.path = path
-        self.content: dict[str, Any] = content
+        self.content = read_config(path)
         self._require_plain_lora()
-        self._alpha = self._number("lora_alpha", 8)
-        self._alpha_pattern = self._pattern("alpha_pattern")
-        self._rank_pattern = self._pattern("rank_pattern")
+        self.sizes = Sizes(self.content, path)
 
     @property
     def base_model(self) -> str:
@@ -84,36 +96,6 @@ class AdapterConfig:
         """Class of the model it was tuned on; "" when unknown."""
         mapping = self.content.get("auto_mapping") or {}
         return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
-
-    def scaling(self, module: str, r: int) -> float:
-        """`alpha / r` or, with use_rslora, `alpha / sqrt(r)`, for the module of that name and rank."""
-        alpha = match_pattern(self._alpha_pattern, module, self._alpha)
-        return alpha / (math.sqrt(r) if self.content.get("use_rslora") else r)
-
-    def configured_rank(self, module: str) -> int:
-        """The rank that the configuration gives a module (the tensors' own rank counts)."""
-        return int(match_pattern(self._rank_pattern, module, self._number("r", 8)))
-
-    def _number(self, key: str, default: float) -> float:
-        value = self.content.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"`{key}` in {self.path} must be a number, got {value!r}.")
-        return value
-
-    def _pattern(self, key: str) -> dict[str, float]:
-        pattern = self.content.get(key) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"`{key}` in {self.path} must map module names to numbers, got {pattern!r}.")
-        for name, value in pattern.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"`{key}` in {self.path} must map module names to numbers, got {value!r}.")
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise ValueError(f"`{key}` in {self.path} must have regular keys, got {name!r} ({error}).") from error
-        return pattern
 
     def _require_plain_lora(self) -> None:
         kind = self.content.get("peft_type")
@@ -144,14 +126,6 @@ class AdapterConfig:
                     f"`{key}` in {self.path} must be off or known, got {value!r}: a newer PEFT wrote it and "
                     "it may change what the factors mean; save the adapter as plain LoRA."
                 )
-
-
-def match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's `get_pattern_key`: the value of the first key that, as an expression, matches the end of the name."""
-    for key, value in pattern.items():
-        if key == module or re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def make_config(

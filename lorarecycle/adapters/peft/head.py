@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...runtime.files import load_tensors, read_json
-from ..adapter import Head
+from ..value import Head, LoRAFactors
 from .config import AdapterConfig
 from .keys import FoundKeys
-from .metadata import SideFile
+from .metadata import Metadata
 from .names import find_layer
 
 HEAD_FILES = ("head.safetensors", "classifier.safetensors")
@@ -25,7 +25,7 @@ def find_head(
     folder: Path,
     keys: FoundKeys,
     config: AdapterConfig,
-    side: SideFile,
+    metadata: Metadata,
     width: int,
     *,
     head: Head | str | PathLike[str] | None = None,
@@ -44,7 +44,7 @@ def find_head(
         _require_width(head, width, "`head`")
         return head
     if head is not None:
-        return _head_of_file(Path(head).expanduser(), width, side, folder)
+        return _head_of_file(Path(head).expanduser(), width, metadata, folder)
     if len(keys.heads) > 1:
         raise ValueError(
             f"{keys.path} must hold one head, got {sorted(keys.heads)}; choose one and give it as `head=`."
@@ -54,11 +54,11 @@ def find_head(
             raise ValueError(f"{keys.path} must hold the weight of its head, got its bias only; give `head=`.")
         clip = any(layer.stack == "encoder.layers" for layer in map(find_layer, keys.pairs) if layer)
         mean = clip and config.model_class in ("", "CLIPForImageClassification")
-        pool = side.head.get("pool") or ("mean" if mean else None)
-        return _make_head(tensors, pool, _class_names(side, folder), width, f"the head in {keys.path}")
-    for name in dict.fromkeys((side.head_file, *HEAD_FILES)):
+        pool = metadata.head.get("pool") or ("mean" if mean else None)
+        return _make_head(tensors, pool, _class_names(metadata, folder), width, f"the head in {keys.path}")
+    for name in dict.fromkeys((metadata.head_file, *HEAD_FILES)):
         if name and (folder / name).is_file():
-            return _head_of_file(folder / name, width, side, folder)
+            return _head_of_file(folder / name, width, metadata, folder)
     return None
 
 
@@ -95,12 +95,18 @@ def place_head(head: Head | None, layout: str, width: int) -> PlacedHead:
     return PlacedHead({}, tensors, HEAD_FILES[0], {"pool": head.pool, "class_names": list(head.class_names)})
 
 
-def _head_of_file(path: Path, width: int, side: SideFile, folder: Path) -> Head:
+def model_width(factors: Mapping[str, LoRAFactors]) -> int:
+    """Width of the model: what q, k, v, proj and fc1 read and what fc2 writes."""
+    site, pair = next(iter(factors.items()))
+    return pair.lora_B.shape[0] if site.endswith("mlp.fc2") else pair.lora_A.shape[1]
+
+
+def _head_of_file(path: Path, width: int, metadata: Metadata, folder: Path) -> Head:
     if not path.is_file():
         raise FileNotFoundError(f"`head` must be a safetensors file with weight and bias, got {path}: no such file.")
     if path.suffix != ".safetensors":
         raise ValueError(f"`head` must be a safetensors file with weight and bias, got {path}; save it as one.")
-    found, metadata = load_tensors(path)
+    found, notes = load_tensors(path)
     tensors: dict[str, Tensor] = {}
     for key, tensor in found.items():
         short = key.rpartition(".")[2]
@@ -111,10 +117,10 @@ def _head_of_file(path: Path, width: int, side: SideFile, folder: Path) -> Head:
         tensors[short] = tensor
     if "weight" not in tensors:
         raise ValueError(f"{path} must hold `weight` [C, features] and `bias` [C], got {sorted(found)}.")
-    pool = metadata.get("pool", "").strip('"') or side.head.get("pool")
-    names = _class_names(side, folder)
-    if "class_names" in metadata:
-        names = tuple(json.loads(metadata["class_names"]))
+    pool = notes.get("pool", "").strip('"') or metadata.head.get("pool")
+    names = _class_names(metadata, folder)
+    if "class_names" in notes:
+        names = tuple(json.loads(notes["class_names"]))
     return _make_head(tensors, pool, names, width, f"the head in {path}")
 
 
@@ -146,8 +152,8 @@ def _require_width(head: Head, width: int, what: str) -> None:
         )
 
 
-def _class_names(side: SideFile, folder: Path) -> tuple[str, ...]:
-    names = side.head.get("class_names")
+def _class_names(metadata: Metadata, folder: Path) -> tuple[str, ...]:
+    names = metadata.head.get("class_names")
     if isinstance(names, list):
         return tuple(map(str, names))
     path = folder / "config.json"

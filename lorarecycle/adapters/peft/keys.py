@@ -24,6 +24,17 @@ _HEAD = re.compile(rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_s
 _TEXT = re.compile(r"(?:.*\.)?(?:text_model|text_projection|logit_scale)(?:\..*)?")
 
 
+class FactorKey(NamedTuple):
+    """What the key of a LoRA factor says."""
+
+    module: str
+    """module name, PEFT's own prefix removed"""
+    side: str
+    """"A" or "B\""""
+    adapter: str | None
+    """the adapter's name inside PEFT's model, where the key holds one"""
+
+
 class FoundKeys(NamedTuple):
     """What an adapter's file holds."""
 
@@ -32,6 +43,35 @@ class FoundKeys(NamedTuple):
     heads: dict[str, dict[str, Tensor]]
     """"classifier", "head" or "score" -> weight and bias"""
     path: Path
+
+
+def find_factor(key: str) -> FactorKey | None:
+    """The factor that a key of a PEFT file means; None for any other tensor (a head, a bias, an embedding's factor)."""
+    match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+    return None if match is None else FactorKey(match["module"], match["side"], match["adapter"])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: pickle files only, or a damaged file.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickles = sorted(found.name for found in folder.glob("adapter_model*.bin"))
+        if pickles:
+            raise ValueError(
+                f"weights must be safetensors, got only the pickle file {pickles[0]} in {folder}, which can "
+                "run code when it is read; where you trust it, load it with peft and call "
+                "`save_pretrained(..., safe_serialization=True)`."
+            )
+        raise FileNotFoundError(
+            f"an adapter directory must hold {WEIGHTS_FILE}, got none in {folder}; fetch the adapter again, "
+            "or save it with `safe_serialization=True`."
+        )
+    return load_tensors(path)[0]
 
 
 def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
@@ -45,7 +85,7 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
             message names the key and what to do.
     """
     path = folder / WEIGHTS_FILE
-    tensors = _read(folder, path)
+    tensors = read_weights(folder)
     if "Text" in config.model_class:
         raise ValueError(f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half.")
     sides: dict[str, dict[str, Tensor]] = {}
@@ -53,12 +93,12 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
     adapters, text, unknown = set(), [], []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        factor, head = _FACTOR.fullmatch(name), _HEAD.fullmatch(name)
+        factor, head = find_factor(key), _HEAD.fullmatch(name)
         if _TEXT.fullmatch(name):
             text.append(name)
         elif factor:
-            adapters.add(factor["adapter"])
-            sides.setdefault(factor["module"], {})[factor["side"]] = tensor
+            adapters.add(factor.adapter)
+            sides.setdefault(factor.module, {})[factor.side] = tensor
         elif head:
             heads.setdefault(head["name"], {})[head["key"]] = tensor
         elif ".original_module." not in name:
@@ -75,22 +115,6 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
             f"{len(tensors)} tensors; give the directory of a LoRA adapter."
         )
     return FoundKeys(pairs, heads, path)
-
-
-def _read(folder: Path, path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickles = sorted(found.name for found in folder.glob("adapter_model*.bin"))
-        if pickles:
-            raise ValueError(
-                f"weights must be safetensors, got only the pickle file {pickles[0]} in {folder}, which can "
-                "run code when it is read; where you trust it, load it with peft and call "
-                "`save_pretrained(..., safe_serialization=True)`."
-            )
-        raise FileNotFoundError(
-            f"an adapter directory must hold {WEIGHTS_FILE}, got none in {folder}; fetch the adapter again, "
-            "or save it with `safe_serialization=True`."
-        )
-    return load_tensors(path)[0]
 
 
 def _require_known(path: Path, unknown: list[str]) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.files import read_json
-from ..adapter import Adapter
+from ...runtime.version import __version__
 from ..algebra import Columns
+from ..value import AdapterValue
 
-SIDE_FILE = "lorarecycle.json"
+METADATA_FILE = "lorarecycle.json"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class SideFile:
-    """Name, input normalisation, class names and the block structure of fused layers.
+class Metadata:
+    """Name, input normalisation, class names and the block structure of qkv layers.
 
     Attributes:
         content: as in the file; {} when there is none.
@@ -25,16 +26,16 @@ class SideFile:
     """
 
     content: Mapping[str, Any] = field(default_factory=dict)
-    path: Path = Path(SIDE_FILE)
+    path: Path = Path(METADATA_FILE)
 
     @classmethod
-    def read(cls, folder: Path) -> SideFile:
+    def read(cls, folder: Path) -> Metadata:
         """Read it from an adapter's folder; an empty one if there is no such file.
 
         Raises:
             ValueError: damaged, or of a newer format.
         """
-        path = folder / SIDE_FILE
+        path = folder / METADATA_FILE
         if not path.is_file():
             return cls({}, path)
         content = read_json(path)
@@ -53,16 +54,14 @@ class SideFile:
     @classmethod
     def of(
         cls,
-        adapter: Adapter,
+        adapter: AdapterValue,
         *,
         layout: str,
-        fused: Mapping[str, Mapping[str, Columns]],
+        columns: Mapping[str, Mapping[str, Columns]],
         head_file: str | None,
-        sources: Sequence[Adapter],
-    ) -> SideFile:
+        sources: Sequence[AdapterValue],
+    ) -> Metadata:
         """The content for an adapter about to be saved."""
-        from ...runtime.version import __version__
-
         head = adapter.head
         content = {
             "format_version": FORMAT_VERSION,
@@ -73,7 +72,7 @@ class SideFile:
             "std": adapter.std and list(adapter.std),
             "layout": layout,
             "head": head and {"class_names": list(head.class_names), "pool": head.pool, "file": head_file},
-            "fused": {module: dict(parts) for module, parts in fused.items()},
+            "fused": {module: dict(parts) for module, parts in columns.items()},
             "sources": [{"name": one.name, "digest": one.digest()} for one in sources],
         }
         return cls(content)
@@ -111,7 +110,7 @@ class SideFile:
         return _triple(mean, "mean", self.path), _triple(std, "std", self.path)
 
     def columns(self, module: str, parts: Sequence[str]) -> list[Columns] | None:
-        """The columns that each part of a fused module owns; None when that was not written down."""
+        """The columns that each part of a qkv module owns; None when that was not written down."""
         found = (self.content.get("fused") or {}).get(module)
         if not isinstance(found, dict):
             return None

@@ -61,7 +61,7 @@ _LAYERS = {
 
 _MODULE = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<stack>blocks|encoder\.layers?|layers)\.(?P<block>\d+)\.(?P<rest>.+)")
 
-FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
+PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
 """Layer of timm -> the layers of transformers that it holds, in row order."""
 
 

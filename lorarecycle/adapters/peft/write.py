@@ -1,0 +1,170 @@
+"""Writing PEFT adapter directories, under timm's names or those of transformers."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from ...runtime.files import save_tensors, write_json, write_text
+from ...runtime.version import __version__
+from ..algebra import Columns, stack_factors
+from ..value import AdapterValue, LoRAFactors
+from .card import write_card
+from .config import CONFIG_FILE, make_config
+from .head import HEAD_FILES, model_width, place_head
+from .keys import PREFIX, WEIGHTS_FILE
+from .metadata import METADATA_FILE, Metadata
+from .names import LAYOUTS, PARTS, Names, timm_names, transformers_names
+
+OWN_HEAD_FILES = HEAD_FILES[:1]
+"""Where a head goes that the layout's classifier cannot hold."""
+
+
+def write_peft(
+    adapter: AdapterValue,
+    directory: str | PathLike[str],
+    *,
+    layout: str = "timm",
+    config: Mapping[str, object] | None = None,
+    sources: Sequence[AdapterValue] = (),
+) -> Path:
+    """Write a PEFT directory; see `Adapter.save`.
+
+    Without a head the names are those of the headless model, with one those of the image classifier. A head
+    that the classifier cannot hold (it reads another feature) goes into head.safetensors beside the adapter.
+
+    Raises:
+        ValueError: unknown layout, or factors that the layout has no place for.
+        OSError: writing failed; earlier files in `directory` are whole.
+    """
+    if layout != "timm" and layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {('timm', *LAYOUTS)}, got {layout!r}.")
+    placed = place_head(adapter.head, layout, model_width(adapter.factors))
+    names = timm_names() if layout == "timm" else transformers_names(layout, classifier=bool(placed.inside))
+    modules, columns = _modules(adapter, names)
+    tensors = {}
+    for module, pair in modules.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.lora_A.clone()  # parts may share memory
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.lora_B.clone()
+    tensors |= {f"{PREFIX}{names.head}.{key}": value.clone() for key, value in placed.inside.items()}
+    peft_config = make_config(
+        modules,
+        base_model=adapter.base_model,
+        model_class=names.model_class,
+        library=names.library,
+        modules_to_save=[names.head] if placed.inside else None,
+    )
+    metadata = Metadata.of(adapter, layout=layout, columns=columns, head_file=placed.beside_file, sources=sources)
+    card = write_card(
+        adapter,
+        layout=layout,
+        model_class=names.model_class,
+        versions=_versions(),
+        config=config,
+        sources=sources,
+    )
+
+    def write(folder: Path) -> None:
+        save_tensors(folder / WEIGHTS_FILE, tensors)
+        if placed.beside_file:
+            save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
+        write_json(folder / CONFIG_FILE, peft_config)
+        write_json(folder / METADATA_FILE, metadata.content)
+        write_text(folder / "README.md", card)
+
+    return _write_folder(Path(directory), write)
+
+
+def _modules(adapter: AdapterValue, names: Names) -> tuple[dict[str, LoRAFactors], dict[str, dict[str, Columns]]]:
+    """Module name -> factors, and for each qkv module the columns of its parts."""
+    modules: dict[str, LoRAFactors] = {}
+    columns: dict[str, dict[str, Columns]] = {}
+    qkv: dict[str, list[LoRAFactors | None]] = defaultdict(lambda: [None, None, None])
+    for site, pair in adapter.factors.items():
+        _, block, layer = site.split(".", 2)
+        if layer in PARTS["attn.qkv"] and "attn.qkv" in names.modules:
+            qkv[block][PARTS["attn.qkv"].index(layer)] = pair
+            modules.setdefault(names.modules["attn.qkv"].format(block), pair)  # holds the place in model order
+        else:
+            _require_plain_mlp(adapter, block, layer, names)
+            modules[names.modules[layer].format(block)] = pair
+    for block, parts in qkv.items():
+        module = names.modules["attn.qkv"].format(block)
+        modules[module], own = stack_factors(parts)
+        columns[f"blocks.{block}.attn.qkv"] = dict(zip(PARTS["attn.qkv"], own, strict=True))
+    return modules, columns
+
+
+def _require_plain_mlp(adapter: AdapterValue, block: str, layer: str, names: Names) -> None:
+    """Refuse a packed SwiGLU fc1 (twice as wide as fc2 reads) under transformers' separate names."""
+    if layer != "mlp.fc1" or "attn.qkv" in names.modules:
+        return
+    fc2 = adapter.factors.get(f"blocks.{block}.mlp.fc2")
+    rows = adapter.factors[f"blocks.{block}.mlp.fc1"].lora_B.shape[0]
+    if fc2 is not None and fc2.lora_A.shape[1] != rows:
+        raise ValueError(
+            f"`layout` must be 'timm' for an adapter of a SwiGLU MLP, got fc1 with {rows} rows before fc2 "
+            f"with {fc2.lora_A.shape[1]} columns in block {block}; save with layout='timm'."
+        )
+
+
+def _versions() -> dict[str, str]:
+    import safetensors
+
+    return {
+        "lorarecycle": __version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "PEFT LoRA format": "adapter_config.json + adapter_model.safetensors",
+    }
+
+
+def _write_folder(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Run `write(folder)` on a new folder beside `directory`, then put its files in place.
+
+    A directory that is not there yet appears in one step; in one that is, file after file is replaced.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
+    stale = _head_file(directory)
+    parent, mark = directory.absolute().parent, f".{directory.name}.saving-"
+    temporary = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(f"{glob.escape(mark)}*"):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=mark))
+        write(temporary)
+        os.chmod(temporary, 0o755)
+        if directory.is_dir():
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, directory / path.name)
+                stale = None if path.name == stale else stale
+            if stale:  # the head of the adapter that was here before
+                (directory / stale).unlink(missing_ok=True)
+        else:
+            os.rename(temporary, directory)
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        reason = cause.strerror or cause
+        raise OSError(error.errno, f"cannot write {directory}: {reason}; earlier files there are unchanged") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _head_file(directory: Path) -> str | None:
+    """The head's own file of the adapter that is in a directory, if an earlier save put one there."""
+    try:
+        return Metadata.read(directory).head_file
+    except ValueError:  # a damaged one is about to be replaced
+        return None
