@@ -49,6 +49,7 @@ def test_importing_the_package_is_light():
     code = (
         "import sys, lorarecycle\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
+        "assert 'sklearn' not in sys.modules, 'sklearn'\n"
         "import lorarecycle.kernels, torch\n"
         "assert 'triton' not in sys.modules, 'triton'\n"
         "import lorarecycle.pipeline\n"
