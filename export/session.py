@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
+from ..fewshot.prototype_files import read_prototypes, write_prototypes
 from .folder_config import check_hash, model_hash, read_config
 from .pixels import count_images, list_images, normalize, to_batches
-from .prototype_files import read_prototypes, write_prototypes
 from .runtime import Graph
 
 
@@ -80,7 +80,7 @@ class FewShotSession:
         """
         images = list_images(support_images)
         labels, dtype = label_list(support_labels, "support_labels")
-        require_same_length(count_images(images), labels, "support")
+        require_same_length(count_images(images), labels, "support_labels")
         classes = sort_classes(labels)
         index = match_labels(labels, classes)
         features = self._features(images, "support_images")
@@ -122,7 +122,7 @@ class FewShotSession:
         self._require_fitted()
         images = list_images(query_images)
         labels, _ = label_list(query_labels, "query_labels")
-        require_same_length(count_images(images), labels, "query")
+        require_same_length(count_images(images), labels, "query_labels")
         truth = match_labels(labels, self.classes_.tolist())
         return float(np.mean(self.decision_function(images).argmax(axis=-1) == truth))
 
@@ -142,7 +142,7 @@ class FewShotSession:
         """
         images = list_images(support_images)
         given, _ = label_list(support_labels, "support_labels")
-        require_same_length(count_images(images), given, "support")
+        require_same_length(count_images(images), given, "support_labels")
         labels = np.array(given)
         if given and labels.dtype.kind not in "iu":
             raise ValueError(f"`support_labels` must be integers, got {labels.dtype}; number the classes from 0.")

@@ -15,10 +15,7 @@ SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
 @renamed_fields(
-    {},
-    since="0.2",
-    until="0.3",
-    removed={"adapters_per_batch": "batches of several adapters were slower than one adapter after the other"},
+    {}, removed={"adapters_per_batch": "batches of several adapters were slower than one adapter after the other"}
 )
 @dataclass(frozen=True)
 class InversionConfig:
@@ -74,7 +71,7 @@ class InversionConfig:
         _at_least("pictures", self.pictures, 1)
         _at_least("batch_size", self.batch_size, 1)
         if cast(str, self.init) == "shapes":
-            warn_renamed("init='shapes'", "init='painted'", since="0.2", until="0.3", stacklevel=5)
+            warn_renamed("init='shapes'", "init='painted'", stacklevel=5)
             object.__setattr__(self, "init", "painted")
         _one_of("init", self.init, ("noise", "painted"))
         _at_least("steps", self.steps, 0)
@@ -101,7 +98,7 @@ class InversionConfig:
                 raise ValueError(f"`prune[{layer}]` must be a ratio in [0, 1), got {ratio}; no token would be left.")
 
 
-@renamed_fields({"distill": "guide_weight", "gain": "warm_start_gain"}, since="0.2", until="0.3")
+@renamed_fields({"distill": "guide_weight", "gain": "warm_start_gain"})
 @dataclass(frozen=True)
 class MetaConfig:
     """Meta-training of the meta-LoRA (Eq. 3, 4)."""
@@ -302,7 +299,7 @@ def as_config(cls: type[T], given: Any, *, argument: str = "config", default: T 
         if is_dataclass(own) and not isinstance(own, type):
             value = as_config(type(own), value, argument=f"{argument}.{name}", default=own)
         if name in renamed:
-            warn_renamed(name, renamed[name], since="0.2", until="0.3", stacklevel=4)
+            warn_renamed(name, renamed[name], stacklevel=4)
         if renamed.get(name) in given:
             raise TypeError(f"`{name}` is the old name of `{renamed[name]}`, got both; give `{renamed[name]}`.")
         if name in removed:

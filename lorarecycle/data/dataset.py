@@ -178,7 +178,6 @@ def load_dataset(
 
     Raises:
         FileNotFoundError: no such file, folder or split, or the set cannot be had; the message says how.
-        ImportError: an optional package is missing; the message names the extra.
         ValueError: content that is not as described; an unreadable image file, named.
     """
     path = Path(source).expanduser()

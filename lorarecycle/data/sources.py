@@ -119,7 +119,6 @@ def read_flowers102(split: str | None, root: Path, download: bool) -> Source:
     """The 102 flowers of the Visual Geometry Group."""
     from torchvision.datasets import Flowers102
 
-    _require("scipy", "flowers102")
     splits = ("train", "val", "test")
     if split is not None and split not in splits:
         raise ValueError(f"`split` of flowers102 must be one of {splits} or None, got {split!r}.")
@@ -144,7 +143,6 @@ def read_eurosat(split: str | None, root: Path, download: bool) -> Source:
 
 def read_digits(split: str | None, root: Path, download: bool) -> Source:
     """Handwritten digits, grey, 8 x 8, carried by scikit-learn."""
-    _require("sklearn", "digits")
     from sklearn.datasets import load_digits
 
     if split is not None:
@@ -162,10 +160,3 @@ def _fetch(name: str, make: Callable[[], Any]) -> Any:
             f"data set {name!r} must be under `root`, or fetched over a network with `download=True`, got "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _require(module: str, name: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise ImportError(f"data set {name!r} needs {module}; install `lorarecycle[demo]`.")

@@ -47,7 +47,7 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
         the report: a table, where the files are, and what to run next.
 
     Raises:
-        ImportError: scikit-learn or matplotlib is missing; the message names the extra.
+        ImportError: matplotlib is missing; the message names the extra.
     """
     output, clock = Path(output), Stopwatch()
     digits = on_photographs(load_dataset("digits", size=32), seed)

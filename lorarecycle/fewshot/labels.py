@@ -64,9 +64,7 @@ def _objects(classes: list[Hashable]) -> np.ndarray:
     return array
 
 
-def require_same_length(n_images: int, labels: list[Hashable], kind: str) -> None:
-    """Raise ValueError unless there is one label for each image; `kind` is "support" or "query"."""
+def require_same_length(n_images: int, labels: list[Hashable], name: str) -> None:
+    """Raise ValueError unless there is one label for each image; `name` is what the caller calls the labels."""
     if n_images != len(labels):
-        raise ValueError(
-            f"`{kind}_labels` must have one label per image, got {len(labels)} labels for {n_images} images."
-        )
+        raise ValueError(f"`{name}` must have one label per image, got {len(labels)} labels for {n_images} images.")

@@ -157,6 +157,10 @@ class Backbone(Encoder):
         finally:
             self._unmerged = origin
 
+    def __sklearn_clone__(self) -> Backbone:
+        """Itself: scikit-learn's searches hand a frozen model on instead of copying its weights."""
+        return self
+
     def unmerge(self) -> Backbone:
         """The backbone that `merge` was called on, to the bit.
 
@@ -166,6 +170,9 @@ class Backbone(Encoder):
         if not self._unmerged:
             raise ValueError(f"backbone {self.name!r} must hold a merged adapter, got none; call `merge` first.")
         return self._unmerged[0]
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.name!r}, {self.num_blocks} blocks, width {self.embed_dim}, {self.image_size} pixels)"
 
     def _site_weight(self, site: str) -> tuple[Any, slice]:
         match = SITE_PATTERN.fullmatch(site)

@@ -1,6 +1,5 @@
 """Labelled images from folders, npz files and named sets; what is missing or broken is named."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +149,6 @@ def test_unknown_source() -> None:
 
 
 def test_digits() -> None:
-    pytest.importorskip("sklearn")
     digits = load_dataset("digits", size=32)
     assert digits.images.shape == (1797, 3, 32, 32)
     assert digits.class_names == tuple("0123456789")
@@ -160,12 +158,6 @@ def test_digits() -> None:
     assert torch.equal(small[:, 0], small[:, 2])
     with pytest.raises(ValueError, match="`split` of digits must be None"):
         load_dataset("digits", "train")
-
-
-def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"needs sklearn; install `lorarecycle\[demo\]`"):
-        load_dataset("digits")
 
 
 def test_cifar_fs_classes() -> None:
@@ -249,7 +241,6 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_named_sets_win_over_folders(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_data: Callable[..., LabelledImages]
 ) -> None:
-    pytest.importorskip("sklearn")
     (tmp_path / "digits" / "one").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "digits" / "one" / "0.png")
     monkeypatch.chdir(tmp_path)

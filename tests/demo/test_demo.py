@@ -11,7 +11,6 @@ from lorarecycle import Adapter, EvaluateConfig, Surrogate, demo, load_dataset, 
 
 
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo, "TASKS", demo.TASKS[:2])
     monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, epochs=1))
@@ -35,7 +34,6 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
 
 
 def test_digits_lie_on_photographs():
-    pytest.importorskip("sklearn")
     digits = load_dataset("digits", size=32)
     shown = demo.on_photographs(digits, seed=0)
     ground = digits.images.amax(1, keepdim=True) == 0

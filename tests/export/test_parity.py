@@ -42,7 +42,7 @@ def test_episode_equals_the_classifier_on_100_random_tasks(exported, model, pict
         support, labels = support[order], labels[order]
         feeds = {"support_images": pixels[support], "query_images": pixels[query], "support_labels": labels.numpy()}
         logits = session.run(None, feeds)[0]
-        expected = classifier.fit(pictures.images[support], labels).decision_function(pictures.images[query])
+        expected = classifier.fit(pictures.images[support], labels).logits(pictures.images[query])
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         agreed += (logits.argmax(1) == expected.argmax(1)).all()
     assert agreed == 100
@@ -104,7 +104,7 @@ def test_episode_of_vit_tiny_equals_the_classifier_on_100_random_tasks(real_data
     for support, query in zip(tasks.support, tasks.query, strict=True):
         pixels = normalize(to_uint8(data.images[torch.cat([support, query])], 112), backbone.mean, backbone.std).numpy()
         feeds = {"support_images": pixels[:5], "support_labels": labels.numpy(), "query_images": pixels[5:]}
-        expected = classifier.fit(data.images[support], labels).decision_function(data.images[query])
+        expected = classifier.fit(data.images[support], labels).logits(data.images[query])
         (logits,) = session.run(None, feeds)
         np.testing.assert_allclose(logits, expected, rtol=1e-5)  # of distances from 30 to 80
         assert (logits.argmax(1) == expected.argmax(1)).all()

@@ -9,11 +9,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from lorarecycle.export import FewShotSession, export_onnx, onnx_files, pixels, prototype_files, runtime
+from lorarecycle.export import FewShotSession, export_onnx, onnx_files, pixels, runtime
 from PIL import Image
 
 from lorarecycle import FewShotClassifier
 from lorarecycle.data.images import normalize, to_uint8
+from lorarecycle.fewshot import prototype_files
 from lorarecycle.fewshot.labels import NotFittedError
 
 
@@ -44,7 +45,7 @@ def test_same_answers_as_the_classifier(session, classifier, pictures):
     assert session.classes_.tolist() == classifier.classes_.tolist()
     np.testing.assert_allclose(session.prototypes_, classifier.prototypes_, atol=1e-5)
     np.testing.assert_allclose(session.transform(query), classifier.transform(query), atol=1e-5)
-    np.testing.assert_allclose(session.decision_function(query), classifier.decision_function(query), atol=1e-4)
+    np.testing.assert_allclose(session.decision_function(query), classifier.logits(query), atol=1e-4)
     np.testing.assert_allclose(session.predict_proba(query), classifier.predict_proba(query), atol=1e-4)
     assert session.predict(query).tolist() == classifier.predict(query).tolist()
     assert session.score(query, truth) == classifier.score(query, truth) > 0.8
@@ -105,7 +106,7 @@ def test_exif_orientation(tmp_path):
 def test_solve_is_one_graph_for_a_task(session, classifier, pictures):
     support, query = pictures.images[:40:4], pictures.images[1:40:4]
     labels = pictures.labels[:40:4]
-    expected = classifier.fit(support, labels).decision_function(query)
+    expected = classifier.fit(support, labels).logits(query)
     np.testing.assert_allclose(session.solve(support, labels, query), expected, atol=1e-4)
     for kind in (np.uint8, np.uint64, np.int16):
         np.testing.assert_allclose(session.solve(support, labels.numpy().astype(kind), query), expected, atol=1e-4)
@@ -419,7 +420,8 @@ def test_it_runs_where_torch_cannot_be_imported(exported, pictures, tmp_path):
     Image.fromarray(images[0]).resize((50, 40)).save(tmp_path / "query.jpg")
     code = (
         "import sys\n"
-        "for name in ('torch', 'torchvision', 'timm', 'safetensors', 'tqdm', 'tyro'): sys.modules[name] = None\n"
+        "for name in ('torch', 'torchvision', 'timm', 'safetensors', 'sklearn', 'tqdm', 'tyro'):\n"
+        "    sys.modules[name] = None\n"
         "import numpy as np\n"
         "from lorarecycle.export import FewShotSession\n"
         f"session = FewShotSession({str(exported)!r})\n"

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.exceptions
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.fewshot import labels
 from lorarecycle.fewshot.classifier import FewShotClassifier, NotFittedError
 from lorarecycle.vit.backbone import Backbone
 from lorarecycle.vit.features import extract_features
@@ -93,12 +95,12 @@ def test_meta_lora_is_merged_once(
     images = tiny_data.images[:5]
     worn = extract_features(tiny_backbone, images, lora=LoRA.from_adapter(adapter))
     classifier = FewShotClassifier(tiny_backbone, adapter)
-    np.testing.assert_allclose(classifier.transform(images), worn, atol=1e-4)
-    assert np.abs(FewShotClassifier(tiny_backbone).transform(images) - worn.numpy()).max() > 0.01
+    np.testing.assert_allclose(classifier.fit_transform(images, range(5)), worn, atol=1e-4)
+    assert np.abs(FewShotClassifier(tiny_backbone).fit_transform(images, range(5)) - worn.numpy()).max() > 0.01
     other = make_adapter(Backbone(tiny_backbone.vit), sites=("mlp.fc1",))
     bad = Adapter({"blocks.9.attn.q": other.factors["blocks.0.mlp.fc1"]}, name="deep")
     with pytest.raises(ValueError, match=r"deep.*blocks\.9"):
-        FewShotClassifier(tiny_backbone, bad)
+        FewShotClassifier(tiny_backbone, bad).fit(images, range(5))
 
 
 def test_backbone_and_meta_lora_by_module_and_path(
@@ -107,8 +109,9 @@ def test_backbone_and_meta_lora_by_module_and_path(
     adapter = make_adapter(Backbone(tiny_vit), head=False)
     adapter.save(tmp_path / "meta")
     images = tiny_data.images[:3]
-    by_path = FewShotClassifier(tiny_vit, tmp_path / "meta").transform(images)
-    np.testing.assert_allclose(by_path, FewShotClassifier(tiny_vit, adapter).transform(images), atol=1e-5)
+    by_path = FewShotClassifier(tiny_vit, tmp_path / "meta").fit_transform(images, range(3))
+    by_value = FewShotClassifier(tiny_vit, adapter).fit(images, range(3)).transform(images)
+    np.testing.assert_allclose(by_path, by_value, atol=1e-5)
 
 
 def test_any_image_size(tiny_backbone: Backbone) -> None:
@@ -119,11 +122,15 @@ def test_any_image_size(tiny_backbone: Backbone) -> None:
 
 def test_asking_before_fit(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
     classifier = FewShotClassifier(tiny_backbone)
-    for ask in (classifier.predict, classifier.predict_proba):
-        with pytest.raises(NotFittedError, match="call `fit"):
-            ask(tiny_data.images)
+    names = ("predict", "predict_proba", "predict_log_proba", "decision_function", "logits", "transform")
+    for ask in (getattr(classifier, name) for name in names):
+        for kind in (NotFittedError, sklearn.exceptions.NotFittedError, labels.NotFittedError):
+            with pytest.raises(kind, match="call `fit"):
+                ask(tiny_data.images)
     with pytest.raises(NotFittedError):
         classifier.score(tiny_data.images, tiny_data.labels)
+    with pytest.raises(NotFittedError):
+        classifier.get_feature_names_out()
 
 
 def test_bad_input(tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path: Path) -> None:
@@ -131,38 +138,37 @@ def test_bad_input(tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path:
     images = tiny_data.images[:3]
     with pytest.raises(ValueError, match="got 2 labels for 3 images"):
         classifier.fit(images, [0, 1])
-    with pytest.raises(ValueError, match="`support_images` must hold at least one image"):
+    with pytest.raises(ValueError, match="`X` must hold at least one image"):
         classifier.fit([], [])
-    with pytest.raises(TypeError, match=r"`support_labels\[1\]` must be hashable, got list"):
+    with pytest.raises(TypeError, match=r"`y\[1\]` must be hashable, got list"):
         classifier.fit(images, [0, [1], 2])
-    with pytest.raises(ValueError, match=r"`support_labels\[2\]` must be a label, got NaN"):
+    with pytest.raises(ValueError, match=r"`y\[2\]` must be a label, got NaN"):
         classifier.fit(images, [0, 1, float("nan")])
-    with pytest.raises(TypeError, match="`support_labels` must be a sequence"):
+    with pytest.raises(TypeError, match="`y` must be a sequence"):
         classifier.fit(images, "abc")
     with pytest.raises(ValueError, match="one axis"):
-        classifier.fit(images, np.zeros((3, 1)))
+        classifier.fit(images, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        classifier.fit(images, None)
+    with pytest.raises(ValueError, match=r"`y` must hold classes, got 0.5 at 1\. Unknown label type: continuous"):
+        classifier.fit(images, [0.0, 0.5, 1.0])
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(ValueError, match=r"bad\.png must be readable"):
         classifier.fit([tmp_path / "bad.png"], ["a"])
-    with pytest.raises(ValueError, match="`distance` must be"):
-        FewShotClassifier(tiny_backbone, distance="manhattan")
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
-        FewShotClassifier(tiny_backbone, batch_size=0)
 
 
-def test_parameters(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+def test_labels_in_a_column(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
+    images, column = tiny_data.images, tiny_data.labels[:, None]
+    for y in (column, column.numpy()):
+        with pytest.warns(sklearn.exceptions.DataConversionWarning, match=r"`y` \[48, 1\] is read as \[48\]"):
+            assert FewShotClassifier(tiny_backbone).fit(images, y).score(images, tiny_data.labels) > 0.9
+
+
+def test_parameters(tiny_backbone: Backbone, tiny_data: LabelledImages, make_adapter: Callable[..., Adapter]) -> None:
     classifier = FewShotClassifier(tiny_backbone).fit(tiny_data.images, tiny_data.labels)
     assert classifier.set_params(distance="cosine").get_params()["distance"] == "cosine"
-    assert classifier.predict(tiny_data.images).shape == (48,)
-    classifier.set_params(meta_lora=None)
-    with pytest.raises(NotFittedError):
-        classifier.predict(tiny_data.images)
-    with pytest.raises(ValueError, match="got 'colour'"):
+    with pytest.raises(ValueError, match="Invalid parameter 'colour'"):
         classifier.set_params(colour="red")
-
-
-def test_scikit_learn_takes_it(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
-    selection = pytest.importorskip("sklearn.model_selection")
-    images, labels = tiny_data.images.numpy(), tiny_data.labels.numpy()
-    scores = selection.cross_val_score(FewShotClassifier(tiny_backbone), images, labels, cv=3)
-    assert scores.min() > 0.8
+    classifier.set_params(meta_lora=make_adapter(tiny_backbone, name="meta"))
+    assert "backbone=Backbone('tiny', 3 blocks, width 32, 32 pixels)" in repr(classifier)
+    assert "meta_lora=Adapter('meta'," in repr(classifier)

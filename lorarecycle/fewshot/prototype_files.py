@@ -1,4 +1,4 @@
-"""Class centres in a npz or safetensors file, with their labels and the hash of the model that made them. No torch."""
+"""Class centres in a npz or safetensors file, with their labels and the hash of the model that made them; no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ..runtime.files import write_atomic
-from .optional import explain_missing
 
 SUFFIXES = (".npz", ".safetensors")
 FORMAT_VERSION = 2
@@ -23,7 +22,7 @@ def write_prototypes(path: str | PathLike[str], prototypes: np.ndarray, classes:
         path: with suffix .npz or .safetensors.
         prototypes: float32 [C, D].
         classes: [C], strings, numbers or booleans.
-        model_hash: see `folder_config.model_hash`.
+        model_hash: whatever tells the model that made them from every other one.
 
     Raises:
         ValueError: another suffix or other labels.
@@ -83,9 +82,12 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
 
 
 def _import_safetensors() -> Any:
-    fix = "install `safetensors`, or use a .npz file."
-    with explain_missing("prototypes in a .safetensors file need safetensors", fix):
+    try:
         import safetensors.numpy
+    except ImportError as error:  # the exported session runs without it
+        raise ImportError(
+            f"prototypes in a .safetensors file need safetensors ({error}); install `safetensors`, or use a .npz file."
+        ) from None
     return safetensors
 
 
