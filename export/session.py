@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data.decode import count_images, list_images
 from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from .folder_config import check_hash, model_hash, read_config
-from .pixels import count_images, list_images, normalize, to_batches
+from .pixels import normalize, to_batches
 from .prototype_files import read_prototypes, write_prototypes
 from .runtime import Graph
 
@@ -21,7 +22,7 @@ class FewShotSession:
     """Classify images from a handful of labelled ones with an exported model (Eq. 3).
 
     `fit`, `predict`, `predict_proba` and `score` take and give what those of `FewShotClassifier` do; images may be
-    PIL images, paths, numpy arrays, tensors, or lists of those.
+    PIL images, image files (paths, bytes, file objects), numpy arrays, tensors, or lists of those.
 
     Args:
         directory: written by `export_onnx` or `python -m lorarecycle.export --onnx`.

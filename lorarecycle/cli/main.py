@@ -162,13 +162,13 @@ class Predict:
     common: Annotated[Common, Flat] = field(default_factory=Common)
 
     def run(self) -> None:
-        from ..data.sources import read_folder
+        from ..data.folder import ClassFolders
         from ..fewshot.classifier import FewShotClassifier
 
-        files, labels, names = read_folder(self.support, None)
+        folder = ClassFolders(self.support)
         meta_lora = _meta_lora(self.meta_lora)
         classifier = FewShotClassifier(_backbone(self.common, meta_lora), meta_lora)
-        classifier.fit(files, [names[label] for label in labels])
+        classifier.fit([file for file, _ in folder.samples], [folder.classes[label] for label in folder.targets])
         for file, row in zip(self.query, classifier.predict_proba(list(self.query)), strict=True):
             print(f"{file}\t{classifier.classes_[row.argmax()]}\t{row.max():.4f}")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..data.images import ImageInput, count_images
+from ..data.images import list_images as _listed
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
@@ -160,9 +160,3 @@ class FewShotClassifier:
             raise NotFittedError(
                 "the classifier must be fitted first, got no class centres; call `fit(support_images, support_labels)`."
             )
-
-
-def _listed(images: ImageInput) -> ImageInput:
-    """Iterators become lists, so that they can be counted."""
-    kinds = (Tensor, np.ndarray, Image.Image, str, bytes, PathLike, Sequence)
-    return images if isinstance(images, kinds) or not isinstance(images, Iterable) else list(images)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.images import enlarge as enlarge
+
 PARTS = 8
 """Most parts of a thing: a large one and others around it."""
 CLUTTER = 4
@@ -126,10 +128,3 @@ class _Painter:
         noise = torch.fft.irfft2(torch.fft.rfft2(noise) * spectrum, s=(self.size, self.size))
         noise = 0.5 * noise[:, :3] + 0.85 * noise[:, 3:]
         return noise / noise.std(dim=(1, 2, 3), keepdim=True)
-
-
-def enlarge(images: Tensor, size: int) -> Tensor:
-    """Images at `size` pixels, bicubic and differentiable; the same tensor where the size is that already."""
-    if tuple(images.shape[-2:]) == (size, size):
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
