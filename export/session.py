@@ -13,7 +13,7 @@ import numpy as np
 from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from ..fewshot.prototype_files import read_prototypes, write_prototypes
 from .folder_config import check_hash, model_hash, read_config
-from .pixels import count_images, list_images, normalize, to_batches
+from .pixels import normalize, to_batches
 from .runtime import Graph
 
 

@@ -56,12 +56,13 @@ class Predict:
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
-        from ..data.sources import read_folder
+        from ..data.folder import ClassFolders
         from ..fewshot.classifier import FewShotClassifier
 
-        files, labels, names = read_folder(self.support, None)
+        support = ClassFolders(self.support)
         meta_lora = load_meta_lora(self.meta_lora)
         classifier = FewShotClassifier(self.machine.backbone(meta_lora), meta_lora)
-        classifier.fit(files, [names[label] for label in labels])
+        names = [support.classes[label] for label in support.targets]
+        classifier.fit([file for file, _ in support.samples], names)
         for file, row in zip(self.query, classifier.predict_proba(list(self.query)), strict=True):
             print(f"{file}\t{classifier.classes_[row.argmax()]}\t{row.max():.4f}")

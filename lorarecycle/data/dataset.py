@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.progress import track
+from .folder import ClassFolders
 from .images import to_batches, to_uint8
-from .sources import (
-    common_size,
-    read_cifar_fs,
-    read_digits,
-    read_eurosat,
-    read_flowers102,
-    read_folder,
-    read_npz,
-)
+from .sources import Source, common_size, read_cifar_fs, read_digits, read_eurosat, read_flowers102, read_npz
 
 NAMED_SOURCES = {
     "cifar-fs": read_cifar_fs,
@@ -161,7 +154,8 @@ def load_dataset(
 
     Args:
         source: one of
-            - a folder with a sub-folder of image files per class (`folder/split/class` with `split`);
+            - a folder with a sub-folder of image files per class (`folder/split/class` with `split`); see
+              `ClassFolders` for what it reads;
             - a npz file with `<split>_images` (uint8 [n, H, W, 3]), `<split>_labels` and, optional,
               `<split>_classes` (names);
             - "cifar-fs": CIFAR-100 in the class split of Bertinetto et al., "train", "val" or "test";
@@ -185,7 +179,8 @@ def load_dataset(
     if fspath(source) in NAMED_SOURCES:
         found = NAMED_SOURCES[fspath(source)](split, cache, download)
     elif path.is_dir():
-        found = read_folder(path, split)
+        folder = ClassFolders(path, split)
+        found = Source([Path(file) for file, _ in folder.samples], folder.targets, folder.classes)
     elif path.is_file():
         found = read_npz(path, split)
     else:

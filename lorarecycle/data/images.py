@@ -1,54 +1,49 @@
-"""Images of any kind in, one uint8 batch out; and the normalisation that a backbone wants."""
+"""Images of any kind in, one uint8 batch out; resizing, and the normalisation that a backbone wants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-ImageInput = Any
-"""A PIL image, a path, a numpy array, a tensor, or a sequence of those; see `to_uint8`."""
+from .decode import ImageInput, count_images, decode, list_images
 
-_CHANNELS = (1, 3, 4)
-_KINDS = "a PIL image, a path, a numpy array, a tensor, or a list of those"
+__all__ = ["ImageInput", "count_images", "enlarge", "list_images", "normalize", "to_batches", "to_uint8"]
 
 
-def to_uint8(images: ImageInput, size: int, *, name: str = "images") -> Tensor:
+def to_uint8(images: ImageInput, size: int, *, name: str = "images", workers: int | None = None) -> Tensor:
     """Bring images of any kind to one uint8 RGB batch.
 
-    The shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped. Files are turned
-    upright by their EXIF tag; grey becomes RGB; an alpha channel is dropped.
+    The shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped.
 
     Args:
-        images: one image or many: PIL images, paths of image files, numpy arrays ([H, W], [H, W, C] or a
-            batch [B, H, W, C]; channels first is understood where last cannot be), tensors ([H, W], [C, H, W]
-            or [B, C, H, W]; channels last is understood where first cannot be), or lists of those, nested or
-            mixed. C is 1, 3 or 4. Arrays hold integers 0 to 255 or floats in [0, 1].
+        images: one image or many: PIL images, image files (paths, bytes, file objects), numpy arrays, tensors, or
+            sequences of those, nested or mixed; `decode` says how each is read.
         size: side of the result in pixels.
         name: what error messages call `images`.
+        workers: threads that read files, counted as scikit-learn's `n_jobs`; one when None. The result is the same.
 
     Returns:
-        uint8 [B, 3, size, size], on the device of the (first) tensor given.
+        uint8 [B, 3, size, size], on the device of the first image (the CPU, unless it is a tensor).
 
     Raises:
-        FileNotFoundError: no such image file.
-        TypeError: something that is no image.
-        ValueError: no image at all, an unreadable file, another number of channels, values out of range, NaN.
+        FileNotFoundError, TypeError, ValueError: see `decode`; ValueError also where there is no image at all.
     """
-    parts = list(to_batches(images, size, 256, name=name))
+    parts = list(to_batches(images, size, 256, name=name, workers=workers))
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
 
 
-def to_batches(images: ImageInput, size: int, batch_size: int, *, name: str = "images") -> Iterator[Tensor]:
-    """`to_uint8` in parts of at most `batch_size` images; files are read when their part is due.
+def to_batches(
+    images: ImageInput, size: int, batch_size: int, *, name: str = "images", workers: int | None = None
+) -> Iterator[Tensor]:
+    """`to_uint8` in parts of at most `batch_size` images; files are read when their part is due, or, by `workers`,
+    a little before.
 
     Yields:
         uint8 [B, 3, size, size] with B at most `batch_size`.
@@ -58,30 +53,18 @@ def to_batches(images: ImageInput, size: int, batch_size: int, *, name: str = "i
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     pending: list[Tensor] = []
-    count, seen = 0, False
-    for decoded in _decode(images, name):
-        seen = True
-        for part in decoded.split(batch_size):
+    count = 0
+    for decoded in decode(images, name, fit=lambda pixels: _fit(_tensor(pixels), size), workers=workers):
+        for part in _tensor(decoded).split(batch_size):
             if pending and count + len(part) > batch_size:
                 yield torch.cat(pending)
                 pending, count = [], 0
             fitted = _fit(part, size)
             pending.append(fitted.to(pending[0].device) if pending else fitted)
             count += len(part)
-    if not seen:
+    if not pending:
         raise ValueError(f"`{name}` must hold at least one image, got none.")
     yield torch.cat(pending)
-
-
-def count_images(images: ImageInput) -> int:
-    """Number of images in what `to_uint8` takes, without reading any file."""
-    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS":
-        images = images.tolist()
-    if isinstance(images, (np.ndarray, Tensor)):
-        return len(images) if images.ndim == 4 else 1
-    if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
-        return sum(map(count_images, images))
-    return 1
 
 
 def normalize(
@@ -109,106 +92,44 @@ def normalize(
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
-    """Images at `size` pixels, bicubic and differentiable; the same tensor where the size is that already."""
+    """Images at `size` pixels, bicubic and differentiable; the same tensor where the size is that already.
+
+    Args:
+        images: float [B, C, H, W].
+        size: side of the result in pixels.
+
+    Returns:
+        float [B, C, size, size].
+    """
     if tuple(images.shape[-2:]) == (size, size):
         return images
-    return torch.nn.functional.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+
+
+def _tensor(pixels: np.ndarray | Tensor) -> Tensor:
+    if isinstance(pixels, Tensor):
+        return pixels
+    if not pixels.flags.writeable or min(pixels.strides) < 0:  # torch takes neither
+        pixels = pixels.copy("K")
+    return torch.from_numpy(pixels)
 
 
 def _fit(images: Tensor, size: int) -> Tensor:
+    if tuple(images.shape[-2:]) == (size, size):
+        return images
+    images = _trim(images, size)
     images = tvf.resize(images, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(images, [size, size])
 
 
-def _decode(images: ImageInput, name: str) -> Iterator[Tensor]:
-    """uint8 batches [b, 3, H, W], lazily, each of one size."""
-    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS":
-        images = images.tolist()  # an array of paths or PIL images
-    if isinstance(images, Image.Image):
-        yield _from_pil(images, f"`{name}`")
-    elif isinstance(images, (str, PathLike)):
-        yield _from_file(Path(fspath(images)))
-    elif isinstance(images, np.ndarray):
-        native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
-        yield _from_array(torch.tensor(native), name, channels_last=True)
-    elif isinstance(images, Tensor):
-        yield _from_array(images.detach(), name, channels_last=False)
-    elif isinstance(images, Iterable) and not isinstance(images, (bytes, Mapping)):
-        for i, image in enumerate(images):
-            yield from _decode(image, f"{name}[{i}]")
-    else:
-        raise TypeError(f"`{name}` must be {_KINDS}, got {type(images).__name__}.")
-
-
-def _from_file(path: Path) -> Tensor:
-    if not path.exists():
-        raise FileNotFoundError(f"no image file {path}.")
-    try:
-        with Image.open(path) as image:
-            return _from_pil(image, f"image file {path}")
-    except Exception as error:  # Pillow's readers raise many kinds
-        if str(error).startswith(f"image file {path} "):
-            raise
-        raise ValueError(
-            f"image file {path} must be readable, got {type(error).__name__}: {error}; replace or remove it."
-        ) from error
-
-
-def _from_pil(image: Image.Image, label: str) -> Tensor:
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode[0] not in "IF":
-            return tvf.pil_to_tensor(image.convert("RGB")).unsqueeze(0)
-        pixels = torch.tensor(np.asarray(image, dtype=np.float32))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{label} must be readable, got {type(error).__name__}: {error}; replace it.") from error
-    # 16 bits per pixel, or floats; Pillow's own conversion would clip them
-    scaled = pixels if image.mode == "F" else pixels / 65535
-    return _from_array(scaled, label.strip("`"), channels_last=False)
-
-
-def _from_array(x: Tensor, name: str, *, channels_last: bool) -> Tensor:
-    shape = list(x.shape)
-    if x.ndim not in (2, 3, 4) or 0 in shape:
-        raise ValueError(
-            f"`{name}` must be an image [H, W], [H, W, C], [C, H, W] or a batch of images, got shape {shape}."
-        )
-    if x.ndim == 2:
-        x = x[None, None]
-    else:
-        x = x if x.ndim == 4 else x[None]
-        first, last = x.shape[1] in _CHANNELS, x.shape[3] in _CHANNELS
-        if last and (channels_last or not first):
-            x = x.permute(0, 3, 1, 2)
-        elif not first:
-            raise ValueError(
-                f"`{name}` must have 1, 3 or 4 channels, first or last, got shape {shape}; "
-                "a batch of grey images needs an axis of length 1 for them."
-            )
-    x = _bytes(x, name)
-    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
-
-
-def _bytes(x: Tensor, name: str) -> Tensor:
-    if x.dtype == torch.uint8:
-        return x
-    if x.dtype == torch.bool or x.is_complex():
-        raise TypeError(f"`{name}` must hold integers 0 to 255 or floats in [0, 1], got {x.dtype}.")
-    if not x.is_floating_point():
-        x = x.long()
-    elif not torch.isfinite(x).all():
-        raise ValueError(f"`{name}` must be finite, got {int((~torch.isfinite(x)).sum())} NaN or infinite pixels.")
-    low, high = (value.item() for value in x.aminmax())
-    if not x.is_floating_point():
-        if low < 0 or high > 255:
-            raise ValueError(f"`{name}` must hold integers 0 to 255, got {low} to {high}; scale them.")
-        return x.to(torch.uint8)
-    slack = 1e-3  # interpolation may leave values a little outside
-    if low < -slack or high > 1 + slack:
-        raise ValueError(
-            f"`{name}` must hold floats in [0, 1], got {low:.4g} to {high:.4g}; scale them, undo the "
-            "normalisation, or pass uint8."
-        )
-    return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)
+def _trim(images: Tensor, size: int) -> Tensor:
+    """Without ends of the longer side that the crop would drop: where a whole number of pixels becomes a whole number,
+    resizing the rest gives the very same pixels."""
+    short, long = sorted(images.shape[-2:])
+    if size * long % short:
+        return images
+    step = 2 * short // math.gcd(short, size)  # twice: the crop rounds a half to an even number
+    reach = 2 * math.ceil(max(1, short / size)) + 1  # of the bicubic kernel
+    ends = ((long - short) // 2 - reach) // step * step
+    axis = -1 if images.shape[-1] == long else -2
+    return images.narrow(axis, ends, long - 2 * ends) if ends > 0 else images

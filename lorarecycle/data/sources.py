@@ -41,30 +41,6 @@ def common_size(files: list[Path]) -> int:
     return shared[0] if shared else 224
 
 
-def read_folder(path: Path, split: str | None) -> Source:
-    """A folder with a sub-folder of image files per class, or with one such folder per split."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if split is not None:
-        path = path / split
-        if not path.is_dir():
-            raise FileNotFoundError(f"`split` must be a folder in {path.parent}, got {split!r}.")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{path} must hold a sub-folder of image files per class, got no sub-folder.")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-        if not found:
-            inner = [p.name for p in folder.iterdir() if p.is_dir()]
-            hint = f"; pass `split={folder.name!r}`" if inner else ""
-            raise ValueError(f"{folder} must hold image files ({' '.join(IMG_EXTENSIONS)}), got none{hint}.")
-        files += found
-        labels += [label] * len(found)
-    return Source(files, labels, [folder.name for folder in folders])
-
-
 def read_npz(path: Path, split: str | None) -> Source:
     """A npz file with `<split>_images`, `<split>_labels` and, if named, `<split>_classes`."""
     arrays = _load_arrays(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from sklearn.exceptions import NotFittedError as ScikitLearnNotFittedError
 from torch import Tensor
 
 from ..data.images import ImageInput, count_images
-from ..data.read_ahead import read_ahead
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..runtime.deprecation import renamed_arguments
 from ..vit.backbone import Backbone
@@ -277,12 +276,8 @@ FewShotClassifier.transform = renamed_arguments(images="X")(FewShotClassifier.tr
 
 
 def _extract(fitted: _Fitted, images: ImageInput) -> Tensor:
-    model = fitted.encoder.model
-    if isinstance(images, Sequence) and not isinstance(images, (str, bytes)):
-        workers = min(effective_n_jobs(fitted.n_jobs), len(images))
-        if workers > 1:
-            images = read_ahead(images, model.image_size, workers=workers, name="X")
-    return extract_features(model, images, batch_size=fitted.batch_size, name="X")
+    workers = effective_n_jobs(fitted.n_jobs)  # what `joblib.parallel_config` says where it is None
+    return extract_features(fitted.encoder.model, images, batch_size=fitted.batch_size, name="X", workers=workers)
 
 
 def _is_int(value: object) -> bool:

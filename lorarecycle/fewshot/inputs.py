@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
+from ..data import images
 from ..data.images import ImageInput
 from .labels import label_list
 
 
 def list_images(X: Any) -> ImageInput:
-    """Iterators, object arrays and columns of data frames as lists; arrays, tensors and single images as they are.
+    """Images that can be counted: what `to_uint8` takes, or a data frame whose one column holds such things.
 
     Args:
-        X: what `lorarecycle.data.images.to_uint8` takes; a pandas Series, a data frame of one column; or what numpy
-            makes an array of such things of.
+        X: what `lorarecycle.data.images.to_uint8` takes, such as a pandas Series of paths; or a data frame.
 
     Raises:
         ValueError: a data frame of several columns.
@@ -32,12 +30,7 @@ def list_images(X: Any) -> ImageInput:
                 "choose one of them."
             )
         X = X.to_numpy()[:, 0]
-    elif hasattr(X, "__array__") and not isinstance(X, (Tensor, np.ndarray)):  # such as a Series
-        X = np.asarray(X)
-    if isinstance(X, np.ndarray) and X.dtype.kind in "OUS":
-        return X.tolist()
-    kinds = (Tensor, np.ndarray, Image.Image, str, bytes, PathLike, Sequence, Mapping)
-    return X if isinstance(X, kinds) or not isinstance(X, Iterable) else list(X)
+    return images.list_images(X)
 
 
 def read_labels(y: Any) -> tuple[list[Hashable], np.dtype | None]:

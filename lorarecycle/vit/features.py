@@ -20,6 +20,7 @@ def normalized_batches(
     size: int | None = None,
     batch_size: int = 64,
     name: str = "images",
+    workers: int | None = None,
     quiet: bool = True,
 ) -> Iterator[Tensor]:
     """Images of any kind, batch after batch as a backbone reads them.
@@ -30,6 +31,7 @@ def normalized_batches(
         size: side in pixels that they are resized to; `backbone.image_size` when None.
         batch_size: images of a batch.
         name: what error messages call `images`.
+        workers: threads that read files, see `to_batches`.
         quiet: no progress bar.
 
     Yields:
@@ -39,7 +41,7 @@ def normalized_batches(
     Raises:
         TypeError, ValueError, FileNotFoundError: see `to_batches`.
     """
-    batches = to_batches(images, size or backbone.image_size, batch_size, name=name)
+    batches = to_batches(images, size or backbone.image_size, batch_size, name=name, workers=workers)
     for pixels in track(batches, "features", quiet=quiet):
         yield normalize(pixels.to(backbone.device), backbone.mean, backbone.std, backbone.dtype)
 
@@ -54,6 +56,7 @@ def extract_features(
     pool: str = "token",
     batch_size: int = 64,
     name: str = "images",
+    workers: int | None = None,
     quiet: bool = True,
 ) -> Tensor:
     """Features of many images.
@@ -66,6 +69,7 @@ def extract_features(
         pool: which feature, see `Head.pool`.
         batch_size: images per forward pass.
         name: what error messages call `images`.
+        workers: threads that read files, see `to_batches`.
         quiet: no progress bar.
 
     Returns:
@@ -73,5 +77,7 @@ def extract_features(
     """
     if isinstance(images, Tensor) and images.ndim == 4 and not len(images):
         return torch.empty(0, backbone.embed_dim * (2 if pool == "token+mean" else 1))
-    batches = normalized_batches(backbone, images, size=size, batch_size=batch_size, name=name, quiet=quiet)
+    batches = normalized_batches(
+        backbone, images, size=size, batch_size=batch_size, name=name, workers=workers, quiet=quiet
+    )
     return torch.cat([backbone(batch, lora=lora, pool=pool).float().cpu() for batch in batches])

@@ -1,48 +1,23 @@
-"""Images of every kind become the same uint8 batch; what is no image is refused by name."""
+"""uint8 batches: resizing and cropping, parts, normalisation. How images are read is in test_decode.py."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
-from lorarecycle.data.images import count_images, normalize, to_batches, to_uint8
+from lorarecycle import Backbone, FewShotClassifier
+from lorarecycle.data.images import count_images, enlarge, normalize, to_batches, to_uint8
 
 
 @pytest.fixture
 def pixels() -> np.ndarray:
     rows, columns = np.mgrid[0:48, 0:64]
     return np.stack([rows * 5, columns * 4, (rows + columns) * 2], axis=-1).astype(np.uint8)
-
-
-def test_every_kind_of_input_gives_the_same_pixels(pixels: np.ndarray, tmp_path: Path) -> None:
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    expected = to_uint8(tensor[None], 32)
-    assert expected.shape == (1, 3, 32, 32)
-    assert expected.dtype == torch.uint8
-    kinds = {
-        "PIL": Image.fromarray(pixels),
-        "path": tmp_path / "a.png",
-        "string": str(tmp_path / "a.png"),
-        "numpy HWC": pixels,
-        "numpy CHW": pixels.transpose(2, 0, 1),
-        "numpy float": pixels.astype(np.float64) / 255,
-        "numpy int64": pixels.astype(np.int64),
-        "numpy big-endian": pixels.astype(">i4"),
-        "numpy NHWC": pixels[None],
-        "CHW": tensor,
-        "HWC": torch.from_numpy(pixels),
-        "half": (tensor / 255).double(),
-        "list": [pixels],
-        "nested": [[tensor[None]]],
-        "RGBA": Image.fromarray(pixels).convert("RGBA"),
-        "array of paths": np.array([str(tmp_path / "a.png")]),
-        "generator": (image for image in [pixels]),
-    }
-    for kind, image in kinds.items():
-        assert torch.equal(to_uint8(image, 32), expected), kind
 
 
 def test_lists_may_mix_sizes_and_kinds(pixels: np.ndarray, tmp_path: Path) -> None:
@@ -55,6 +30,14 @@ def test_lists_may_mix_sizes_and_kinds(pixels: np.ndarray, tmp_path: Path) -> No
     parts = list(to_batches(mixed, 16, 3))
     assert [len(part) for part in parts] == [2, 3, 3]
     assert torch.equal(torch.cat(parts), batch)
+
+
+def test_every_kind_is_resized_alike(pixels: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    kinds = [tmp_path / "a.png", Image.fromarray(pixels), pixels, pixels / 255, tensor, tensor.double() / 255]
+    batch = to_uint8(kinds, 32)
+    assert torch.equal(batch, batch[:1].expand_as(batch))
 
 
 def test_shorter_side_is_resized_and_the_centre_kept() -> None:
@@ -70,6 +53,12 @@ def test_a_batch_of_the_right_size_is_left_as_it_is() -> None:
     assert torch.equal(to_uint8(images, 8), images)
 
 
+def test_the_result_does_not_share_memory_with_what_was_given() -> None:
+    array = np.zeros((2, 3, 8, 8), np.uint8)
+    to_uint8(array, 8).fill_(9)
+    assert not array.any()
+
+
 def test_resizing_is_bicubic_and_antialiased() -> None:
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     expected = torch.nn.functional.interpolate(images.float(), size=(16, 16), mode="bicubic", antialias=True)
@@ -77,86 +66,42 @@ def test_resizing_is_bicubic_and_antialiased() -> None:
     assert error <= 1.01
 
 
-def test_grey_palette_sixteen_bit_and_cmyk(tmp_path: Path) -> None:
-    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
-    expected = torch.from_numpy(grey).expand(1, 3, 16, 16)
-    assert torch.equal(to_uint8(grey, 16), expected)
-    assert torch.equal(to_uint8(grey[..., None], 16), expected)
-    assert torch.equal(to_uint8(Image.fromarray(grey), 16), expected)
-    assert torch.equal(to_uint8(Image.fromarray(grey).convert("P"), 16), expected)
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    deep.save(tmp_path / "deep.png")
-    assert torch.equal(to_uint8(tmp_path / "deep.png", 16), expected)
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.info["transparency"] = 0
-    assert to_uint8(palette, 8)[0, :, 0, 0].tolist() == [10, 20, 30]
-    assert to_uint8(Image.new("CMYK", (8, 8)), 8).float().mean() == 255
-    assert to_uint8(Image.new("LA", (8, 8), (7, 0)), 8).float().mean() == 7
-
-
-def test_files_are_turned_upright_by_exif(tmp_path: Path) -> None:
-    pixels = np.zeros((20, 20, 3), np.uint8)
-    pixels[:10] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    image = to_uint8(tmp_path / "turned.png", 20)
-    assert image[..., :10, :].max() == 0
-    assert image[..., 10:, :].min() == 255
-
-
+@pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
-    [
-        ([], ValueError, "`images` must hold at least one image"),
-        (iter(()), ValueError, "`images` must hold at least one image"),
-        (np.zeros((2, 8, 8)), ValueError, r"`images` must have 1, 3 or 4 channels.*\[2, 8, 8\]"),
-        (
-            [np.zeros((8, 8, 3)), np.zeros((8, 8, 5))],
-            ValueError,
-            r"`images\[1\]` must have 1, 3 or 4 channels",
-        ),
-        (torch.zeros(0, 3, 8, 8), ValueError, r"shape \[0, 3, 8, 8\]"),
-        (torch.zeros(7), ValueError, r"shape \[7\]"),
-        (torch.full((3, 8, 8), float("nan")), ValueError, "`images` must be finite, got 192 NaN"),
-        (torch.full((3, 8, 8), 16.0), ValueError, r"floats in \[0, 1\], got 16 to 16"),
-        (torch.full((3, 8, 8), -2.0), ValueError, "undo the normalisation"),
-        (np.full((8, 8, 3), 300), ValueError, "integers 0 to 255, got 300 to 300"),
-        (torch.zeros(3, 8, 8, dtype=torch.bool), TypeError, "torch.bool"),
-        ([3.5], TypeError, r"`images\[0\]` must be a PIL image.*got float"),
-        (None, TypeError, "got NoneType"),
-        ({"a": 1}, TypeError, "got dict"),
-        (b"abc", TypeError, "got bytes"),
-    ],
+    ("short", "long", "size"),
+    [(1, 100, 16), (20, 2000, 32), (21, 1995, 32), (48, 72, 32), (50, 101, 25), (32, 321, 32), (30, 2999, 7)],
 )
-def test_what_is_no_image_is_refused(images: object, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        to_uint8(images, 8)
+def test_cutting_long_images_first_gives_the_same_pixels(short: int, long: int, size: int, turn: bool) -> None:
+    shape = (long, short) if turn else (short, long)
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = tvf.resize(images, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(to_uint8(images, size), tvf.center_crop(whole, [size, size]))
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent\.png"):
-        to_uint8(tmp_path / "absent.png", 8)
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"image file .*text\.png must be readable.*replace or remove"):
-        to_uint8([tmp_path / "text.png"], 8)
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for name in ("short.png", "short.jpg"):
-        Image.fromarray(noise).save(tmp_path / name)
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-            to_uint8(tmp_path / name, 8)
-    with pytest.raises(ValueError, match="image file"):
-        to_uint8(tmp_path, 8)
+def test_long_images_are_cut_before_resizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    resize = tvf.resize
+    monkeypatch.setattr(tvf, "resize", lambda x, *args, **kwargs: seen.append(x.shape) or resize(x, *args, **kwargs))
+    to_uint8(torch.zeros(3, 20, 2000, dtype=torch.uint8), 32)
+    assert seen[0][-1] < 60
 
 
-def test_sizes_are_checked() -> None:
-    with pytest.raises(ValueError, match="`size` must be at least 1, got 0"):
-        to_uint8(np.zeros((8, 8, 3), np.uint8), 0)
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
-        list(to_batches(np.zeros((8, 8, 3), np.uint8), 8, 0))
+def test_bytes_and_file_objects_are_one_image_for_the_classifier(tiny_backbone: Backbone, pixels: np.ndarray) -> None:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    classifier = FewShotClassifier(tiny_backbone).fit([pixels, pixels[::-1]], ["up", "down"])
+    assert classifier.predict(file.getvalue()).tolist() == ["up"]
+    assert classifier.predict(file).tolist() == ["up"]
+    assert classifier.predict([file, file.getvalue()]).tolist() == ["up", "up"]
+    assert classifier.fit(file, ["one"]).classes_.tolist() == ["one"]
+    with pytest.raises(ValueError, match=r"`query_images` must be image files on this machine, got the URL 'https:"):
+        classifier.predict("https://example.com/cat.jpg")
+
+
+@pytest.mark.parametrize(("name", "size", "batch_size"), [("size", 0, 8), ("size", -3, 8), ("batch_size", 8, 0)])
+def test_sizes_are_checked(name: str, size: int, batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1"):
+        list(to_batches(np.zeros((8, 8, 3), np.uint8), size, batch_size))
 
 
 def test_normalize() -> None:
@@ -165,7 +110,24 @@ def test_normalize() -> None:
     expected = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(normalize(images, mean, std), expected)
     assert normalize(images, mean, std, torch.float16).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\], got torch.float32"):
-        normalize(images.float(), mean, std)
-    with pytest.raises(ValueError, match=r"uint8 \[B, 3, H, W\]"):
-        normalize(images[0], mean, std)
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(2, 3, 4, 4), r"torch.float32 \[2, 3, 4, 4\]"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), r"torch.uint8 \[3, 4, 4\]"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), r"torch.uint8 \[2, 1, 4, 4\]"),
+    ],
+)
+def test_normalize_takes_uint8_batches_alone(images: torch.Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"uint8 \[B, 3, H, W\], got {found}"):
+        normalize(images, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_enlarging_keeps_gradients_and_is_free_at_the_same_size() -> None:
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    assert enlarge(x, 8) is x
+    enlarge(x, 20).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().min() > 0

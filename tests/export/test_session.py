@@ -1,5 +1,6 @@
 """FewShotSession: the same answers as FewShotClassifier, without torch."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -63,7 +64,19 @@ def test_images_of_any_kind_and_size(session, classifier, tmp_path):
     expected = classifier.transform(photos)
     arrays = [np.asarray(picture) for picture in photos]
     tensors = [torch.from_numpy(a.copy()).permute(2, 0, 1) for a in arrays]
-    for images in (photos, files, [str(f) for f in files], arrays, tensors, iter(photos)):
+    contents = [file.read_bytes() for file in files]
+    objects = [io.BytesIO(content) for content in contents]
+    for images in (
+        photos,
+        files,
+        [str(f) for f in files],
+        contents,
+        objects,
+        iter(objects),
+        arrays,
+        tensors,
+        iter(photos),
+    ):
         ours = session.transform(images)
         cosine = (ours * expected).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosine.min() > 0.9999
@@ -83,7 +96,7 @@ def test_pixels_are_those_of_the_torch_path(size, mode):
     (ours,) = pixels.to_batches(picture, 32, 8)
     difference = np.abs(ours.astype(int) - theirs.astype(int))
     assert ours.shape == theirs.shape
-    assert difference.max() <= (8 if mode == "P" else 1), "grey levels, of 255; a palette's dots are hard edges"
+    assert difference.max() <= 1, "grey levels, of 255"
     assert (difference > 0).mean() < 0.3
 
 
@@ -92,15 +105,6 @@ def test_normalisation_is_that_of_the_torch_path():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = normalize(levels, mean, std).numpy()
     np.testing.assert_array_equal(pixels.normalize(levels.numpy(), mean, std), expected)
-
-
-def test_exif_orientation(tmp_path):
-    picture = photo(48, 40)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
-    (ours,) = pixels.to_batches(tmp_path / "turned.png", 40, 1)
-    np.testing.assert_array_equal(ours, to_uint8(tmp_path / "turned.png", 40).numpy())
 
 
 def test_solve_is_one_graph_for_a_task(session, classifier, pictures):

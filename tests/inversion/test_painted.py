@@ -2,7 +2,6 @@
 
 import torch
 
-from lorarecycle.data.images import enlarge
 from lorarecycle.inversion.painted import paint_pictures
 
 
@@ -28,10 +27,3 @@ def test_statistics_are_those_of_natural_images():
     spectrum = torch.fft.rfft2(images - images.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=(0, 1))
     slope = (spectrum[0, 10].log() - spectrum[0, 2].log()) / torch.tensor(5.0).log()
     assert -4.5 < slope < -1.5  # power falls with frequency, about 1/f^2 to 1/f^3
-
-
-def test_enlarging_keeps_gradients_and_is_free_at_the_same_size():
-    x = torch.rand(2, 3, 8, 8, requires_grad=True)
-    assert enlarge(x, 8) is x
-    enlarge(x, 20).square().sum().backward()
-    assert x.grad.abs().min() > 0
