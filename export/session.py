@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.decode import count_images, list_images
 from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from ..fewshot.prototype_files import read_prototypes, write_prototypes
 from .folder_config import check_hash, model_hash, read_config

@@ -207,7 +207,7 @@ def test_old_argument_names(tiny_backbone: Backbone, tiny_data: LabelledImages) 
     new = FewShotClassifier(tiny_backbone).fit(X=images, y=labels)
     np.testing.assert_array_equal(old.prototypes_, new.prototypes_)
     for name in ("predict", "predict_proba", "decision_function"):
-        with pytest.warns(DeprecationWarning, match=f"`query_images` of `{name}`"):
+        with pytest.warns(DeprecationWarning, match="`query_images` is called `X`"):
             answer = getattr(old, name)(query_images=images)
         np.testing.assert_array_equal(answer, getattr(new, name)(X=images))
     with (
