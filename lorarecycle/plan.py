@@ -108,4 +108,7 @@ def _duration(seconds: float) -> str:
         return "under 1 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, scale, last in (("min", 60, 120), ("h", 3600, 72)):
+        if seconds < scale * last:
+            return f"{seconds / scale:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
