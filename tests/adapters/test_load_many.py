@@ -59,8 +59,3 @@ def test_a_folder_with_none(folders):
 def test_something_else():
     with pytest.raises(TypeError, match=r"`adapters` must hold Adapter objects, folders or Hub ids, got int"):
         load_adapters([1])
-
-
-def test_two_bases():
-    with pytest.raises(ValueError, match=r"on one base, got 2: 'one' \(adapter 'x'\), 'two' \(adapter 'y'\)"):
-        load_adapters([adapter(name="x", base_model="one"), adapter(name="y", base_model="two")])
