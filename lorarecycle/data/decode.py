@@ -57,13 +57,13 @@ def decode(
             - tensors, [H, W], [C, H, W] or [B, C, H, W]; channels last is understood where first cannot be;
             - sequences, iterators, arrays of objects and pandas Series of those, nested or mixed.
         name: what error messages call `images`.
-        fit: applied to the pixels of each image file, in the thread that reads it.
-        workers: threads that read files, counted as scikit-learn's `n_jobs`: one when None, -1 for one per core. The
-            result does not depend on it.
+        fit: applied to the pixels of each image that is not part of a batch, in the thread that reads it.
+        workers: threads that read files, PIL images and single arrays, counted as scikit-learn's `n_jobs`: one when
+            None, -1 for one per core. Pillow and torch work without Python's lock. The result does not depend on it.
 
     Yields:
         uint8 [B, 3, H, W], one for each image or batch in `images`: of a tensor a tensor on the same device, otherwise
-        a numpy array; of a file what `fit` makes of it.
+        a numpy array; of a single image what `fit` makes of it.
 
     Raises:
         FileNotFoundError: no such image file.
@@ -76,21 +76,33 @@ def decode(
     def run(leaf: _Leaf) -> Any:
         reader, image, label = leaf
         pixels = reader(image, label)
-        return fit(pixels) if fit is not None and reader in (_from_path, _from_bytes) else pixels
+        return fit(pixels) if fit is not None and _is_single(leaf) else pixels
 
     threads, leaves = _threads(workers), _leaves(images, name)
-    if threads == 1:
-        yield from map(run, leaves)
-        return
-    pool = ThreadPoolExecutor(threads)
+    yield from map(run, leaves) if threads == 1 else _in_order(run, leaves, threads)
+
+
+def _in_order(run: Callable[[_Leaf], Any], leaves: Iterator[_Leaf], threads: int) -> Iterator[Any]:
+    """`run` of each leaf in turn, single images by threads and a few ahead."""
     waiting: deque[Callable[[], Any]] = deque()
+    met: set[int] = set()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
-        for leaf in leaves:
-            in_thread = leaf[0] in (_from_path, _from_bytes)
-            waiting.append(pool.submit(run, leaf).result if in_thread else partial(run, leaf))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft()()
-        while waiting:
+        while True:
+            while len(waiting) <= 2 * threads:
+                try:
+                    leaf = next(leaves)
+                except StopIteration:
+                    break
+                except Exception as error:  # raised in its turn, after the images before it
+                    waiting.append(partial(_raise, error))
+                    break
+                # an image that was met before may be loading still, which two threads must not do
+                alone = _is_single(leaf) and not (leaf[0] is _from_pil and id(leaf[1]) in met)
+                met.add(id(leaf[1]))
+                waiting.append(pool.submit(run, leaf).result if alone else partial(run, leaf))
+            if not waiting:
+                return
             yield waiting.popleft()()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -138,6 +150,16 @@ def import_pillow() -> Any:
             "model's size."
         ) from None
     return Image
+
+
+def _is_single(leaf: _Leaf) -> bool:
+    """Whether it is one image, which a thread may read; tensors stay in the thread whose CUDA stream they are on."""
+    reader, image, _ = leaf
+    return reader in (_from_path, _from_bytes, _from_pil) or (isinstance(image, np.ndarray) and image.ndim < 4)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _threads(workers: int | None) -> int:

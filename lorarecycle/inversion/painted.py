@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.images import enlarge as enlarge
-
 PARTS = 8
 """Most parts of a thing: a large one and others around it."""
 CLUTTER = 4

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lorarecycle.export import pixels as session
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from lorarecycle.data.decode import count_images, decode, image_suffixes, list_images
 from lorarecycle.data.images import to_batches, to_uint8
@@ -393,19 +394,62 @@ def test_files_are_read_when_their_part_is_due(files: list[Path]) -> None:
     next(batches)
     assert len(taken) <= 4 + 1 + 2 * 2 + 1
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
 
 
-def test_an_unreadable_file_among_many(files: list[Path]) -> None:
-    files[17].write_text("no image")
-    with pytest.raises(ValueError, match=r"17\.png must be readable"):
-        to_uint8(files, 16, workers=4)
+def test_the_first_files_may_take_longest(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Image.open
+
+    def open_late(path: str) -> Image.Image:
+        time.sleep(0.002 * (30 - int(Path(path).stem)))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", open_late)
+    assert to_uint8(files, 16, workers=4)[:, 0, 0, 0].tolist() == list(range(30))
 
 
-@pytest.mark.parametrize("workers", [0])
-def test_no_workers_are_refused(workers: int) -> None:
+@pytest.mark.parametrize("kind", ["path", "bytes", "PIL"])
+def test_two_images_are_read_at_once(kind: str, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"path": file, "bytes": file.read_bytes(), "PIL": Image.open(file)}[kind] for file in files[:8]]
+    meeting, load = threading.Barrier(2, timeout=30), ImageFile.ImageFile.load
+
+    def load_in_pairs(image: ImageFile.ImageFile) -> Any:
+        if image.tile:  # not loaded yet
+            meeting.wait()  # one thread alone would never get past it
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_in_pairs)
+    assert to_uint8(images, 16, workers=2)[:, 0, 0, 0].tolist() == list(range(8))
+
+
+def test_one_lazy_image_many_times(files: list[Path]) -> None:
+    image = Image.open(files[7])
+    assert to_uint8([image] * 20, 16, workers=4)[:, 0, 0, 0].tolist() == [7] * 20
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "message"),
+    [
+        ("no.png", FileNotFoundError, r"no image file no\.png"),
+        (b"no image", ValueError, r"`X\[2\]` must be readable"),
+        (3, TypeError, r"`X\[2\]` must be a PIL image"),
+        (np.zeros((2, 2)) / 0.5 - 1, ValueError, r"`X\[2\]` must hold floats"),
+        ([None], TypeError, r"`X\[2\]\[0\]` must be a PIL image"),
+    ],
+)
+@pytest.mark.parametrize("workers", [None, 3])
+def test_what_is_no_image_is_refused_in_its_turn(
+    files: list[Path], last: Any, error: type[Exception], message: str, workers: int | None
+) -> None:
+    decoded = decode([files[0], np.zeros((2, 8, 8, 3)), last, files[1]], "X", workers=workers)
+    assert [len(next(decoded)), len(next(decoded))] == [1, 2]
+    with pytest.raises(error, match=message):
+        next(decoded)
+
+
+def test_no_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="`workers` must be a number of threads, or -1 for one per core, got 0"):
-        to_uint8(GREY, 16, workers=workers)
+        to_uint8(GREY, 16, workers=0)
 
 
 def test_tensors_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
