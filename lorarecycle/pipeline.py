@@ -27,6 +27,7 @@ from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.files import write_text
 from .runtime.progress import Stopwatch
+from .runtime.seeds import derive
 from .runtime.steps import Compile
 from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
@@ -241,7 +242,7 @@ class Job:
                 adapter,
                 config=self.config.inversion,
                 prior=self.prior,
-                seed=self.config.seed,
+                seed=derive(self.config.seed, "adapter", i),
                 dtype=self.dtype,
                 teacher_logits=self.needs.teacher_logits,
                 scores=self.needs.scores,
@@ -277,6 +278,8 @@ def prepare(
         meta=as_config(MetaConfig, meta, argument="meta", default=settings.meta),
         seed=settings.seed if seed is None else seed,
     )
+    if prior is not None and settings.inversion.prior is None:
+        settings = replace(settings, inversion=replace(settings.inversion, prior="given"))
     where, precision = resolve(device, dtype)
     found = canonical_order(load_adapters(adapters, **hub))
     backbone = find_base(base, found).to(where)

@@ -39,8 +39,6 @@ def invert(
 ) -> Surrogate:
     """Synthesise labelled images that an adapter and its head recognise (Eq. 1, 2).
 
-    Randomness follows from `seed` and the adapter's weights: names of classes and files do not matter.
-
     Args:
         backbone: the model that the adapter was tuned on; its device is used.
         adapter: with a head.
@@ -72,7 +70,7 @@ def invert(
     images = []
     with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
         for i, wanted in enumerate(batches):
-            generator = stream(seed, "inversion", adapter.weights_digest(), i)
+            generator = stream(seed, "inversion", i)
             start = start_images(teacher, head, wanted.to(backbone.device), config, generator)
             batch = _Batch(start, wanted.to(backbone.device), *_augmentation(config, start.shape[-1], generator))
             try:
