@@ -58,6 +58,5 @@ def unreachable(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     client = Client(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("home"))
-    assert client("1") == 1  # torch is imported
     yield client
     client.close()

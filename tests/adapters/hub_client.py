@@ -55,6 +55,7 @@ class Client:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        assert self("constants.ENDPOINT") == endpoint  # everything is imported now
 
     def __call__(self, expression):
         self.process.stdin.write(json.dumps(expression) + "\n")
@@ -73,7 +74,7 @@ def refused(client, expression, kind, message):
     start = time.monotonic()
     with pytest.raises(Refused, match=message) as caught:
         client(expression)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # the client's own retries wait for 23 seconds at least
     assert caught.value.kinds[0] == kind
 
 
