@@ -112,7 +112,9 @@ class Bench:
                 extra["score"] = self.validation_score
             reset_peak_memory()
             start = time.perf_counter()
-            made = method.fit(adapters, vectors, config, device="cpu", dtype=self.args.dtype, quiet=True, **extra)
+            made = method.fit(
+                adapters, vectors, config=config, device="cpu", dtype=self.args.dtype, quiet=True, **extra
+            )
             seconds = time.perf_counter() - start
             made.save(path)
             losses = {key: value[-50:].mean().item() for key, value in getattr(made, "losses", {}).items()}

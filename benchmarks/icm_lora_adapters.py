@@ -45,7 +45,7 @@ def tune_task(backbone: Backbone, task: Task, r: int, folder: Path, *, seed: int
     if not record.exists():
         config = TuneConfig(epochs=EPOCHS, batch_size=BATCH, r=r, lora_alpha=r, save_last=SAVE_LAST, seed=seed)
         start = time.perf_counter()
-        tune(backbone, task.images, config, name=task.name, checkpoints=folder / "checkpoints")
+        tune(backbone, task.images, config=config, name=task.name, checkpoints=folder / "checkpoints")
         write_json(record, time.perf_counter() - start)
     return [Adapter.load(path) for path in sorted((folder / "checkpoints").iterdir())]
 

@@ -26,7 +26,9 @@ def measure_scaling() -> list[dict[str, float]]:
         reset_peak_memory()
         before = peak_memory()
         start = time.perf_counter()
-        generator = LoRAGenerator.fit(pool, vectors, {"epochs": STEPS, "batch_size": 2}, device="cpu", quiet=True)
+        generator = LoRAGenerator.fit(
+            pool, vectors, config={"epochs": STEPS, "batch_size": 2}, device="cpu", quiet=True
+        )
         seconds = (time.perf_counter() - start) / STEPS
         peak = peak_memory()
         generator.sample(vectors[0])

@@ -13,6 +13,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..data.dataset import LabelledImages
 from ..runtime.files import LEFTOVER
+from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
 from .accuracy import compare_accuracy
 from .check import Parity, References, check_head
@@ -20,7 +21,6 @@ from .config import ExportConfig
 from .folder_config import CONFIG, FORMAT_VERSION, hash_file
 from .graphs import EncoderGraph, prepare_backbone
 from .onnx_files import write_dynamic_episode, write_encoder, write_episode, write_head
-from .put_in_place import put_in_place, work_folder
 
 OWN_FILES = ("encoder.onnx", "encoder.onnx.data", "head.onnx", "episode.onnx", "episode.onnx.data", "encoder.pt2")
 
@@ -83,7 +83,7 @@ def export_onnx(
     require_free(directory, force)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     graph, embed_dim = references.graph, backbone.embed_dim
-    with work_folder(directory) as folder:
+    with atomic_folder(directory, last=CONFIG, stale=OWN_FILES) as folder:
         encoder, head, episode = (folder / f"{name}.onnx" for name in ("encoder", "head", "episode"))
         write_head(head, config, embed_dim)  # small, and so first: it shows what the exporter cannot write
         head_parity = check_head(head, config, embed_dim, device)
@@ -97,10 +97,6 @@ def export_onnx(
         accuracy = {} if config.dtype == "fp32" else compare_accuracy(graph, encoder, config, device, data)
         content = _describe(graph, meta_lora, config, parities, accuracy, folder)
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        stale = [directory / name for name in OWN_FILES if not (folder / name).exists()]
-        put_in_place(folder, directory, last=CONFIG)
-        for file in stale:
-            file.unlink(missing_ok=True)
     return ExportReport(directory, tuple(parities), accuracy)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
 from . import check
 from .check import Parity, References
@@ -20,7 +21,6 @@ from .config import ExportConfig
 from .graphs import EncoderGraph, HeadGraph, PrototypeGraph, prepare_backbone
 from .operators import translations
 from .precision import to_fp16, to_int8
-from .put_in_place import put_in_place, work_folder
 from .runtime import import_onnxruntime
 
 MAX_INLINE_BYTES = 2_000_000_000
@@ -59,11 +59,9 @@ def export_encoder(
     config = config or ExportConfig()
     path = Path(path)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
-    with work_folder(path.parent) as folder:
+    with atomic_folder(path.parent) as folder:
         write_encoder(references.graph, folder / path.name, config)
-        parity = references.check_encoder(folder / path.name)
-        put_in_place(folder, path.parent)
-    return parity
+        return references.check_encoder(folder / path.name)
 
 
 def export_episode(
@@ -85,11 +83,9 @@ def export_episode(
     config = config or ExportConfig()
     path = Path(path)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
-    with work_folder(path.parent) as folder:
+    with atomic_folder(path.parent) as folder:
         write_dynamic_episode(references, folder / path.name, config)
-        parity = references.check_episode(folder / path.name)
-        put_in_place(folder, path.parent)
-    return parity
+        return references.check_episode(folder / path.name)
 
 
 def export_head(
@@ -105,11 +101,9 @@ def export_head(
     """
     config = config or ExportConfig()
     path = Path(path)
-    with work_folder(path.parent) as folder:
+    with atomic_folder(path.parent) as folder:
         write_head(folder / path.name, config, embed_dim)
-        parity = check.check_head(folder / path.name, config, embed_dim, device)
-        put_in_place(folder, path.parent)
-    return parity
+        return check.check_head(folder / path.name, config, embed_dim, device)
 
 
 def write_encoder(

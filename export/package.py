@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
+from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
 from .check import BATCH_SIZES, Parity, References
 from .config import ExportConfig
 from .graphs import EncoderGraph, prepare_backbone
-from .put_in_place import put_in_place, work_folder
 
 SUFFIX = ".pt2"
 
@@ -53,11 +53,9 @@ def export_aoti(
     require_fp32(config)
     config = replace(config, uint8_input=True)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, images=images)
-    with work_folder(path.parent) as folder:
+    with atomic_folder(path.parent) as folder:
         _compile(references.graph, folder / path.name, config)
-        parity = _check(references, folder / path.name, config)
-        put_in_place(folder, path.parent)
-    return parity
+        return _check(references, folder / path.name, config)
 
 
 def require_fp32(config: ExportConfig) -> None:

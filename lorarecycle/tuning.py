@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters.adapter import Adapter, Head
-from .config import TuneConfig
+from .config import TuneConfig, as_config, as_plain
 from .data.dataset import LabelledImages
 from .data.images import normalize
+from .runtime.checkpoint import Checkpoint
 from .runtime.progress import track
+from .runtime.seeds import stream
 from .vit.backbone import Backbone
 from .vit.lora import LoRA
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_EVERY = 100
+
 
 def tune(
     backbone: Backbone,
     data: LabelledImages,
-    config: TuneConfig | None = None,
     *,
+    config: TuneConfig | Mapping[str, Any] | None = None,
+    seed: int | None = None,
     name: str = "adapter",
+    checkpoint: str | PathLike[str] | None = None,
     checkpoints: str | PathLike[str] | None = None,
     quiet: bool = False,
 ) -> Adapter:
     """Tune LoRA factors with a linear head on the class-token feature, by Adam (Sec. 5).
 
-    Same arguments, same bits on the CPU at the same number of threads.
+    Same arguments, same bits on the CPU at the same number of threads. Equal seeds start from equal factors, whatever
+    the data; the order of the images and what is mirrored follow from seed, epoch and step.
 
     Args:
         backbone: stays frozen and unchanged.
         data: images of at least two classes; resized to `backbone.image_size`.
-        config: settings; the defaults of `TuneConfig` when None.
+        config: settings, or a mapping of those that differ from the defaults of `TuneConfig`.
+        seed: of everything random, in place of the settings'.
         name: of the adapter.
+        checkpoint: safetensors file written every 100 steps and at the end; where it exists, tuning goes on from it and
+            ends with the same bits.
         checkpoints: folder for the adapters after each of the last `config.save_last` epochs, PEFT folders
             `epoch-0101` and so on (counted from 1; the last one is the adapter returned).
         quiet: no progress bar.
@@ -48,54 +62,92 @@ def tune(
         the adapter, with its head and class names, on the CPU.
 
     Raises:
-        ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks;
-            `save_last` without a folder, a folder without `save_last`, or one that holds other checkpoints.
+        ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks; a
+            `checkpoint` that is damaged, or of other settings, data, seed or backbone; `save_last` without a folder, a
+            folder without `save_last`, or one that holds what this tuning did not write.
+        TypeError: `config` names no setting.
         FloatingPointError: the loss became NaN or infinite.
     """
-    config = config or TuneConfig()
+    config = as_config(TuneConfig, config)
+    config = config if seed is None else replace(config, seed=seed)
     _check(data)
     folder = _checkpoint_folder(checkpoints, config.save_last)
-    generator = torch.Generator().manual_seed(config.seed)
     lora = LoRA.random(
         backbone,
         r=config.r,
         lora_alpha=config.lora_alpha,
         sites=config.sites,
         layers=config.layers,
-        generator=generator,
+        generator=stream(config.seed, "tune", "factors"),
     )
-    head = _linear(backbone.embed_dim, len(data.class_names), generator).to(backbone.device)
+    head = _linear(backbone.embed_dim, len(data.class_names), stream(config.seed, "tune", "head")).to(backbone.device)
     optimizer = torch.optim.Adam([*lora.parameters(), *head.parameters()], lr=config.lr)
     data = data.resize(backbone.image_size)
-    steps = math.ceil(len(data) / config.batch_size)  # of an epoch
-    bar = track(range(config.epochs * steps), f"tune {name}", quiet=quiet)
+    per_epoch = math.ceil(len(data) / config.batch_size)
+    steps = config.epochs * per_epoch
+    saved = Checkpoint(
+        checkpoint,
+        {} if checkpoint is None else _run(backbone, data, config),
+        modules={"lora": lora, "head": head},
+        optimizer=optimizer,
+        histories={},
+        steps=steps,
+    )
+    done = saved.resume()
+
+    def keep(step: int) -> None:
+        """Save the adapter where an epoch that is to be kept ends with this step."""
+        epoch = _kept_epoch(step, per_epoch, config)
+        if folder is not None and epoch:
+            _snapshot(lora, head, f"{name}-epoch-{epoch:04d}", backbone, data).save(folder / f"epoch-{epoch:04d}")
+
+    if folder is not None:
+        _require_own(folder, done // per_epoch, _kept_epoch(done, per_epoch, config), config)
+    keep(done)  # stopped between checkpoint and adapter
     order: tuple[Tensor, ...] = ()
+    bar = track(range(done, steps), f"tune {name}", quiet=quiet, initial=done)
     for step in bar:
-        if not order:
+        epoch, batch = divmod(step, per_epoch)
+        if not batch or not order:
+            generator = stream(config.seed, "tune", "order", epoch)
             order = torch.randperm(len(data), generator=generator).split(config.batch_size)
-        index, order = order[0], order[1:]
+        index = order[batch]
         labels = data.labels[index].to(backbone.device)
         pixels = data.images[index].to(backbone.device)
         if config.flip:
-            mirrored = torch.rand(len(index), generator=generator).to(backbone.device) < 0.5
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+            mirrored = torch.rand(len(index), generator=stream(config.seed, "tune", "flip", step)) < 0.5
+            pixels = torch.where(mirrored.to(backbone.device)[:, None, None, None], pixels.flip(-1), pixels)
         features = backbone(normalize(pixels, backbone.mean, backbone.std, backbone.dtype), lora=lora)
-        logits = head(features.float())
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(head(features.float()), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % 10 == 0 or step + 1 == bar.total:
+        if step % 10 == 0 or step + 1 == steps:
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`.")
-            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{value:.3f}")
             logger.debug("%s step %d loss %.4f", name, step, value)
-        epoch, rest = divmod(step + 1, steps)
-        if folder is not None and not rest and epoch > config.epochs - config.save_last:
-            checkpoint = _snapshot(lora, head, f"{name}-epoch-{epoch:04d}", backbone, data)
-            checkpoint.save(folder / f"epoch-{epoch:04d}")
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps or _kept_epoch(step + 1, per_epoch, config):
+            saved.write(step + 1)  # first: the folder never holds adapters that the checkpoint knows nothing of
+        keep(step + 1)
     return _snapshot(lora, head, name, backbone, data)
+
+
+def _run(backbone: Backbone, data: LabelledImages, config: TuneConfig) -> dict[str, Any]:
+    """What a checkpoint must agree with."""
+    settings = as_plain(config)
+    seed = settings.pop("seed")
+    sha = hashlib.sha256(repr((data.class_names, list(data.images.shape))).encode())
+    for tensor in (data.labels, data.images):
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    return {"settings": settings, "seed": seed, "data": sha.hexdigest(), "backbone": backbone.digest()}
+
+
+def _kept_epoch(step: int, per_epoch: int, config: TuneConfig) -> int:
+    """The epoch, counted from 1, that ends with this step and whose adapter is kept; 0 for none."""
+    epoch, rest = divmod(step, per_epoch)
+    return epoch if not rest and epoch > config.epochs - config.save_last else 0
 
 
 def _snapshot(lora: LoRA, head: nn.Linear, name: str, backbone: Backbone, data: LabelledImages) -> Adapter:
@@ -110,10 +162,27 @@ def _checkpoint_folder(checkpoints: str | PathLike[str] | None, save_last: int) 
             f"`checkpoints` must name a folder where `save_last` is positive and only there, got {checkpoints!r} "
             f"with save_last={save_last}; give both or none."
         )
-    folder = None if checkpoints is None else Path(checkpoints)
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`checkpoints` must be a new or empty folder, got {folder} with content; choose another.")
-    return folder
+    return None if checkpoints is None else Path(checkpoints)
+
+
+def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> None:
+    """Raise unless a folder holds the adapters of the epochs that are done (the last may be absent), and no others."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`checkpoints` must be a folder, got the file {folder}; choose another.")
+    found = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    done = {f"epoch-{epoch:04d}": epoch for epoch in range(config.epochs - config.save_last + 1, epochs + 1)}
+    foreign = sorted(found - done.keys())
+    if foreign:
+        raise ValueError(
+            f"`checkpoints` must be a new or empty folder, or that of the tuning that goes on, got {folder} with "
+            f"{foreign[0]} in it; choose another."
+        )
+    missing = [name for name, epoch in done.items() if name not in found and epoch != last]
+    if missing:
+        raise ValueError(
+            f"`checkpoints` must hold the adapters of the epochs that are done, got {folder} without {missing[0]}; "
+            "put it back, or remove the checkpoint to start anew."
+        )
 
 
 def _check(data: LabelledImages) -> None:

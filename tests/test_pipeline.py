@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -126,7 +127,8 @@ def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (work / "meta_lora").exists(), "killed before the end"
-    (work / "surrogates" / f"{files.LEFTOVER}x").write_text("half a surrogate")
+    leftover = f"{files.LEFTOVER}{socket.gethostname()}-{process.pid}-x"
+    (work / "surrogates" / leftover).write_text("half a surrogate")
     assert start(work).communicate()[0] == whole
     assert not list(work.rglob(f"{files.LEFTOVER}*"))
 

@@ -96,7 +96,7 @@ class Fit:
         generator = LoRAGenerator.fit(
             adapters,
             vectors,
-            self.config,
+            config=self.config,
             device=self.device,
             dtype=self.dtype,
             checkpoint=self.checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ from .common import Flat, Machine, Manners
 
 @dataclass(frozen=True)
 class Tune:
-    """Tune one adapter and its head on labelled images."""
+    """Tune one adapter and its head on labelled images. A tuning that was stopped goes on where it was."""
 
     data: Annotated[str, tyro.conf.Positional]
     """A folder with a sub-folder of images per class, a npz file, or cifar-fs, flowers102, eurosat, digits."""
@@ -40,12 +41,17 @@ class Tune:
         backbone = self.machine.backbone()
         if self.classes:
             data = data.select_classes(self.classes)
+        output = Path(os.path.abspath(self.output))
+        checkpoint = output.with_name(f".{output.name}.tuning.safetensors")
         adapter = tune(
             backbone,
             data,
             config=self.config,
             name=self.output.name,
+            checkpoint=checkpoint,
             checkpoints=self.output / "checkpoints" if self.config.save_last else None,
             quiet=self.manners.quiet,
         )
-        print(adapter.save(self.output, layout=self.layout))
+        saved = adapter.save(self.output, layout=self.layout)
+        checkpoint.unlink(missing_ok=True)
+        print(saved)

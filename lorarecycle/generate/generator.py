@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..config import as_plain
+from ..config import as_config, as_plain
 from ..runtime.device import resolve
 from ..runtime.files import load_tensors, save_tensors
 from ..runtime.seeds import stream
@@ -76,8 +76,9 @@ class Generator(ABC):
         cls: type[G],
         adapters: Iterable[AnyAdapter | str | PathLike[str]],
         task_vectors: Iterable[Any],
-        config: Any = None,
         *,
+        config: Any = None,
+        seed: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         checkpoint: str | PathLike[str] | None = None,
@@ -91,6 +92,7 @@ class Generator(ABC):
                 from the same factors (one `seed` of tuning), as factors are only determined up to a change of basis.
             task_vectors: one array [W] for each adapter; checkpoints of one task have equal ones.
             config: settings, or a mapping of those that differ from the defaults.
+            seed: of everything random, in place of the settings'; without effect where nothing is random.
             device, dtype: where and in which precision; the GPU and bfloat16 where there is one, else float32.
             checkpoint: safetensors file written on the way; a fit that was stopped goes on from it, to the same
                 bits.
@@ -104,7 +106,7 @@ class Generator(ABC):
                 parameters or task vectors that are NaN or infinite; another number of task vectors, or widths that
                 differ; a checkpoint of another fit.
         """
-        generator, examples = cls._prepare(adapters, task_vectors, config)
+        generator, examples = cls._prepare(adapters, task_vectors, config, seed)
         generator._fit(examples, _machine(device, dtype, checkpoint, quiet))
         return generator
 
@@ -216,8 +218,16 @@ class Generator(ABC):
     # --- shared -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def _prepare(cls, adapters: Iterable[Any], task_vectors: Iterable[Any], config: Any) -> tuple[Any, Examples]:
-        config = _settings(cls.config_class, config)
+    def _prepare(
+        cls, adapters: Iterable[Any], task_vectors: Iterable[Any], config: Any, seed: int | None
+    ) -> tuple[Any, Examples]:
+        config = as_config(cls.config_class, config)
+        if type(config) is not cls.config_class:  # that of a method with more settings
+            raise TypeError(
+                f"`config` must be a {cls.config_class.__name__} or a mapping, got {type(config).__name__}."
+            )
+        if seed is not None and hasattr(config, "seed"):
+            config = replace(config, seed=seed)
         if isinstance(adapters, (str, PathLike, Adapter)):
             raise TypeError("`adapters` must be a list of adapters, each with its task vector, got a single one.")
         pool = [load_adapter(adapter) for adapter in adapters]
@@ -294,22 +304,6 @@ def _check_state(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int |
 def draws(shape: Sequence[int], n: int, seed: int, *names: object) -> Tensor:
     """n standard normal draws [n, *shape], the i-th the same for every n."""
     return torch.stack([torch.randn(*shape, generator=stream(seed, *names, i)) for i in range(n)])
-
-
-def _settings(config_class: type[Any], config: Any) -> Any:
-    if config is None:
-        return config_class()
-    if isinstance(config, Mapping):
-        unknown = sorted(set(config) - set(config_class.__dataclass_fields__))
-        if unknown:
-            raise TypeError(
-                f"`config` must name settings of {config_class.__name__} "
-                f"({', '.join(config_class.__dataclass_fields__)}), got {', '.join(unknown)}."
-            )
-        return replace(config_class(), **config)
-    if type(config) is not config_class:
-        raise TypeError(f"`config` must be a {config_class.__name__} or a mapping, got {type(config).__name__}.")
-    return config
 
 
 def _machine(device: Any, dtype: Any, checkpoint: str | PathLike[str] | None, quiet: bool) -> Machine:

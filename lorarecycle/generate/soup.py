@@ -34,8 +34,9 @@ class ModelSoup(Generator):
         cls,
         adapters: Iterable[AnyAdapter | str | PathLike[str]],
         task_vectors: Iterable[Any],
-        config: Any = None,
         *,
+        config: Any = None,
+        seed: int | None = None,
         score: Score | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -50,7 +51,7 @@ class ModelSoup(Generator):
         Raises:
             ValueError: also a greedy recipe without `score`, or a score without the recipe.
         """
-        generator, examples = cls._prepare(adapters, task_vectors, config)
+        generator, examples = cls._prepare(adapters, task_vectors, config, seed)
         if (generator.config.recipe == "greedy") != (score is not None):
             raise ValueError(
                 f"`score` must be given with recipe='greedy' and only then, got recipe={generator.config.recipe!r} "

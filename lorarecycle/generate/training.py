@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.files import load_tensors, save_tensors
+from ..runtime.checkpoint import Checkpoint
 from ..runtime.progress import track
 from ..runtime.seeds import stream
 
@@ -54,7 +53,7 @@ def train(
         float32 [steps] of each term.
 
     Raises:
-        ValueError: a checkpoint of another run.
+        ValueError: a checkpoint that is damaged or of another run.
         FloatingPointError: the loss became NaN or infinite.
     """
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
@@ -62,7 +61,10 @@ def train(
     per_epoch = math.ceil(count / batch_size)
     steps = epochs * per_epoch
     history: dict[str, Tensor] = {}
-    done = _resume(checkpoint, run, module, optimizer, history, steps)
+    saved = Checkpoint(
+        checkpoint, run or {}, modules={"module": module}, optimizer=optimizer, histories=history, steps=steps
+    )
+    done = saved.resume()
     module.train()
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
     bar = track(range(done, steps), name, quiet=quiet, initial=done)
@@ -85,55 +87,7 @@ def train(
             if not all(map(math.isfinite, values.values())):
                 raise FloatingPointError(f"the loss of {name!r} became {values} at step {step}; lower `lr`.")
             bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()}, refresh=False)
-        if checkpoint is not None and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
-            _write(checkpoint, run, module, optimizer, history, step + 1)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            saved.write(step + 1)
     module.eval()
     return {key: value.cpu() for key, value in history.items()}
-
-
-def _write(
-    path: Path,
-    run: dict[str, Any] | None,
-    module: nn.Module,
-    optimizer: torch.optim.Adam,
-    history: dict[str, Tensor],
-    step: int,
-) -> None:
-    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    for name, parameter in module.named_parameters():
-        tensors |= {f"adam.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    tensors |= {f"history.{key}": value[:step] for key, value in history.items()}
-    save_tensors(path, tensors, {"run": run, "step": step})
-
-
-def _resume(
-    path: Path | None,
-    run: dict[str, Any] | None,
-    module: nn.Module,
-    optimizer: torch.optim.Adam,
-    history: dict[str, Tensor],
-    steps: int,
-) -> int:
-    """Load a checkpoint where there is one; the number of steps done."""
-    if path is None or not path.exists():
-        return 0
-    tensors, meta = load_tensors(path)
-    if json.loads(meta.get("run", "null")) != run:
-        raise ValueError(f"`checkpoint` {path} must be of the same settings and adapters; choose another file.")
-    try:
-        step = int(json.loads(meta["step"]))
-        module.load_state_dict({name[7:]: value for name, value in tensors.items() if name.startswith("module.")})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"`checkpoint` {path} must be whole, got one without its weights; remove it.") from error
-    for name, parameter in module.named_parameters():
-        if f"adam.{name}.step" in tensors:  # a parameter that no term reaches has no state
-            optimizer.state[parameter] = {
-                key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    device = next(module.parameters()).device
-    for name, value in tensors.items():
-        if name.startswith("history."):
-            history[name[8:]] = torch.zeros(steps, device=device)
-            history[name[8:]][:step] = value.to(device)
-    return step

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
 from ..inversion.surrogate import Surrogate
-from ..runtime.files import load_tensors, save_tensors
+from ..runtime.checkpoint import Checkpoint
 from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiled
@@ -112,7 +110,10 @@ def meta_train(
         "backbone": backbone.digest(),
     }
     loss_of = compiled(query_loss, compile, backbone.device)
-    done = 0 if checkpoint is None else _resume(Path(checkpoint), run, lora, optimizer, losses)
+    saved = Checkpoint(
+        checkpoint, run, modules={"lora": lora}, optimizer=optimizer, histories={"loss": losses}, steps=config.steps
+    )
+    done = saved.resume()
     clock.restart()
     for step in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config, lr)
@@ -122,8 +123,8 @@ def meta_train(
         loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
-        if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
-            _write_checkpoint(Path(checkpoint), run, lora, optimizer, losses, step + 1)
+        if (step + 1) % CHECKPOINT_EVERY == 0:
+            saved.write(step + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)
 
@@ -168,31 +169,3 @@ def learning_rate(step: int, config: MetaConfig, lr: float) -> float:
         return config.lr_min + (lr - config.lr_min) * phase / warmup
     progress = (phase - warmup) / (cycle - warmup)
     return config.lr_min + (lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _write_checkpoint(
-    path: Path, run: dict[str, object], lora: LoRA, optimizer: torch.optim.Adam, losses: Tensor, step: int
-) -> None:
-    tensors = {f"lora.{name}": value for name, value in lora.state_dict().items()}
-    for name, parameter in lora.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"adam.{name}.{key}"] = value
-    save_tensors(path, {**tensors, "losses": losses[:step]}, {"run": run, "step": step})
-
-
-def _resume(path: Path, run: dict[str, object], lora: LoRA, optimizer: torch.optim.Adam, losses: Tensor) -> int:
-    """Load a checkpoint where there is one; the number of steps done."""
-    if not path.exists():
-        return 0
-    tensors, meta = load_tensors(path)
-    if json.loads(meta.get("run", "null")) != run:
-        raise ValueError(f"checkpoint {path} must be of the same settings and surrogates; choose another file.")
-    step = int(json.loads(meta["step"]))
-    lora.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("lora.")})
-    for name, parameter in lora.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"adam.{name}.{key}"].to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    losses[:step] = tensors["losses"].to(losses.device)
-    return step

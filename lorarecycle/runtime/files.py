@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,40 +18,115 @@ if TYPE_CHECKING:  # the exported session writes files without torch
     from torch import Tensor
 
 LEFTOVER = ".partly-written-"
+"""How the names of hidden folders start: `.partly-written-HOST-PID-...`."""
+_NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?[^-.]+")
 
 
 def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> Path:
     """Write a file through `write(temporary_path)` and put it in place in one step.
 
-    Whatever goes wrong on the way (disk full, process killed), an earlier file at `path` stays whole.
+    Whatever goes wrong on the way (disk full, process killed), an earlier file at `path` stays whole. The temporary
+    file has the same name, in a hidden folder beside: what the writing library puts next to it goes with it. Its rights
+    are what the umask leaves.
 
     Raises:
-        OSError: writing failed; the message names the file.
+        OSError: writing failed; the message names the file. Nothing is left then, folders made here included.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=LEFTOVER)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with hidden_folder(path.parent) as folder:
+            temporary = folder / path.name
+            write(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror or error}; an earlier file is unchanged"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {reason(error)}; an earlier file is unchanged") from error
+    flush_folder(path.parent)
     return path
 
 
+@contextmanager
+def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
+    """A new hidden folder in `parent`, which is made where it is absent.
+
+    Its name says which process on which host writes there, so that nobody else takes it for a leftover. It is removed
+    at the end with all that is in it; so are parents made here that are empty then.
+    """
+    parent = Path(parent)
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    folder = parent / f"{LEFTOVER}{_host()}-{os.getpid()}-{_pid_space()}.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for empty in made:
+            with suppress(OSError):  # holds something now, or could not be made
+                empty.rmdir()
+
+
 def remove_leftovers(folder: str | PathLike[str]) -> None:
-    """Remove what writers left in a folder when their process was killed."""
+    """Remove what writers left in a folder when they were killed: processes of this host that are gone.
+
+    What living processes, other hosts or other containers may be writing stays.
+    """
     for path in Path(folder).glob(f"{LEFTOVER}*"):
-        path.unlink()
+        if not _is_abandoned(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def flush(file: Path) -> None:
+    """Bring a file in a hidden folder to the disk, with the rights that the umask left to the folder."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(file.parent.stat().st_mode & 0o666)  # some libraries write for the owner's eyes only
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the file system can."""
+    with suppress(OSError):  # not all can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong at first, in the system's words."""
+    while isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    return error.strerror or str(error)
+
+
+def _is_abandoned(name: str) -> bool:
+    found = _NAME.fullmatch(name)
+    if found is None or found["host"] != _host() or found["space"] not in (None, _pid_space()) or os.name != "posix":
+        return False
+    try:
+        os.kill(int(found["pid"]), 0)  # sends nothing: asks whether there is such a process
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # somebody else's
+        return False
+    return False
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "localhost"
+
+
+def _pid_space() -> str:
+    """Number of the container's own space of process ids, for containers may share a host's name."""
+    try:
+        return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        return ""
 
 
 def write_text(path: str | PathLike[str], text: str) -> Path:

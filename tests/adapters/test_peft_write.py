@@ -178,11 +178,12 @@ def test_earlier_files_stay_whole_when_the_disk_is_full(failing, tmp_path, monke
     assert_same(Adapter.load(tmp_path / "adapter"), before)
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    (tmp_path / ".adapter.saving-abc").mkdir()
-    (tmp_path / ".adapter.saving-abc" / "adapter_model.safetensors").write_bytes(b"half")
-    random_adapter().save(tmp_path / "adapter")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+def test_only_the_files_of_the_adapter_are_in_the_folder(tmp_path):
+    for _ in range(2):
+        random_adapter().save(tmp_path / "adapter")
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        names = {path.name for path in (tmp_path / "adapter").iterdir()}
+        assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorarecycle.json"}
 
 
 def test_damaged_metadata_is_replaced(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, RecycleConfig, load_dataset
+from lorarecycle import Adapter, RecycleConfig, load_dataset, tuning
 from lorarecycle.cli.main import main
 
 QUICK = ["--epochs", "1", "--device", "cpu", "--dtype", "float32", "--quiet"]
@@ -73,6 +73,40 @@ def test_tune_recycle_evaluate_predict(adapters, tmp_path, capsys):
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == query
     assert all(line[1] in "0123" and 0.25 <= float(line[2]) <= 1 for line in lines)
+
+
+def test_a_stopped_tune_goes_on(adapters, tmp_path, monkeypatch, capsys):
+    data, output = str(adapters[1]), tmp_path / "kinds"
+    command = ["tune", data, "--base", "demo", "--output", str(output), "--batch-size", "4", *QUICK, "--epochs", "2"]
+    command += ["--save-last", "1"]
+    assert main([*command, "--output", str(tmp_path / "unbroken")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["unbroken"]
+    calls = 0
+    original = tuning.normalize
+
+    def stopped(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(tuning, "CHECKPOINT_EVERY", 4)
+    monkeypatch.setattr(tuning, "normalize", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    checkpoint = tmp_path / ".kinds.tuning.safetensors"
+    assert checkpoint.exists()
+    assert not output.exists()
+    capsys.readouterr()
+    assert main([*command, "--lr", "0.5"]) == 2
+    assert "differs in settings.lr (0.001 there, 0.5 here)" in capsys.readouterr().err
+    calls = 100
+    assert main(command) == 0
+    assert calls == 100 + 12, "only the steps after the checkpoint at 4 were repeated"
+    assert Adapter.load(output).digest() == Adapter.load(tmp_path / "unbroken").digest()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["epoch-0002"]
+    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize(

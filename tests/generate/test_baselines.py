@@ -26,7 +26,7 @@ def test_soup_of_everything_and_of_a_task(pool, vectors, tmp_path):
     every = flat(soup, pool)
     for vector in (vectors[0], vectors[5]):
         torch.testing.assert_close(flat(soup, soup.sample(vector, 2)), every.mean(dim=0).expand(2, -1))
-    soup = reloaded(ModelSoup.fit(pool, vectors, {"scope": "task"}), tmp_path)
+    soup = reloaded(ModelSoup.fit(pool, vectors, config={"scope": "task"}), tmp_path)
     torch.testing.assert_close(flat(soup, soup.sample(vectors[0]))[0], every[:3].mean(dim=0))
     torch.testing.assert_close(flat(soup, [soup.reconstruct(pool[5], vectors[5])])[0], every[3:].mean(dim=0))
     assert soup.sample(vectors[5])[0].head.class_names == pool[5].head.class_names
@@ -39,10 +39,10 @@ def test_greedy_soup_takes_what_does_not_hurt(pool, vectors, tmp_path):
         return -(soup_layout.flatten(adapter) - wanted).norm().item()
 
     soup_layout = ModelSoup.fit(pool, vectors).layout
-    soup = reloaded(ModelSoup.fit(pool, vectors, {"recipe": "greedy"}, score=score), tmp_path)
+    soup = reloaded(ModelSoup.fit(pool, vectors, config={"recipe": "greedy"}, score=score), tmp_path)
     torch.testing.assert_close(flat(soup, soup.sample(vectors[0]))[0], wanted)
     with pytest.raises(ValueError, match="`score` must be given with recipe='greedy'"):
-        ModelSoup.fit(pool, vectors, {"recipe": "greedy"})
+        ModelSoup.fit(pool, vectors, config={"recipe": "greedy"})
     with pytest.raises(ValueError, match="`score` must be given with recipe='greedy'"):
         ModelSoup.fit(pool, vectors, score=score)
 
@@ -58,7 +58,7 @@ def test_nearest_hands_out_the_last_checkpoints_first(pool, vectors, tmp_path):
 
 
 def test_diffusion_learns_the_tasks_and_repeats(pool, vectors, tmp_path):
-    made = CondPDiff.fit(pool, vectors, DIFFUSION, device="cpu", quiet=True)
+    made = CondPDiff.fit(pool, vectors, config=DIFFUSION, device="cpu", quiet=True)
     assert made.losses["reconstruction"][-10:].mean() < 0.1 * made.losses["reconstruction"][:5].mean()
     assert made.losses["denoising"][-50:].mean() < 0.7 * made.losses["denoising"][:10].mean()
     every = flat(made, pool)
@@ -77,13 +77,13 @@ def test_diffusion_learns_the_tasks_and_repeats(pool, vectors, tmp_path):
 
 def test_a_stopped_diffusion_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, monkeypatch):
     quick |= {"diffusion_epochs": 4, "diffusion_steps": 5, "hidden": 8}
-    whole = CondPDiff.fit(pool, vectors, quick, device="cpu", quiet=True)
+    whole = CondPDiff.fit(pool, vectors, config=quick, device="cpu", quiet=True)
     checkpoint = tmp_path / "checkpoint.safetensors"
-    CondPDiff.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     second = checkpoint.with_name(checkpoint.name + ".diffusion")
     assert second.exists()
     second.unlink()  # as if stopped between the two
-    resumed = CondPDiff.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    resumed = CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     assert torch.equal(flat(whole, whole.sample(vectors[0])), flat(resumed, resumed.sample(vectors[0])))
 
 

@@ -27,7 +27,7 @@ def same(one, two):
 
 
 def test_it_learns(pool, vectors):
-    generator = LoRAGenerator.fit(pool, vectors, LEARN, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config=LEARN, device="cpu", quiet=True)
     reconstruction, kl = generator.losses["reconstruction"], generator.losses["kl"]
     assert len(reconstruction) == len(kl) == 240
     assert reconstruction[-20:].mean() < 0.1 * reconstruction[:5].mean()
@@ -43,8 +43,8 @@ def test_it_learns(pool, vectors):
 
 
 def test_save_load_and_sample_give_the_same_bits(pool, vectors, quick, tmp_path):
-    generator = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
-    again = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", quiet=True)
+    again = LoRAGenerator.fit(pool, vectors, config=GenerateConfig(**quick), device="cpu", quiet=True)
     loaded = load_generator(generator.save(tmp_path / "generator.safetensors"))
     assert isinstance(loaded, LoRAGenerator)
     assert loaded.config == generator.config
@@ -61,7 +61,7 @@ def test_save_load_and_sample_give_the_same_bits(pool, vectors, quick, tmp_path)
 
 def test_a_stopped_fit_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, monkeypatch):
     quick |= {"epochs": 6}
-    whole = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
+    whole = LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", quiet=True)
     monkeypatch.setattr("lorarecycle.generate.training.CHECKPOINT_EVERY", 5)
     checkpoint = tmp_path / "checkpoint.safetensors"
     wanted = save_tensors
@@ -71,29 +71,29 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, 
         if metadata["step"] == 15:  # of 18, batch norm has settled
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorarecycle.generate.training.save_tensors", stop_late)
+    monkeypatch.setattr("lorarecycle.runtime.checkpoint.save_tensors", stop_late)
     with pytest.raises(KeyboardInterrupt):
-        LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
+        LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     assert json.loads(load_tensors(checkpoint)[1]["step"]) == 15
-    monkeypatch.setattr("lorarecycle.generate.training.save_tensors", wanted)
-    resumed = LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    monkeypatch.setattr("lorarecycle.runtime.checkpoint.save_tensors", wanted)
+    resumed = LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     assert same(resumed.sample(vectors[0])[0], whole.sample(vectors[0])[0])
     assert all(torch.equal(resumed.losses[key], value) for key, value in whole.losses.items())
-    with pytest.raises(ValueError, match="must be of the same settings and adapters"):
-        LoRAGenerator.fit(pool, vectors, {**quick, "seed": 1}, device="cpu", checkpoint=checkpoint, quiet=True)
-    with pytest.raises(ValueError, match="must be of the same settings and adapters"):
-        LoRAGenerator.fit(pool[1:], vectors[1:], quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    with pytest.raises(ValueError, match=r"must be of this training, got one that differs in config.seed \(0 there, 1"):
+        LoRAGenerator.fit(pool, vectors, config=quick, seed=1, device="cpu", checkpoint=checkpoint, quiet=True)
+    with pytest.raises(ValueError, match="must be of this training, got one that differs in examples; take"):
+        LoRAGenerator.fit(pool[1:], vectors[1:], config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     tensors, strings = load_tensors(checkpoint)
     del tensors["module.to_mean.weight"]
     save_file(tensors, checkpoint, strings)
-    with pytest.raises(ValueError, match="must be whole, got one without its weights; remove it"):
-        LoRAGenerator.fit(pool, vectors, quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    with pytest.raises(ValueError, match="must be whole, got one with module.to_mean.weight missing or added"):
+        LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
 
 
 @pytest.mark.parametrize("normalisation", ["adapter", "tensor"])
 def test_generated_statistics_are_those_of_the_nearest_task(pool, vectors, quick, normalisation):
     quick["normalisation"] = normalisation
-    generator = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", quiet=True)
     near = vectors[5] + 0.01
     assert generator.nearest(near) == generator.nearest(vectors[5])
     parts = 1 if normalisation == "adapter" else len(generator.layout.shapes)
@@ -110,7 +110,7 @@ def test_ranks_and_scalings_that_differ(tiny_backbone, make_adapter, quick):
     small, large = make_adapter(tiny_backbone, r=1, seed=1), make_adapter(tiny_backbone, r=3, seed=2)
     doubled = {site: f._replace(scaling=2 * f.scaling) for site, f in large.factors.items()}
     large = Adapter(doubled, large.head, large.base_model, name="large")
-    generator = LoRAGenerator.fit([small, large], torch.eye(2), quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit([small, large], torch.eye(2), config=quick, device="cpu", quiet=True)
     assert set(generator.sample([1.0, 0.0])[0].ranks.values()) == {3}
     for adapter in (small, large):
         flat = generator.layout.flatten(adapter)
@@ -123,7 +123,7 @@ def test_ranks_and_scalings_that_differ(tiny_backbone, make_adapter, quick):
 def test_a_first_adapter_without_effect(tiny_backbone, make_adapter, quick):
     idle, active = make_adapter(tiny_backbone, seed=1), make_adapter(tiny_backbone, seed=2)
     idle = Adapter({site: f._replace(scaling=0.0) for site, f in idle.factors.items()}, idle.head, idle.base_model)
-    generator = LoRAGenerator.fit([idle, active], torch.eye(2), quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit([idle, active], torch.eye(2), config=quick, device="cpu", quiet=True)
     for adapter in (idle, active):
         back = generator.layout.unflatten(generator.layout.flatten(adapter), name="back")
         for site in adapter.sites:
@@ -141,22 +141,22 @@ def test_first_weights_leave_global_randomness_alone(monkeypatch):
 def test_heads_can_be_left_out(pool, vectors, quick):
     mixed = [pool[0].with_head(None), *pool[1:]]
     with pytest.raises(ValueError, match="both have a head or none"):
-        LoRAGenerator.fit(mixed, vectors, quick, device="cpu", quiet=True)
-    generator = LoRAGenerator.fit(mixed, vectors, {**quick, "heads": False}, device="cpu", quiet=True)
+        LoRAGenerator.fit(mixed, vectors, config=quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(mixed, vectors, config={**quick, "heads": False}, device="cpu", quiet=True)
     assert generator.sample(vectors[0])[0].head is None
     assert generator.reconstruct(pool[1], vectors[1]).head is None  # a head that is shown does not matter
     assert generator.layout.size == sum(f.lora_A.numel() + f.lora_B.numel() for f in pool[0].factors.values())
 
 
 def test_bfloat16_learns_too(pool, vectors):
-    generator = LoRAGenerator.fit(pool, vectors, LEARN, device="cpu", dtype="bfloat16", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config=LEARN, device="cpu", dtype="bfloat16", quiet=True)
     assert generator.losses["reconstruction"][-20:].mean() < 0.15 * generator.losses["reconstruction"][:5].mean()
     assert distance(generator, generator.sample(vectors[0])[0], pool[0]) < 0.4
 
 
 def test_a_generated_adapter_loads_in_peft(pool, vectors, quick, tiny_vit, tmp_path):
     peft = pytest.importorskip("peft")
-    generator = LoRAGenerator.fit(pool, vectors, {**quick, "heads": False}, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config={**quick, "heads": False}, device="cpu", quiet=True)
     made = generator.sample(vectors[0])[0]
     made.save(tmp_path / "made")
     tuned = peft.PeftModel.from_pretrained(tiny_vit, tmp_path / "made")
@@ -220,7 +220,7 @@ def test_adapters_without_head_of_one_site():
         return Adapter({"blocks.0.attn.q": LoRAFactors(lora_A, lora_B.T.contiguous(), 1.0)}, name=str(seed))
 
     generator = LoRAGenerator.fit(
-        [make(0), make(1)], torch.eye(2), {"epochs": 1, "conv_layers": 3}, device="cpu", quiet=True
+        [make(0), make(1)], torch.eye(2), config={"epochs": 1, "conv_layers": 3}, device="cpu", quiet=True
     )
     assert generator.padded == generator.layout.size == 16
     assert isinstance(generator.sample([0.0, 1.0])[0], Adapter)
@@ -230,7 +230,7 @@ def test_adapters_without_head_of_one_site():
 
 
 def test_generated_adapters_feed_recycle(pool, vectors, quick, tiny_backbone):
-    generator = LoRAGenerator.fit(pool, vectors, quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, vectors, config=quick, device="cpu", quiet=True)
     meta_lora = recycle(
         [*generator.sample(vectors[0], 2), *generator.sample(vectors[5])],
         base=tiny_backbone,

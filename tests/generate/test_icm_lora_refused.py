@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from lorarecycle import Adapter
-from lorarecycle.generate import LoRAGenerator, load_generator
+from lorarecycle.generate import DiffusionConfig, LoRAGenerator, load_generator
 from lorarecycle.runtime.files import load_tensors, save_tensors
 from lorarecycle.vit.backbone import Backbone
 
 
 def fit(adapters, vectors, config, **options):
-    return LoRAGenerator.fit(adapters, vectors, config, device="cpu", quiet=True, **options)
+    return LoRAGenerator.fit(adapters, vectors, config=config, device="cpu", quiet=True, **options)
 
 
 NAN = float("nan")
@@ -127,6 +127,9 @@ def test_adapters_that_do_not_belong_together(
             {"layers": 3}, {}, TypeError, "`config` must name settings of GenerateConfig .*, got layers", id="unknown"
         ),
         pytest.param("fast", {}, TypeError, "must be a GenerateConfig or a mapping, got str", id="text"),
+        pytest.param(
+            DiffusionConfig(), {}, TypeError, "must be a GenerateConfig .*, got DiffusionConfig", id="another method's"
+        ),
         pytest.param({"lr": 1e30}, {}, FloatingPointError, "lower `lr`", id="it diverges"),
         pytest.param(
             {},

@@ -67,7 +67,7 @@ def test_a_language_model_s_adapters(quick, tmp_path):
                 torch.nn.init.normal_(parameter, 0, 0.1)
         tuned.save_pretrained(tmp_path / str(seed))
         folders.append(tmp_path / str(seed))
-    generator = LoRAGenerator.fit(folders, torch.eye(3), {**quick, "epochs": 2}, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(folders, torch.eye(3), config={**quick, "epochs": 2}, device="cpu", quiet=True)
     generator = load_generator(generator.save(tmp_path / "g.safetensors"))
     made = generator.sample(torch.eye(3)[1])[0]
     made.save(tmp_path / "made")
@@ -89,7 +89,7 @@ def test_ranks_pad_and_scalings_fold(quick, tmp_path):
         assert back.config["r"] == 4
         for one, two in zip(updates(back), updates(adapter), strict=True):
             torch.testing.assert_close(one, two)
-    generator = LoRAGenerator.fit(pool, torch.eye(3), quick, device="cpu", quiet=True)
+    generator = LoRAGenerator.fit(pool, torch.eye(3), config=quick, device="cpu", quiet=True)
     made = generator.sample([1.0, 0, 0])[0].save(tmp_path / "made")
     assert read_json(made / "adapter_config.json")["lora_alpha"] == 32  # scaling 8, that of the first, at rank 4
 
@@ -100,12 +100,11 @@ def test_modules_saved_whole_are_heads(quick):
         adapter = language_adapter(seed, modules_to_save=["score"])
         score = torch.full((3, 16), float(seed), dtype=torch.float16)
         pool.append(PeftAdapter({**adapter.tensors, "base_model.model.score.weight": score}, adapter.config))
-    whole = LoRAGenerator.fit(pool, torch.eye(2), quick, device="cpu", quiet=True).sample([1.0, 0])[0]
+    whole = LoRAGenerator.fit(pool, torch.eye(2), config=quick, device="cpu", quiet=True).sample([1.0, 0])[0]
     assert whole.tensors["base_model.model.score.weight"].dtype == torch.float16
     assert whole.config["modules_to_save"] == ["score"]
-    bare = LoRAGenerator.fit(pool, torch.eye(2), {**quick, "heads": False}, device="cpu", quiet=True).sample([1.0, 0])[
-        0
-    ]
+    headless = {**quick, "heads": False}
+    bare = LoRAGenerator.fit(pool, torch.eye(2), config=headless, device="cpu", quiet=True).sample([1.0, 0])[0]
     assert "base_model.model.score.weight" not in bare.tensors
     assert bare.config["modules_to_save"] is None
 
@@ -115,11 +114,12 @@ def test_other_kinds_of_adapters_keep_their_shapes(quick):
         tensors = {f"{m}.vera_lambda_d": torch.randn(r, generator=torch.Generator().manual_seed(seed)) for m in MODULES}
         return PeftAdapter(tensors, {"peft_type": "VERA", "r": r}, f"vera-{seed}")
 
-    made = LoRAGenerator.fit([vera(0), vera(1)], torch.eye(2), quick, device="cpu", quiet=True).sample([1.0, 0])[0]
+    generator = LoRAGenerator.fit([vera(0), vera(1)], torch.eye(2), config=quick, device="cpu", quiet=True)
+    made = generator.sample([1.0, 0])[0]
     assert made.config["peft_type"] == "VERA"
     assert {tuple(t.shape) for t in made.tensors.values()} == {(2,)}
     with pytest.raises(ValueError, match=r"must have the same `r`, got 2 and 3"):
-        LoRAGenerator.fit([vera(0), vera(1, r=3)], torch.eye(2), quick, device="cpu", quiet=True)
+        LoRAGenerator.fit([vera(0), vera(1, r=3)], torch.eye(2), config=quick, device="cpu", quiet=True)
 
 
 KEY = f"{MODULES[0]}.lora_B.weight"
@@ -147,7 +147,7 @@ def changed(key, tensor):
 def test_adapters_that_do_not_belong_together(pool, quick, other, message):
     adapters = [language_adapter(0), other(pool)]
     with pytest.raises(ValueError, match=message):
-        LoRAGenerator.fit(adapters, torch.eye(2), quick, device="cpu", quiet=True)
+        LoRAGenerator.fit(adapters, torch.eye(2), config=quick, device="cpu", quiet=True)
 
 
 def test_folders_that_cannot_be_read(tmp_path):

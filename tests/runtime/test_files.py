@@ -1,12 +1,28 @@
-"""Files are whole or absent."""
+"""Files are whole or absent, and what killed writers left goes, and only that."""
 
 import errno
 import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorarecycle.runtime import files
+
+
+def dead_pid():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def leftover(pid, host=None, rest="abc"):
+    return f"{files.LEFTOVER}{host or socket.gethostname()}-{pid}-{rest}"
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):
@@ -20,6 +36,29 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
         files.write_atomic(path, full)
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_no_folder(tmp_path):
+    def interrupted(temporary):
+        temporary.write_text("half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomic(tmp_path / "deep" / "er" / "a.txt", interrupted)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write .*a\.txt: (Not a directory|File exists); an earlier"):
+        files.write_text(tmp_path / "file" / "a.txt", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_library_leaves_beside_its_file_goes_too(tmp_path):
+    def write(temporary):
+        (temporary.parent / ".tmp123").write_text("some library's own")
+        temporary.write_text("text")
+
+    files.write_atomic(tmp_path / "a.txt", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_disk_full_while_saving_tensors(tmp_path, monkeypatch):
@@ -37,12 +76,63 @@ def test_disk_full_while_saving_tensors(tmp_path, monkeypatch):
     assert files.load_tensors(path)[0]["x"].tolist() == [1, 1, 1]
 
 
-def test_leftovers_of_killed_writers_go(tmp_path):
-    (tmp_path / f"{files.LEFTOVER}abc").write_text("half")
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_rights_follow_the_umask(tmp_path, mask, rights):
+    before = os.umask(mask)
+    try:
+        written = [
+            files.write_text(tmp_path / "a.txt", "text"),
+            files.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)}),  # the library makes it 0600
+        ]
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in written] == [rights, rights]
+
+
+def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path):
+    dead = dead_pid()
+    (tmp_path / leftover(dead)).write_text("half")
+    (tmp_path / leftover(dead, rest="def")).mkdir()
+    (tmp_path / leftover(dead, rest="def") / "inner").write_text("half")
+    others = {
+        leftover(os.getpid()),  # alive: this one
+        leftover(1),  # alive and somebody else's, where the tests do not run as root
+        leftover(dead, host="another-host"),
+        leftover(dead, rest="123.abc"),  # of another container under this host's name
+        f"{files.LEFTOVER}abc",  # nobody knows whose
+    }
+    for name in others:
+        (tmp_path / name).write_text("half")
     kept = files.write_json(tmp_path / "kept.json", {"a": 1})
     files.remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [kept]
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "kept.json"}
     assert files.read_json(kept) == {"a": 1}
+    files.remove_leftovers(tmp_path / "absent")
+    files.remove_leftovers(kept)
+
+
+def test_a_killed_writer_is_swept_and_a_living_one_is_not(tmp_path):
+    script = """
+import sys, time
+from lorarecycle.runtime import files
+def write(temporary):
+    temporary.write_text("half of it")
+    print("writing", flush=True)
+    time.sleep(60)
+files.write_atomic(sys.argv[1], write)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "a.txt")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        (hidden,) = tmp_path.iterdir()
+        assert hidden.name.startswith(leftover(process.pid, rest=""))
+        files.remove_leftovers(tmp_path)
+        assert (hidden / "a.txt").read_text() == "half of it"
+        process.kill()
+    files.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
@@ -68,3 +158,19 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     text.write_text("{nothing")
     with pytest.raises(ValueError, match=r"t\.json must be JSON"):
         files.read_json(text)
+
+
+def test_files_and_folders_are_written_without_torch(tmp_path):
+    code = """
+import sys
+from lorarecycle.runtime import files, folders
+files.write_text(sys.argv[1] + "/a.txt", "text")
+with folders.atomic_folder(sys.argv[1] + "/b") as folder:
+    (folder / "c.txt").write_text("text")
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, cwd=Path.home()
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b" / "c.txt").read_text() == "text"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
 
 from ...runtime.files import save_tensors, write_json, write_text
+from ...runtime.folders import atomic_folder
 from ...runtime.version import __version__
 from ..algebra import Columns, stack_factors
 from ..value import AdapterValue, LoRAFactors
@@ -72,15 +69,18 @@ def write_peft(
         sources=sources,
     )
 
-    def write(folder: Path) -> None:
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
+    earlier = _head_file(directory)
+    with atomic_folder(directory, last=CONFIG_FILE, stale=[earlier] if earlier else []) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors)
         if placed.beside_file:
             save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
         write_json(folder / CONFIG_FILE, peft_config)
         write_json(folder / METADATA_FILE, metadata.content)
         write_text(folder / "README.md", card)
-
-    return _write_folder(Path(directory), write)
+    return directory
 
 
 def _modules(adapter: AdapterValue, names: Names) -> tuple[dict[str, LoRAFactors], dict[str, dict[str, Columns]]]:
@@ -125,41 +125,6 @@ def _versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "PEFT LoRA format": "adapter_config.json + adapter_model.safetensors",
     }
-
-
-def _write_folder(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Run `write(folder)` on a new folder beside `directory`, then put its files in place.
-
-    A directory that is not there yet appears in one step; in one that is, file after file is replaced.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
-    stale = _head_file(directory)
-    parent, mark = directory.absolute().parent, f".{directory.name}.saving-"
-    temporary = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f"{glob.escape(mark)}*"):  # of a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=mark))
-        write(temporary)
-        os.chmod(temporary, 0o755)
-        if directory.is_dir():
-            for path in sorted(temporary.iterdir()):
-                os.replace(path, directory / path.name)
-                stale = None if path.name == stale else stale
-            if stale:  # the head of the adapter that was here before
-                (directory / stale).unlink(missing_ok=True)
-        else:
-            os.rename(temporary, directory)
-    except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        reason = cause.strerror or cause
-        raise OSError(error.errno, f"cannot write {directory}: {reason}; earlier files there are unchanged") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return directory
 
 
 def _head_file(directory: Path) -> str | None:

@@ -1,0 +1,102 @@
+"""Folders that appear whole: written aside, then put in place at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from os import PathLike
+from pathlib import Path
+
+from .files import flush, flush_folder, hidden_folder, reason, remove_leftovers
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+
+@contextmanager
+def atomic_folder(
+    target: str | PathLike[str], *, last: str | None = None, stale: Collection[str] = ()
+) -> Iterator[Path]:
+    """A hidden folder to write files into, which are put into `target` when the block ends without an error.
+
+    A target that is not there yet appears in one step. In one that is, each file is replaced in one step of its own:
+    the hidden folder lies inside, as the target may be a mount point or a link to another file system. What processes
+    that are gone left there is removed first; what others may be writing stays.
+
+    Args:
+        target: the folder, made with its parents where it is absent.
+        last: name of the file that is replaced after all others, such as the one that lists them.
+        stale: names of files of an earlier writer, removed at the end unless this one wrote them too.
+
+    Yields:
+        the hidden folder; files only, no folders in it.
+
+    Raises:
+        OSError: writing failed; the message names `target` and says whether its files are still those from before.
+            After any error in the block nothing is left, folders made here included.
+        ValueError: `stale` names something outside the folder.
+    """
+    for name in stale:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"`stale` must be names of files in the folder, got {name!r}.")
+    real = Path(os.path.realpath(target))
+    remove_leftovers(real)
+    remove_leftovers(real.parent)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(hidden_folder(real if real.exists() else real.parent))
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write into the folder {target}: {reason(error)}; choose another"
+            ) from error
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in _DISK and folder.name not in str(error):  # of something else that the block does
+                raise
+            raise OSError(
+                error.errno, f"cannot write {target}: {reason(error)}; earlier files are unchanged"
+            ) from error
+        _put_in_place(folder, real, target, last, stale)
+
+
+def _put_in_place(
+    folder: Path, real: Path, target: str | PathLike[str], last: str | None, stale: Collection[str]
+) -> None:
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
+    placed: list[str] = []
+    made = not real.exists()
+    try:
+        for name in names:
+            flush(folder / name)
+        flush_folder(folder)
+        if not (made and _renamed(folder, real)):
+            real.mkdir(exist_ok=True)
+            for name in names:
+                if (real / name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
+            for name in names:
+                os.replace(folder / name, real / name)
+                placed.append(name)
+            for name in set(stale) - set(names):
+                (real / name).unlink(missing_ok=True)
+    except OSError as error:
+        if made:
+            with suppress(OSError):  # holds something
+                real.rmdir()
+        state = "earlier files are unchanged"
+        if placed:
+            state = f"{', '.join(placed)} are new, other files as before; write again"
+        raise OSError(error.errno, f"cannot write {target}: {reason(error)}; {state}") from error
+    flush_folder(real)
+    flush_folder(real.parent)
+
+
+def _renamed(folder: Path, real: Path) -> bool:
+    """Whether the target could appear in one step: not where another process was quicker, nor on some layered disks."""
+    try:
+        os.rename(folder, real)
+    except OSError:
+        return False
+    return True
