@@ -26,7 +26,7 @@ from .meta.warm_start import start_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.files import write_text
-from .runtime.progress import Stopwatch
+from .runtime.progress import Stopwatch, track
 from .runtime.seeds import derive
 from .runtime.steps import Compile
 from .stages import Needs, StageMaker
@@ -231,8 +231,8 @@ class Job:
 
     def _images(self, folder: WorkDir | None, compile: Compile, quiet: bool) -> list[Surrogate]:
         """One surrogate for each adapter, those that are on disk already read from there."""
-        surrogates = []
-        for i, adapter in enumerate(self.inverted):
+        surrogates, count, optimised = [], len(self.inverted), self.config.inversion.steps > 0
+        for i, adapter in enumerate(track(self.inverted, "label pictures", unit="adapters", quiet=quiet or optimised)):
             path = None if folder is None else folder.surrogates[i]
             if path is not None and path.exists():
                 surrogates.append(Surrogate.load(path))
@@ -247,6 +247,7 @@ class Job:
                 teacher_logits=self.needs.teacher_logits,
                 scores=self.needs.scores,
                 compile=compile,
+                title=f"invert adapters ({i + 1} of {count})",
                 quiet=quiet,
             )
             if path is not None:

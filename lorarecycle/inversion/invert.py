@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..adapters.adapter import Adapter, Head
 from ..config import InversionConfig, as_config, as_plain
 from ..data.images import enlarge
-from ..runtime.progress import track
+from ..runtime.progress import Progress, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiled
 from ..vit.backbone import Backbone
@@ -35,6 +34,7 @@ def invert(
     teacher_logits: bool = True,
     scores: bool = True,
     compile: Compile = None,
+    title: str | None = None,
     quiet: bool = False,
 ) -> Surrogate:
     """Synthesise labelled images that an adapter and its head recognise (Eq. 1, 2).
@@ -51,6 +51,7 @@ def invert(
         scores: whether the scores of their patches are wanted: what masks to any sparsity.
         compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
             works too.
+        title: of the progress bar; with the adapter's name when None.
         quiet: show no progress bar.
 
     Returns:
@@ -68,7 +69,7 @@ def invert(
     labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
     batches = labels.split(config.batch_size)
     images = []
-    with track(range(len(batches) * config.steps), f"invert {adapter.name}", quiet=quiet) as bar:
+    with track(range(len(batches) * config.steps), title or f"invert {adapter.name}", quiet=quiet) as bar:
         for i, wanted in enumerate(batches):
             generator = stream(seed, "inversion", i)
             start = start_images(teacher, head, wanted.to(backbone.device), config, generator)
@@ -143,7 +144,7 @@ def _optimise(
     config: InversionConfig,
     prior: BatchNormPrior | None,
     loss_of: Callable[..., Tensor],
-    bar: tqdm[int],
+    bar: Progress[int],
 ) -> Tensor:
     """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
     size, device = config.image_size or teacher.image_size, teacher.device

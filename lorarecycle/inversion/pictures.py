@@ -37,7 +37,7 @@ def painted_surrogate(
     counts = [len(part) for part in torch.arange(config.pictures).split(PAINTED_TOGETHER)]
     parts = [
         to_pixels(paint_pictures(PAINTED_TOGETHER, config.latent_size or size, stream(seed, "pictures", i)), size)[:n]
-        for i, n in enumerate(track(counts, "paint pictures", quiet=quiet))
+        for i, n in enumerate(track(counts, "paint pictures", unit="batches", quiet=quiet))
     ]
     images = torch.cat(parts)
     answers = teacher_answers(teacher, images, scores=scores, prune={} if scores else config.prune, size=size)

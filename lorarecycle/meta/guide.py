@@ -24,6 +24,7 @@ def feature_targets(
     image_size: int | None = None,
     flip: bool = True,
     batch_size: int = 64,
+    quiet: bool = True,
 ) -> Tensor:
     """Features of surrogates under a guide that sees them larger than the student does.
 
@@ -43,6 +44,7 @@ def feature_targets(
             is larger, when None.
         flip: take the mean over an image and its mirror image, for students that see either.
         batch_size: images per forward pass.
+        quiet: no progress bar.
 
     Returns:
         float32 [n, D] on the backbone's device.
@@ -53,7 +55,8 @@ def feature_targets(
     side = size // backbone.patch_size
     own = itertools.repeat(None) if kept is None else kept.split(batch_size)
     parts = []
-    for x, index in zip(normalized_batches(model, images, size=size, batch_size=batch_size), own, strict=False):
+    batches = normalized_batches(model, images, size=size, batch_size=batch_size, title="guide features", quiet=quiet)
+    for x, index in zip(batches, own, strict=False):
         views = [x, x.flip(-1)] if flip else [x]
         read = None
         if index is not None:

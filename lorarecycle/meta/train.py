@@ -96,7 +96,7 @@ def meta_train(
     clock.restart()
     if config.guide_weight > 0:
         size, flip = config.guide_size, config.flip
-        targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip)
+        targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet)
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr

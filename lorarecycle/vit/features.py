@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..data.images import ImageInput, normalize, to_batches
+from ..data.images import ImageInput, count_images, normalize, to_batches
 from ..runtime.progress import track
 from .backbone import Backbone
 from .lora import LoRA
@@ -21,6 +21,7 @@ def normalized_batches(
     batch_size: int = 64,
     name: str = "images",
     workers: int | None = None,
+    title: str = "features",
     quiet: bool = True,
 ) -> Iterator[Tensor]:
     """Images of any kind, batch after batch as a backbone reads them.
@@ -32,6 +33,7 @@ def normalized_batches(
         batch_size: images of a batch.
         name: what error messages call `images`.
         workers: threads that read files, see `to_batches`.
+        title: of the progress bar.
         quiet: no progress bar.
 
     Yields:
@@ -42,8 +44,10 @@ def normalized_batches(
         TypeError, ValueError, FileNotFoundError: see `to_batches`.
     """
     batches = to_batches(images, size or backbone.image_size, batch_size, name=name, workers=workers)
-    for pixels in track(batches, "features", quiet=quiet):
-        yield normalize(pixels.to(backbone.device), backbone.mean, backbone.std, backbone.dtype)
+    with track(range(count_images(images)), title, unit="images", quiet=quiet) as bar:
+        for pixels in batches:
+            yield normalize(pixels.to(backbone.device), backbone.mean, backbone.std, backbone.dtype)
+            bar.update(len(pixels))
 
 
 @torch.no_grad()
