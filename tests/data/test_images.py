@@ -94,7 +94,7 @@ def test_bytes_and_file_objects_are_one_image_for_the_classifier(tiny_backbone: 
     assert classifier.predict(file).tolist() == ["up"]
     assert classifier.predict([file, file.getvalue()]).tolist() == ["up", "up"]
     assert classifier.fit(file, ["one"]).classes_.tolist() == ["one"]
-    with pytest.raises(ValueError, match=r"`query_images` must be image files on this machine, got the URL 'https:"):
+    with pytest.raises(ValueError, match=r"`X` must be image files on this machine, got the URL 'https:"):
         classifier.predict("https://example.com/cat.jpg")
 
 
