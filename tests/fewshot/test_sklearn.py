@@ -215,7 +215,7 @@ def test_old_argument_names(tiny_backbone: Backbone, tiny_data: LabelledImages) 
         pytest.warns(DeprecationWarning, match="`query_labels` is called `y`"),
     ):
         assert old.score(query_images=images, query_labels=labels) == new.score(images, labels)
-    with pytest.warns(DeprecationWarning, match="`images` of `transform`"):
+    with pytest.warns(DeprecationWarning, match="`images` is called `X`"):
         np.testing.assert_array_equal(old.transform(images=images), new.transform(X=images))
 
 
