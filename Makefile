@@ -3,13 +3,30 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test grid bench lint types wheel clean
+# Tests run side by side, each file on one worker of one thread, so that results do not depend on the number of cores.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
+
+.PHONY: demo quick test test-avx2 ci grid bench lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
 
+# While working: what takes a second or two; no compiler, no export of a whole model.
+quick: $(VENV)/installed
+	$(PYTEST) -m "not medium and not slow"
+
+# Before a commit: all but what takes minutes.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(PYTEST)
+
+# As `test`, on the code paths of a CPU without AVX-512.
+test-avx2: $(VENV)/installed
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST)
+
+# All that must pass: style, the wheel by itself, every test, every configuration of the GPU kernels.
+ci: lint wheel
+	$(PYTEST) -m ""
 
 # Compiles every kernel for GPUs in every configuration that can be launched; no GPU needed, minutes long.
 grid: $(VENV)/installed

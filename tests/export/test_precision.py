@@ -163,7 +163,7 @@ def test_int8_of_vit_tiny_with_real_weights(real_data, tmp_path, monkeypatch):
     config = ExportConfig(dtype="int8", img_size=112)
     report = export_onnx(backbone, tmp_path / "out", config=config, data=data)
     assert report.parities[0].cosine > 0.9
-    assert report.accuracy["int8"] > report.accuracy["float32"] - 2
+    assert report.accuracy["int8"] > report.accuracy["float32"] - 3
 
 
 def test_fp16_of_vit_tiny_pruned(real_data, tmp_path):
