@@ -84,6 +84,7 @@ def variants(config: RecycleConfig):
             yield f"{room}.{f.name}", replace(config, **{room: replace(own, **{f.name: value})})
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config", [WEIGHTS, PAPER, MIXED, ALONE], ids=["weights", "paper", "mixed", "alone"])
 def test_every_setting_moves_the_result_or_is_listed_as_unused(tiny_backbone, adapters, prior, config):
     def run(config: RecycleConfig) -> torch.Tensor:
@@ -102,6 +103,7 @@ def test_every_setting_moves_the_result_or_is_listed_as_unused(tiny_backbone, ad
     assert not wrong, wrong
 
 
+@pytest.mark.medium
 def test_arguments_of_recycle(tiny_backbone, adapters, prior, build_vit, tmp_path):
     """Each argument in turn: whether the result moves."""
     other = Backbone(build_vit(seed=1), name="tiny")
@@ -187,6 +189,7 @@ def test_stages_of_the_paper(tiny_backbone, adapters, prior):
     assert longer.stages[0].seconds > 2 * plan.stages[0].seconds, "time follows the steps, but for noise"
 
 
+@pytest.mark.medium
 def test_the_estimate_is_of_the_right_order(tiny_backbone, adapters):
     import time
 
