@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fidelity import class_lists
 
 from lorarecycle import Adapter, Backbone, LabelledImages, TuneConfig, tune
 from lorarecycle.data.images import normalize
+from lorarecycle.reproduce.stages import draw_class_lists
 from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.runtime.seeds import stream
 from lorarecycle.vit.features import extract_features
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 def make_tasks(data: LabelledImages, count: int, seed: int) -> list[Task]:
     """Tasks whose classes do not overlap."""
     tasks = []
-    for i, names in enumerate(class_lists(data, count, 5, seed)):
+    for i, names in enumerate(draw_class_lists(data.class_names, count, 5, seed=seed)):
         images, rest = data.select_classes(names).split(TUNE_PER_CLASS, stream(seed, "tune", i))
         tasks.append(Task(f"task-{i}", images, *rest.split(TEST_PER_CLASS, stream(seed, "test", i))))
     return tasks

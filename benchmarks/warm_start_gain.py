@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fidelity import class_lists, tuned
 
 from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset
 from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.train import random_factors
 from lorarecycle.meta.warm_start import common_gain, start_factors
+from lorarecycle.reproduce.stages import draw_class_lists, tuned
 from lorarecycle.runtime.files import write_json, write_text
 from lorarecycle.runtime.seeds import stream
 from lorarecycle.vit.features import extract_features
@@ -48,7 +48,7 @@ class Wanted(NamedTuple):
 
 def pools(train: LabelledImages) -> dict[str, list[Wanted]]:
     """Title -> adapters."""
-    tasks = class_lists(train, 100, 5)
+    tasks = draw_class_lists(train.class_names, 100, 5)
     order = torch.randperm(len(train.class_names), generator=stream(0, "few"))
     few = [train.class_names[i] for i in order[:15]]
 
@@ -87,7 +87,7 @@ def rows(work_dir: Path, data: Path) -> Iterator[dict[str, object]]:
     like, low_precision = random_factors(backbone, MetaConfig(), 0), backbone.clone().to(torch.bfloat16)
     for title, wanted in pools(train).items():
         adapters = [
-            tuned(low_precision, train.select_classes(one.classes), one.config(), work_dir / one.folder)
+            tuned(low_precision, train.select_classes(one.classes), work_dir / one.folder, config=one.config())
             for one in wanted
         ]
         own = common_gain(adapters, like, backbone)

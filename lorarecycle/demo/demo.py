@@ -53,7 +53,7 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
     digits = on_photographs(load_dataset("digits", size=32), seed)
     backbone = Backbone.load("demo")
     adapters = [_adapter(backbone, digits, task, output, seed, quiet) for task in TASKS]
-    clock.lap("tune 8 adapters")
+    clock.lap(f"tune {len(TASKS)} adapters")
     job = prepare(adapters, base=backbone, config=RECYCLE, seed=seed)
     meta_lora = job.run(output / "work", quiet=quiet)
     meta_lora.save(output / "meta_lora", sources=adapters)
