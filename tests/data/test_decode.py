@@ -328,13 +328,15 @@ def test_columns_of_tables(tmp_path: Path) -> None:
         ((), 0),
         ("a.png", 1),
     ],
-    ids=str,
+    ids=["array", "tensor", "list", "nested list", "array of paths", "nothing", "path"],
 )
 def test_images_are_counted_without_reading_them(images: Any, n: int) -> None:
     assert count_images(images) == n
 
 
-@pytest.mark.parametrize("make", [iter, set, dict.fromkeys, lambda x: (i for i in x)], ids=str)
+@pytest.mark.parametrize(
+    "make", [iter, set, dict.fromkeys, lambda x: (i for i in x)], ids=["iter", "set", "keys", "loop"]
+)
 def test_what_cannot_be_counted_becomes_a_list(make: Callable[[Any], Any]) -> None:
     images = make(["a.png", "b.png"])
     if isinstance(images, dict):
