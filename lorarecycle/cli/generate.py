@@ -161,13 +161,13 @@ def find_tasks(paths: Sequence[Path], vectors: int = 0) -> list[Path]:
     if len(paths) != 1:
         return list(paths)
     (folder,) = paths
-    holders = [child for child in sorted(folder.iterdir()) if _adapters(child)]
+    holders = [child for child in sorted(folder.glob("[!.]*")) if _adapters(child)]
     if vectors:
         several = vectors > 1 or any(_adapters(child) != [child] for child in holders)
         return holders if holders and several else [folder]
     if (folder / FILE).exists():
         return [folder]
-    found = sorted(file.parent for file in folder.glob(f"*/{FILE}"))
+    found = sorted(file.parent for file in folder.glob(f"[!.]*/{FILE}"))
     if not found:
         raise ValueError(
             f"`tasks` must hold folders with {FILE} in them, got {folder} with none; write them with "
@@ -195,7 +195,7 @@ def find_adapters(folder: Path) -> list[Path]:
 
 
 def _adapters(folder: Path) -> list[Path]:
-    for where in ("checkpoints/*", "*", "."):
+    for where in ("checkpoints/[!.]*", "[!.]*", "."):  # none that is being written
         found = sorted(path.parent for path in folder.glob(f"{where}/{CONFIG_FILE}"))
         if found:
             return found

@@ -189,7 +189,7 @@ def load_dataset(
         )
     images = found.images
     if isinstance(images, list):
-        files = track(images, f"read {path.name}", quiet=quiet)
+        files = track(images, f"read {path.name}", unit="images", quiet=quiet)
         images = torch.cat(list(to_batches(files, size or common_size(images), 64)))
     labels = torch.as_tensor(np.asarray(found.labels, dtype=np.int64))
     data = LabelledImages(images, labels, tuple(found.class_names))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lorarecycle import Adapter, load_dataset
+from lorarecycle.cli.generate import find_adapters, find_tasks
 from lorarecycle.cli.main import main
 from lorarecycle.generate import load_generator, load_vector
 
@@ -50,6 +51,17 @@ def test_tune_fit_and_sample(tasks, tmp_path, capsys):
     expected = load_generator(output).sample(load_vector(vector), 2, seed=4)
     assert [Adapter.load(folder).digest() for folder in folders] == [adapter.digest() for adapter in expected]
     assert expected[0].head.class_names == ("2", "3")
+
+
+def test_folders_that_are_being_written_are_no_tasks(tasks, tmp_path):
+    shutil.copytree(tasks, tmp_path / "tasks")
+    hidden = tmp_path / "tasks" / ".partly-written-host-1-abc"
+    shutil.copytree(tasks / "01", hidden)
+    found = find_tasks([tmp_path / "tasks"])
+    assert [folder.name for folder in found] == ["01", "23"]
+    assert find_tasks([tmp_path / "tasks"], vectors=2) == found
+    shutil.copytree(tasks / "01" / "checkpoints" / "epoch-0002", found[0] / "checkpoints" / hidden.name)
+    assert [folder.name for folder in find_adapters(found[0])] == ["epoch-0002", "epoch-0003"]
 
 
 def test_tasks_and_vectors_by_name(tasks, tmp_path):
