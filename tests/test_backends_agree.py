@@ -6,6 +6,8 @@ from lorarecycle.kernels import cpp, use_backend
 
 from lorarecycle import recycle
 
+pytestmark = pytest.mark.medium
+
 SETTINGS = {
     "inversion": {"steps": 3, "images_per_class": 3, "prune": {1: 0.5}, "prune_from": 0.0, "lr": 0.05},
     "meta": {"steps": 4, "n_way": 3, "n_shot": 1, "n_query": 2, "interpolation": 0.5},

@@ -74,6 +74,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
 
 
+@pytest.mark.medium
 def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

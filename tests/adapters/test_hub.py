@@ -7,6 +7,8 @@ from lorarecycle.adapters.adapter import Adapter
 from ..hub_server import Refusal
 from .hub_client import FETCH, PUSH, Refused, adapter, put
 
+pytestmark = pytest.mark.medium
+
 # --- fetching ----------------------------------------------------------------------------------------
 
 

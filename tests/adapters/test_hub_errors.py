@@ -5,6 +5,8 @@ import pytest
 from ..hub_server import Refusal, Repo
 from .hub_client import FETCH, PUSH, put, refused
 
+pytestmark = pytest.mark.medium
+
 ABSENT = r"the Hub has no such repository or it is private \(it does not tell which\).*`hf auth login`.*`token=`"
 
 

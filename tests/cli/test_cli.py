@@ -9,6 +9,8 @@ from PIL import Image
 from lorarecycle import Adapter, RecycleConfig, load_dataset, tuning
 from lorarecycle.cli.main import main
 
+pytestmark = pytest.mark.medium
+
 QUICK = ["--epochs", "1", "--device", "cpu", "--dtype", "float32", "--quiet"]
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, EvaluateConfig, Surrogate, load_dataset
+from lorarecycle import Adapter, Surrogate, load_dataset
 from lorarecycle.demo import demo
 from lorarecycle.report import pictures
+
+pytestmark = pytest.mark.medium
 
 
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
@@ -17,7 +19,7 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TASKS", demo.TASKS[:2])
     monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, epochs=1))
     monkeypatch.setattr(demo, "RECYCLE", replace(demo.RECYCLE, meta=replace(demo.RECYCLE.meta, steps=2)))
-    monkeypatch.setattr(demo, "EvaluateConfig", lambda **options: EvaluateConfig(n_tasks=20, **options))
+    monkeypatch.setattr(demo, "TASKS_OF_EACH", 20)
     report = demo.run_demo(tmp_path / "out", quiet=True)
     table = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     assert len(table) == 3

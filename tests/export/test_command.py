@@ -8,6 +8,8 @@ from lorarecycle.export import package
 from lorarecycle.export.__main__ import main
 from lorarecycle.export.config import parse_batch_size, parse_prune
 
+pytestmark = pytest.mark.medium
+
 
 def test_bare_command_exports_the_demo_model(tmp_path):
     command = [sys.executable, "-m", "lorarecycle.export", "--onnx"]

@@ -25,6 +25,8 @@ from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.data.images import normalize
 from lorarecycle.runtime.files import LEFTOVER
 
+pytestmark = pytest.mark.medium
+
 CPU = ["CPUExecutionProvider"]
 
 

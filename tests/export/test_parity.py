@@ -11,6 +11,8 @@ from lorarecycle import Backbone, FewShotClassifier, load_dataset
 from lorarecycle.data.images import normalize, to_uint8
 from lorarecycle.fewshot.tasks import sample_tasks
 
+pytestmark = pytest.mark.medium
+
 CPU = ["CPUExecutionProvider"]
 
 

@@ -18,6 +18,8 @@ from lorarecycle import Backbone, load_dataset
 from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.data.images import normalize
 
+pytestmark = pytest.mark.medium
+
 
 def embed(path, pixels):
     graph = Graph(path, providers=["CPUExecutionProvider"])

@@ -18,6 +18,8 @@ from lorarecycle.data.images import normalize, to_uint8
 from lorarecycle.fewshot import prototype_files
 from lorarecycle.fewshot.labels import NotFittedError
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture
 def classifier(model):

@@ -21,6 +21,8 @@ from sklearn.utils.validation import check_is_fitted
 from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages
 from lorarecycle.fewshot import encoder
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -25,6 +25,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages
 
+pytestmark = pytest.mark.medium
+
 EXPECTED_FAILURES: dict[str, str] = {}
 """Checks that images rule out, with the reason: none, once rows are read as images."""
 

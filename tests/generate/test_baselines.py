@@ -9,6 +9,8 @@ from lorarecycle.generate import CondPDiff, ModelSoup, NearestTask, load_generat
 from lorarecycle.generate.cond_pdiff import schedule
 from lorarecycle.runtime.files import load_tensors, save_tensors
 
+pytestmark = pytest.mark.medium
+
 DIFFUSION = {"epochs": 120, "batch_size": 3, "conv_layers": 6, "latent": 16, "lr": 3e-3}
 DIFFUSION |= {"diffusion_epochs": 500, "diffusion_steps": 50, "hidden": 64}
 

@@ -12,6 +12,8 @@ from lorarecycle.cli.generate import find_adapters, find_tasks
 from lorarecycle.cli.main import main
 from lorarecycle.generate import load_generator, load_vector
 
+pytestmark = pytest.mark.medium
+
 MACHINE = ["--device", "cpu", "--dtype", "float32", "--quiet"]
 FIT = ["--epochs", "2", "--batch-size", "2", "--conv-layers", "6", "--latent", "8"]
 

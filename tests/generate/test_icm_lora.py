@@ -13,6 +13,8 @@ from lorarecycle.generate.icm_lora import seeded
 from lorarecycle.generate.training import train
 from lorarecycle.runtime.files import load_tensors, save_tensors
 
+pytestmark = pytest.mark.medium
+
 LEARN = {"epochs": 240, "batch_size": 6, "conv_layers": 6, "latent": 16, "lr": 3e-3, "kl_weight": 0.05}
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent

@@ -11,6 +11,8 @@ from lorarecycle.meta.loss import query_loss
 from lorarecycle.runtime.steps import compiled
 from lorarecycle.vit.lora import LoRA
 
+pytestmark = pytest.mark.medium
+
 INVERSION = InversionConfig(init="noise", images_per_class=2, batch_size=6, steps=8, prune={1: 0.5}, image_size=32)
 META = MetaConfig(steps=6, n_way=3, n_shot=1, n_query=2, sparsity=0.75, init="random", guide_weight=0.0)
 
