@@ -20,6 +20,8 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler on this machine"
 )
 
+pytestmark = pytest.mark.slow  # the C++ runner is built
+
 
 @pytest.fixture(scope="module")
 def package(model, tmp_path_factory):

@@ -228,8 +228,6 @@ def test_a_killed_writer_leaves_nothing_to_see_and_is_swept_by_the_next(tmp_path
     script = """
 import os, sys
 from lorarecycle.runtime.folders import atomic_folder
-
-pytestmark = pytest.mark.medium
 with atomic_folder(sys.argv[1]) as folder:
     (folder / "a").write_text("half")
     os.kill(os.getpid(), 9)
