@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch", "one_by_one")
+PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch")
 """Forms that the others are compared with: the first of these that a group has."""
 
 
