@@ -15,7 +15,6 @@ from PIL import Image
 
 from lorarecycle import FewShotClassifier
 
-pytestmark = pytest.mark.medium
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler on this machine"
