@@ -18,6 +18,7 @@ from ..adapters.peft.config import CONFIG_FILE, AdapterConfig, make_config, read
 from ..adapters.peft.keys import WEIGHTS_FILE, find_factor, read_weights, sort_keys
 from ..adapters.peft.scaling import Sizes
 from ..runtime.files import save_tensors, write_json
+from ..runtime.folders import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ class PeftAdapter:
         return cls(read_weights(folder), config, folder.resolve().name)
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the two files, each atomically; the folder."""
-        folder = Path(folder)
-        save_tensors(folder / WEIGHTS_FILE, self.tensors)
-        write_json(folder / CONFIG_FILE, dict(self.config))
-        return folder
+        """Write the two files, put in place together; the folder."""
+        with atomic_folder(folder, last=CONFIG_FILE) as new:
+            save_tensors(new / WEIGHTS_FILE, self.tensors)
+            write_json(new / CONFIG_FILE, dict(self.config))
+        return Path(folder)
 
 
 AnyAdapter = Adapter | PeftAdapter

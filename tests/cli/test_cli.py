@@ -139,3 +139,44 @@ def test_a_device_that_is_not_there(capsys):
 def test_bad_settings_are_refused(capsys):
     assert main(["evaluate", "digits", "--base", "demo", "--n-way", "1"]) == 2
     assert "`n_way` must be at least 2" in capsys.readouterr().err
+
+
+def test_the_plan_is_printed_and_nothing_done(adapters, tmp_path, capsys, monkeypatch):
+    folder, _ = adapters
+    monkeypatch.chdir(tmp_path)
+    assert main(["recycle", str(folder), "--plan", "--device", "cpu", "--dtype", "float32"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 adapters of demo, on cpu in float32\n")
+    for stage in ("warm start", "paint pictures", "guide features", "meta-training"):
+        assert f"\n{stage} " in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_comes_first_unless_quiet(adapters, tmp_path, capsys):
+    folder, _ = adapters
+    settings = ["--inversion.pictures", "5", "--meta.steps", "1", "--device", "cpu", "--dtype", "float32"]
+    assert main(["recycle", str(folder), "--output", str(tmp_path / "a"), *settings]) == 0
+    shown = capsys.readouterr()
+    assert "needs: images, pictures, guide, warm start" in shown.err
+    assert shown.out == f"{tmp_path / 'a'}\n"
+    assert main(["recycle", str(folder), "--output", str(tmp_path / "b"), *settings, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warm_start_from_weights_alone(adapters, tmp_path, capsys):
+    folder, _ = adapters
+    output = tmp_path / "start"
+    assert main(["warm-start", str(folder), "--output", str(output), "--r", "3", "--gain", "2", "--device", "cpu"]) == 0
+    made = Adapter.load(output)
+    assert set(made.ranks.values()) == {3}
+    assert made.head is None
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    command = ["recycle", str(tmp_path / "nowhere")]
+    assert main(command) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main([*command, "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("lorarecycle: error: ")
