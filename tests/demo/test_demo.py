@@ -67,8 +67,8 @@ def test_masks_are_painted_over_the_dropped_patches():
 
 @pytest.mark.slow
 def test_the_meta_lora_beats_the_plain_vit(tmp_path):
-    """The demo as people run it, seed 0. Measured: 37.7 (1-shot) and 49.5 (5-shot), the plain ViT 32.3 and 39.7, intervals
-    0.6. The floor is 1.5 points below what was measured, and 3 points above the plain ViT."""
+    """The demo as people run it, seed 0. Measured: 37.7 (1-shot) and 49.5 (5-shot), plain ViT 32.3 and 39.7, +- 0.6.
+    The floor is 1.5 points below what was measured, and 3 points above the plain ViT."""
     demo.run_demo(tmp_path, quiet=True)
     table = json.loads((tmp_path / "accuracy.json").read_text())
     found = {name: [r["accuracy"] for r in row] for name, row in table.items()}
