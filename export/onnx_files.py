@@ -255,4 +255,6 @@ def _save(model: Any, path: Path, data_name: str = "") -> None:
     import onnx_ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces, with paths of this machine
     onnx_ir.save(model, path, external_data=data_name if size > MAX_INLINE_BYTES else None)
