@@ -11,7 +11,7 @@ from lorarecycle.export.real_images import handwritten_digits
 from lorarecycle.kernels import cpp
 
 import lorarecycle
-from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages, TuneConfig, recycle, tune
+from lorarecycle import Adapter, Backbone, FewShotClassifier, LabelledImages, recycle, tune
 
 checkout = Path(__file__).resolve().parent.parent
 home = Path(lorarecycle.__file__).resolve().parent
@@ -25,7 +25,7 @@ backbone = Backbone.load("demo")
 generator = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (24, 3, 32, 32), generator=generator, dtype=torch.uint8)
 data = LabelledImages(images, torch.arange(24) % 2, ("even", "odd"))
-adapters = [tune(backbone, data, TuneConfig(epochs=1, seed=i), name=f"task-{i}", quiet=True) for i in range(2)]
+adapters = [tune(backbone, data, config={"epochs": 1}, seed=i, name=f"task-{i}", quiet=True) for i in range(2)]
 with tempfile.TemporaryDirectory() as folder:
     meta_lora = recycle(
         adapters,
