@@ -17,6 +17,7 @@ from .demo import Demo
 from .evaluate import Evaluate, Predict
 from .generate import Generate, TaskVector
 from .recycle import Preset, Recycle, WarmStart
+from .renamed import current_flags
 from .tune import Tune
 
 
@@ -25,7 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command: Any = None
     try:
-        command = _parse(args)
+        command = _parse(current_flags(sys.argv[1:] if args is None else args))
         command.run()
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         if _manners(command).debug:
@@ -40,7 +41,7 @@ class _Choice:
     preset: Preset = "default"
 
 
-def _parse(args: Sequence[str] | None) -> Any:
+def _parse(args: Sequence[str]) -> Any:
     """The command that the arguments describe; `recycle` starts from its preset's settings, which flags override."""
     chosen, _ = tyro.cli(_Choice, args=args, prog="lorarecycle recycle", return_unknown_args=True, add_help=False)
     commands: Any = (

@@ -230,23 +230,23 @@ class Generator(ABC):
             config = replace(config, seed=seed)
         if isinstance(adapters, (str, PathLike, Adapter)):
             raise TypeError("`adapters` must be a list of adapters, each with its task vector, got a single one.")
-        pool = [load_adapter(adapter) for adapter in adapters]
-        if len(pool) < 2:
+        given = [load_adapter(adapter) for adapter in adapters]
+        if len(given) < 2:
             raise ValueError(
-                f"`adapters` must hold at least two adapters or checkpoints, got {len(pool)}; keep those of the last "
+                f"`adapters` must hold at least two adapters or checkpoints, got {len(given)}; keep those of the last "
                 "epochs with `lorarecycle tune --save-last 50`."
             )
         vectors = [check_vector(v, what=f"`task_vectors[{i}]`") for i, v in enumerate(task_vectors)]
-        if len(vectors) != len(pool):
-            raise ValueError(f"`task_vectors` must be one for each of the {len(pool)} adapters, got {len(vectors)}.")
+        if len(vectors) != len(given):
+            raise ValueError(f"`task_vectors` must be one for each of the {len(given)} adapters, got {len(vectors)}.")
         widths = sorted({len(vector) for vector in vectors})
         if len(widths) > 1:
             raise ValueError(f"`task_vectors` must have one width, got {widths}; make them with one encoder.")
         conditions, tasks = torch.stack(vectors).unique(dim=0, return_inverse=True)
-        layout = Layout.of(pool, heads=config.heads)
-        flat = torch.stack([layout.flatten(adapter) for adapter in pool])
+        layout = Layout.of(given, heads=config.heads)
+        flat = torch.stack([layout.flatten(adapter) for adapter in given])
         class_names: list[tuple[str, ...]] = [()] * len(conditions)
-        for adapter, task in zip(pool, tasks.tolist(), strict=True):
+        for adapter, task in zip(given, tasks.tolist(), strict=True):
             if layout.has_heads and isinstance(adapter, Adapter) and adapter.head is not None:
                 known, own = class_names[task], adapter.head.class_names
                 if known and own != known:
@@ -256,7 +256,7 @@ class Generator(ABC):
                         "(heads=False)."
                     )
                 class_names[task] = own
-        return cls(layout, config, conditions, class_names), Examples(flat, tasks, tuple(a.name for a in pool))
+        return cls(layout, config, conditions, class_names), Examples(flat, tasks, tuple(a.name for a in given))
 
     def _adapter(self, vector: Tensor, condition: Tensor, nearest: int, name: str) -> AnyAdapter:
         known = torch.allclose(self.conditions[nearest], condition)

@@ -64,25 +64,25 @@ class ModelSoup(Generator):
     def _fit(self, examples: Examples, machine: Machine) -> None:
         soups = []
         for t in range(len(self.conditions)):
-            pool = examples.vectors[examples.tasks == t] if self.config.scope == "task" else examples.vectors
-            soups.append(self._greedy(pool, t) if self.config.recipe == "greedy" else pool.mean(dim=0))
+            vectors = examples.vectors[examples.tasks == t] if self.config.scope == "task" else examples.vectors
+            soups.append(self._greedy(vectors, t) if self.config.recipe == "greedy" else vectors.mean(dim=0))
         self.soups = torch.stack(soups)
 
-    def _greedy(self, pool: Tensor, task: int) -> Tensor:
+    def _greedy(self, vectors: Tensor, task: int) -> Tensor:
         """Best first; each is kept if the average with it scores no lower than before."""
 
         def judge(vector: Tensor) -> float:
             condition = self.conditions[task]
             return float(self._score(self._adapter(vector, condition, task, "candidate"), condition))
 
-        scores = [judge(vector) for vector in pool]
-        order = sorted(range(len(pool)), key=lambda i: -scores[i])
+        scores = [judge(vector) for vector in vectors]
+        order = sorted(range(len(vectors)), key=lambda i: -scores[i])
         chosen, best = [order[0]], scores[order[0]]
         for i in order[1:]:
-            score = judge(pool[[*chosen, i]].mean(dim=0))
+            score = judge(vectors[[*chosen, i]].mean(dim=0))
             if score >= best:
                 chosen, best = [*chosen, i], score
-        return pool[chosen].mean(dim=0)
+        return vectors[chosen].mean(dim=0)
 
     def _sample(self, condition: Tensor, nearest: int, n: int, seed: int) -> Tensor:
         return self.soups[nearest].expand(n, -1)

@@ -1,4 +1,4 @@
-"""Seeded few-shot episodes over labelled pools of images, within one adapter or across several (Sec. 4.1, 4.2)."""
+"""Seeded few-shot episodes over labelled images, within one adapter or across several (Sec. 4.1, 4.2)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EpisodeSampler:
     """Draws episodes; the episode of a step depends on the seed and the step alone.
 
     Args:
-        surrogates: pools of labelled images.
+        surrogates: labelled images of each adapter.
         config: n_way, n_shot, n_query, interpolation.
         seed: of all episodes.
 
@@ -71,13 +71,13 @@ class EpisodeSampler:
         if cross_task:
             chosen = self._cross_task_classes(generator)
         else:
-            pool = int(torch.randint(len(self.members), (), generator=generator))
-            order = torch.randperm(len(self.members[pool]), generator=generator)[: config.n_way]
-            chosen = [(pool, int(c)) for c in order]
+            adapter = int(torch.randint(len(self.members), (), generator=generator))
+            order = torch.randperm(len(self.members[adapter]), generator=generator)[: config.n_way]
+            chosen = [(adapter, int(c)) for c in order]
         per_class = config.n_shot + config.n_query
         drawn = []
-        for pool, c in chosen:
-            rows = self.members[pool][c]
+        for adapter, c in chosen:
+            rows = self.members[adapter][c]
             drawn.append(rows[torch.randperm(len(rows), generator=generator)[:per_class]])
         rows = torch.stack(drawn)  # [n_way, n_shot + n_query]
         images = torch.cat([rows[:, : config.n_shot].flatten(), rows[:, config.n_shot :].flatten()])
@@ -90,7 +90,7 @@ class EpisodeSampler:
         while True:
             order = torch.randperm(len(self.classes), generator=generator)[: self.config.n_way]
             chosen = [self.classes[int(i)] for i in order]
-            if len({pool for pool, _ in chosen}) > 1:
+            if len({adapter for adapter, _ in chosen}) > 1:
                 return chosen
 
 

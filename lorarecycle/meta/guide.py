@@ -35,7 +35,7 @@ def feature_targets(
 
     Args:
         backbone: its device and dtype are used.
-        guide: adapter that it wears, such as the warm start; none when None.
+        guide: adapter merged into it, such as the warm start; none when None.
         images: uint8 [n, 3, H, W], on any device.
         kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
             it when None. A guide that saw more would teach the student to make up for what is missing, which whole

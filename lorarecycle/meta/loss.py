@@ -60,7 +60,7 @@ def query_loss(
     """KL of the targets from the nearest-centre probabilities (Eq. 3); the cross-entropy of Eq. 4 for one-hot targets.
 
     Args:
-        backbone: wears `lora`.
+        backbone: with `lora` beside its weights.
         images: normalised, [n_way * (n_shot + n_query), 3, H, W]: the support, class after class, then the queries; any
             where only the guide counts.
         kept: int64 [images, k], patches to read; all when None.

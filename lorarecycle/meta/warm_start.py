@@ -120,12 +120,12 @@ def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> 
     Raises:
         ValueError: no adapters, or shapes that differ at a site.
     """
-    n, pools = len(adapters), _by_site(adapters, like.factors())
-    together = sum(_squared_length(*_stacked(parts)) for parts in pools.values())
-    apart = sum(_squared_length(*_stacked([part])) for parts in pools.values() for part in parts)
+    n, by_site = len(adapters), _by_site(adapters, like.factors())
+    together = sum(_squared_length(*_stacked(parts)) for parts in by_site.values())
+    apart = sum(_squared_length(*_stacked([part])) for parts in by_site.values() for part in parts)
     if n == 1 or together == 0:
         return 1.0
-    weights = sum(backbone.site_weight(site).float().square().sum().item() for site in pools)
+    weights = sum(backbone.site_weight(site).float().square().sum().item() for site in by_site)
     likeness = (together - apart) / ((n - 1) * apart)
     wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
     return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / together), n))
@@ -135,7 +135,7 @@ def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) ->
     """The adapters' factors at each site that any of them has."""
     if not adapters:
         raise ValueError("`adapters` must hold at least one adapter, got none; use init='random'.")
-    pools = {}
+    by_site = {}
     for site, start in factors.items():
         parts = [adapter.factors[site] for adapter in adapters if site in adapter.factors]
         shapes = {(p.lora_B.shape[0], p.lora_A.shape[1]) for p in parts}
@@ -145,8 +145,8 @@ def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) ->
                 f"where it has {[start.lora_B.shape[0], start.lora_A.shape[1]]}."
             )
         if parts:
-            pools[site] = parts
-    return pools
+            by_site[site] = parts
+    return by_site
 
 
 def _stacked(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def measured(
     """Accuracy of an adapter on the same tasks for all, in percent, and the seconds that making it took.
 
     Args:
-        backbone: wears the adapter.
+        backbone: the adapter is merged into it.
         make: gives the adapter; None is the plain backbone.
         datasets: name -> images of classes that no adapter has seen.
         path: JSON file that keeps the row.

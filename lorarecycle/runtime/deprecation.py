@@ -15,10 +15,14 @@ SINCE, UNTIL = "0.2", "0.3"
 """The release that brought the new names, and the one in which the old ones are gone."""
 
 
+def renamed(old: str, new: str) -> str:
+    """What users of an old name are told."""
+    return f"`{old}` is called `{new}` since lorarecycle {SINCE}; the old name works until {UNTIL}."
+
+
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     """Say that a name was replaced; the warning points `stacklevel` calls up."""
-    text = f"`{old}` is called `{new}` since lorarecycle {SINCE}; the old name works until {UNTIL}."
-    warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
+    warnings.warn(renamed(old, new), DeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -1,1 +1,1 @@
-"""The frozen Vision Transformer and what it wears."""
+"""The frozen Vision Transformer and the factors it takes."""

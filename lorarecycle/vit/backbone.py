@@ -1,4 +1,4 @@
-"""A frozen timm Vision Transformer that wears adapters."""
+"""A frozen timm Vision Transformer that takes adapters."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def extract_features(
         backbone: the frozen model; its device and dtype are used.
         images: whatever `to_batches` takes, such as uint8 [n, 3, H, W].
         size: side in pixels that they are resized to; `backbone.image_size` when None.
-        lora: trainable factors to wear, un-merged.
+        lora: trainable factors, applied beside the weights.
         pool: which feature, see `Head.pool`.
         batch_size: images per forward pass.
         name: what error messages call `images`.

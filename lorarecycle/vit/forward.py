@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def has_plain_mlp(self, block: int) -> bool:
-        """Whether a block's MLP is fc1, activation, fc2, whose factors can be worn; gated ones are not."""
+        """Whether a block's MLP is fc1, activation, fc2, which can take LoRA factors; gated ones cannot."""
         return type(self.vit.blocks[block].mlp) is Mlp
 
     def num_patches(self, height: int, width: int | None = None) -> int:
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
         Args:
             images: normalised, [B, 3, H, W], any float dtype.
-            lora: trainable factors to wear on top of the weights.
+            lora: trainable factors, applied beside the weights.
             prune: `{layer: ratio}`, patch tokens dropped on the way (Sec. 4.3).
             kept: int64 [B, N'], patches to read; the others are never embedded.
             pool: which feature, see `Head.pool`.

@@ -1,4 +1,4 @@
-"""Trainable LoRA factors, kept apart from the frozen backbone that they are worn by."""
+"""Trainable LoRA factors, kept apart from the frozen backbone that applies them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LoRA(nn.Module):
         """Fresh factors as PEFT starts them: `lora_A` Kaiming uniform, `lora_B` zero.
 
         Args:
-            backbone: model that will wear them.
+            backbone: model that they are for.
             r: rank.
             lora_alpha: scaling is `lora_alpha / r`.
             sites: any of q, k, v, proj, fc1, fc2.
@@ -84,7 +84,7 @@ class LoRA(nn.Module):
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> LoRA:
-        """The factors of an adapter, ready to be worn un-merged or trained on."""
+        """The factors of an adapter, ready to be applied beside the frozen weights, or trained on."""
         return cls(adapter.factors)
 
     def factors(self) -> dict[str, LoRAFactors]:

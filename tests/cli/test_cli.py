@@ -8,6 +8,7 @@ from PIL import Image
 
 from lorarecycle import Adapter, RecycleConfig, load_dataset, tuning
 from lorarecycle.cli.main import main
+from lorarecycle.cli.renamed import current_flags
 
 pytestmark = pytest.mark.medium
 
@@ -180,3 +181,23 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert lines[-1].startswith("lorarecycle: error: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--meta.distill", "0.5"], ["--meta.guide-weight", "0.5"]),
+        (["--meta.gain=2"], ["--meta.warm-start-gain=2"]),
+        (["--inversion.init", "shapes"], ["--inversion.init", "painted"]),
+        (["--inversion.init=shapes"], ["--inversion.init=painted"]),
+    ],
+)
+def test_old_names_of_flags_work_and_say_so(old, new, caplog):
+    assert current_flags(["recycle", "shapes", *old]) == ["recycle", "shapes", *new]
+    assert " ".join(old).replace("=2", "").replace("=shapes", " shapes").removesuffix(" 0.5") in caplog.text
+    assert "works until 0.3" in caplog.text
+
+
+def test_a_flag_that_is_gone_says_why(capsys):
+    assert main(["recycle", "somewhere", "--inversion.adapters_per_batch", "4"]) == 2
+    assert "was removed in lorarecycle 0.2: batches of several adapters were slower" in capsys.readouterr().err

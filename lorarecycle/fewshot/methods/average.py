@@ -1,4 +1,4 @@
-"""LoRAs Avg: the mean of many adapters' updates, worn by the plain model (LoRA Recycle, Sec. 5, baseline a)."""
+"""LoRAs Avg: the mean of many adapters' updates, merged into the plain model (LoRA Recycle, Sec. 5, baseline a)."""
 
 from __future__ import annotations
 
