@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from .adapters.adapter import Adapter
 from .config import RecycleConfig
-from .inversion.invert import check_invertible
 from .meta.episodes import check_episodes
 from .stages import Needs
 from .vit.backbone import Backbone
@@ -67,8 +66,6 @@ def check_adapters(
     if needs.images:
         patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
         backbone.kept_per_layer(config.inversion.prune, patches)
-    for adapter in inverted:
-        check_invertible(backbone, adapter, config.inversion)
     if needs.labels:
         counts = [len(a.head.class_names) for a in inverted if a.head is not None]
         check_episodes(counts, [a.name for a in inverted], config.meta)

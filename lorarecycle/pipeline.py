@@ -21,8 +21,7 @@ from .inversion.invert import invert, load_prior
 from .inversion.pictures import painted_surrogate
 from .inversion.prior import BatchNormPrior
 from .inversion.surrogate import Surrogate
-from .meta.train import meta_train, random_factors
-from .meta.warm_start import start_factors
+from .meta.train import first_factors, meta_train, random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.files import write_text
@@ -32,6 +31,7 @@ from .runtime.steps import Compile
 from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
 from .vit.base import BaseLike, find_base
+from .vit.lora import LoRA
 from .work_dir import WorkDir, canonical_order, describe_run
 
 if TYPE_CHECKING:
@@ -191,8 +191,12 @@ class Job:
                 _ = self.prior  # not to be had: said before anything is written
             folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
         clock = Stopwatch()
+        start = first_factors(self.backbone, self.adapters, self.config.meta, self.config.seed)
+        if self.needs.warm_start:
+            clock.lap("warm start")
+        clock.restart()
         if self.needs.pictures:
-            surrogates = [self._pictures(folder, quiet)]
+            surrogates = [self._pictures(start, folder, quiet)]
         else:
             surrogates = self._images(folder, compile, quiet) if self.needs.images else []
         clock.lap("images")
@@ -201,6 +205,7 @@ class Job:
             surrogates,
             config=self.config.meta,
             adapters=self.adapters,
+            start=start,
             seed=self.config.seed,
             checkpoint=None if folder is None else folder.checkpoint,
             name=name,
@@ -214,14 +219,12 @@ class Job:
             trained.meta_lora.save(folder.meta_lora, config=as_plain(self.config), sources=self.adapters)
         return trained.meta_lora
 
-    def _pictures(self, folder: WorkDir | None, quiet: bool) -> Surrogate:
+    def _pictures(self, start: LoRA, folder: WorkDir | None, quiet: bool) -> Surrogate:
         """Painted pictures for all adapters, from the work folder where they are there."""
         if folder is not None and folder.pictures.exists():
             return Surrogate.load(folder.pictures)
         teacher, config = self.backbone, self.config
         if self.needs.warm_start and (self.needs.scores or config.inversion.prune):  # its attention masks the pictures
-            like = random_factors(teacher, config.meta, config.seed)
-            start = start_factors(self.adapters, like, teacher, gain=config.meta.warm_start_gain)
             teacher = teacher.merge(start.to_adapter(name="warm start", like=teacher))
         teacher = teacher.clone().to(self.dtype)
         pictures = painted_surrogate(teacher, config.inversion, seed=config.seed, scores=self.needs.scores, quiet=quiet)

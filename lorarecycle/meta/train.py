@@ -45,6 +45,7 @@ def meta_train(
     *,
     config: MetaConfig | Mapping[str, Any] | None = None,
     adapters: Sequence[Adapter] = (),
+    start: LoRA | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
@@ -63,6 +64,7 @@ def meta_train(
         surrogates: of one image size; real images work too.
         config: settings, or a mapping of those that differ; `MetaConfig()` when None.
         adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
+        start: what `init="adapters"` leads to, where it has been computed already; trained in place.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
@@ -81,12 +83,12 @@ def meta_train(
     if config.init == "adapters" and not adapters:
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     clock = Stopwatch()
-    lora = random_factors(backbone, config, seed)
+    lora = first_factors(backbone, adapters, config, seed) if start is None else start
     guide = None
     if config.init == "adapters":
-        lora = start_factors(adapters, lora, backbone, gain=config.warm_start_gain)
         guide = lora.to_adapter(name="guide", like=backbone)
-        clock.lap("warm start")
+        if start is None:
+            clock.lap("warm start")
     if config.steps == 0:
         return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock.laps)
     draw = (
@@ -127,6 +129,12 @@ def meta_train(
             saved.write(step + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)
+
+
+def first_factors(backbone: Backbone, adapters: Sequence[Adapter], config: MetaConfig, seed: int) -> LoRA:
+    """What training starts from: the warm start of the adapters, or random factors; errors as in `random_factors`."""
+    lora = random_factors(backbone, config, seed)
+    return start_factors(adapters, lora, backbone, gain=config.warm_start_gain) if config.init == "adapters" else lora
 
 
 def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
