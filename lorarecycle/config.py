@@ -35,7 +35,7 @@ class InversionConfig:
     """Adam steps per batch; none leaves the images as they start, which must be painted then."""
     patience: int | None = None
     """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps (pruned ones, where
-    tokens are pruned); never when None."""
+    tokens are pruned), which is looked at every 50 steps; never when None."""
     lr: float = 0.25
     """Learning rate of Adam on the pixels (normalised space)."""
     betas: tuple[float, float] = (0.5, 0.99)

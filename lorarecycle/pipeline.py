@@ -17,7 +17,7 @@ from .adapters.adapter import Adapter
 from .adapters.load_many import AdapterLike, HubOptions, load_adapters
 from .checks import check_adapters, choose_inverted, leave_out_dead
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_config, as_plain
-from .inversion.invert import invert, load_prior
+from .inversion.invert import Inverter, load_prior
 from .inversion.pictures import painted_surrogate
 from .inversion.prior import BatchNormPrior
 from .inversion.surrogate import Surrogate
@@ -25,6 +25,7 @@ from .meta.train import first_factors, meta_train, random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.files import write_text
+from .runtime.graphs import Graphs
 from .runtime.progress import Stopwatch, track
 from .runtime.seeds import derive
 from .runtime.steps import Compile
@@ -55,6 +56,7 @@ def recycle(
     dtype: str | torch.dtype | None = None,
     name: str = "meta-lora",
     compile: Compile = None,
+    graphs: Graphs = None,
     quiet: bool = False,
     **hub: Unpack[HubOptions],
 ) -> Adapter:
@@ -85,8 +87,9 @@ def recycle(
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
         name: of the meta-LoRA.
-        compile: whether the steps of both stages run through `torch.compile`; on a GPU only when None. A mode of
-            `torch.compile` works too.
+        compile: whether the ViT's blocks run through `torch.compile`; on a GPU only when None.
+        graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. A step that cannot be captured
+            runs as it is, and a line of the log says why.
         quiet: show no progress bars.
         hub: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only` for Hub ids among `adapters`, as in
             `Adapter.from_pretrained`.
@@ -111,7 +114,7 @@ def recycle(
         dtype=dtype,
         **hub,
     )
-    return job.run(work_dir, name=name, compile=compile, quiet=quiet)
+    return job.run(work_dir, name=name, compile=compile, graphs=graphs, quiet=quiet)
 
 
 def make_plan(adapters: AdapterLike | Iterable[AdapterLike], **settings: Any) -> Plan:
@@ -179,6 +182,7 @@ class Job:
         *,
         name: str = "meta-lora",
         compile: Compile = None,
+        graphs: Graphs = None,
         quiet: bool = False,
     ) -> Adapter:
         """Do it; arguments and errors as in `recycle`."""
@@ -198,7 +202,7 @@ class Job:
         if self.needs.pictures:
             surrogates = [self._pictures(start, folder, quiet)]
         else:
-            surrogates = self._images(folder, compile, quiet) if self.needs.images else []
+            surrogates = self._images(folder, compile, graphs, quiet) if self.needs.images else []
         clock.lap("images")
         trained = meta_train(
             self.backbone.to(self.dtype),
@@ -210,6 +214,7 @@ class Job:
             checkpoint=None if folder is None else folder.checkpoint,
             name=name,
             compile=compile,
+            graphs=graphs,
             quiet=quiet,
         )
         self.seconds |= clock.laps | trained.seconds
@@ -232,24 +237,25 @@ class Job:
             pictures.save(folder.pictures)
         return pictures
 
-    def _images(self, folder: WorkDir | None, compile: Compile, quiet: bool) -> list[Surrogate]:
+    def _images(self, folder: WorkDir | None, compile: Compile, graphs: Graphs, quiet: bool) -> list[Surrogate]:
         """One surrogate for each adapter, those that are on disk already read from there."""
         surrogates, count, optimised = [], len(self.inverted), self.config.inversion.steps > 0
+        invert: Inverter | None = None
         for i, adapter in enumerate(track(self.inverted, "label pictures", unit="adapters", quiet=quiet or optimised)):
             path = None if folder is None else folder.surrogates[i]
             if path is not None and path.exists():
                 surrogates.append(Surrogate.load(path))
                 continue
+            if invert is None:
+                settings, prior = self.config.inversion, self.prior
+                invert = Inverter(
+                    self.backbone, config=settings, prior=prior, dtype=self.dtype, compile=compile, graphs=graphs
+                )
             surrogate = invert(
-                self.backbone,
                 adapter,
-                config=self.config.inversion,
-                prior=self.prior,
                 seed=derive(self.config.seed, "adapter", i),
-                dtype=self.dtype,
                 teacher_logits=self.needs.teacher_logits,
                 scores=self.needs.scores,
-                compile=compile,
                 title=f"invert adapters ({i + 1} of {count})",
                 quiet=quiet,
             )

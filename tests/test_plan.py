@@ -86,7 +86,9 @@ def variants(config: RecycleConfig):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("config", [WEIGHTS, PAPER, MIXED, ALONE], ids=["weights", "paper", "mixed", "alone"])
-def test_every_setting_moves_the_result_or_is_listed_as_unused(tiny_backbone, adapters, prior, config):
+def test_every_setting_moves_the_result_or_is_listed_as_unused(tiny_backbone, adapters, prior, config, monkeypatch):
+    monkeypatch.setattr("lorarecycle.inversion.optimise.READ_EVERY", 1)  # else patience needs 50 steps to show
+
     def run(config: RecycleConfig) -> torch.Tensor:
         given = None if config.inversion.prior is None else prior
         found = recycle(adapters, base=tiny_backbone, config=config, prior=given, quiet=True)

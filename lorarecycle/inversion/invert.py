@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import Adapter, Head
 from ..config import InversionConfig, as_config, as_plain
-from ..data.images import enlarge
-from ..runtime.progress import Progress, track
+from ..runtime.graphs import Graphs
+from ..runtime.progress import track
 from ..runtime.seeds import stream
-from ..runtime.steps import Compile, compiled
+from ..runtime.steps import Compile, check_compile, compiling
 from ..vit.backbone import Backbone
 from .answers import teacher_answers
-from .objective import inversion_loss
+from .optimise import BatchOptimiser
 from .prior import BatchNormPrior
-from .start import start_images, to_pixels
+from .start import finished_pixels, start_images
 from .surrogate import Surrogate
+from .views import draw_views
 
 
 def invert(
@@ -34,6 +34,7 @@ def invert(
     teacher_logits: bool = True,
     scores: bool = True,
     compile: Compile = None,
+    graphs: Graphs = None,
     title: str | None = None,
     quiet: bool = False,
 ) -> Surrogate:
@@ -49,8 +50,8 @@ def invert(
         teacher_logits: whether the teacher's logits of the finished images are wanted: what meta-training within an
             adapter's classes follows (Eq. 3).
         scores: whether the scores of their patches are wanted: what masks to any sparsity.
-        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
-            works too.
+        compile: whether the teacher's blocks run through `torch.compile`; on a GPU only when None.
+        graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         title: of the progress bar; with the adapter's name when None.
         quiet: show no progress bar.
 
@@ -61,43 +62,125 @@ def invert(
         ValueError: no head, an adapter that does not fit, or settings that do not fit the backbone.
         FloatingPointError: the loss of a batch was never finite.
     """
-    config = as_config(InversionConfig, config)
-    head = check_invertible(backbone, adapter, config).to(backbone.device)
-    prior = load_prior(backbone, config, dtype) if prior is None else prior
-    teacher = backbone.merge(adapter).to(dtype=dtype)
-    loss_of = compiled(inversion_loss, compile, backbone.device)
-    labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
-    batches = labels.split(config.batch_size)
-    images = []
-    with track(range(len(batches) * config.steps), title or f"invert {adapter.name}", quiet=quiet) as bar:
-        for i, wanted in enumerate(batches):
-            generator = stream(seed, "inversion", i)
-            start = start_images(teacher, head, wanted.to(backbone.device), config, generator)
-            batch = _Batch(start, wanted.to(backbone.device), *_augmentation(config, start.shape[-1], generator))
-            try:
-                images.append(_optimise(teacher, head, batch, config, prior, loss_of, bar))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"adapter {adapter.name!r}: {error}") from None
-    pixels = torch.cat(images)
-    answers = teacher_answers(
-        teacher,
-        pixels,
-        head=head if teacher_logits else None,
-        scores=scores,
-        prune=config.prune,
-        size=config.image_size,
-        batch_size=config.batch_size,
-    )
-    return Surrogate(
-        images=pixels,
-        labels=labels,
-        class_names=head.class_names,
-        patch_size=teacher.patch_size,
-        adapter=adapter.name,
-        adapter_digest=adapter.weights_digest(),
-        config=as_plain(config),
-        **answers._asdict(),
-    )
+    make = Inverter(backbone, config=config, prior=prior, dtype=dtype, compile=compile, graphs=graphs)
+    return make(adapter, seed=seed, teacher_logits=teacher_logits, scores=scores, title=title, quiet=quiet)
+
+
+class Inverter:
+    """LoRA Inversion of one adapter after another, over the same buffers: what is captured or compiled serves them all.
+
+    Args:
+        backbone, config, prior, dtype, compile, graphs: as in `invert`.
+
+    Raises:
+        ValueError: settings that are none, or a prior that cannot be had.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        config: InversionConfig | Mapping[str, Any] | None = None,
+        prior: BatchNormPrior | None = None,
+        dtype: torch.dtype | None = None,
+        compile: Compile = None,
+        graphs: Graphs = None,
+    ) -> None:
+        self.backbone, self.config = backbone, as_config(InversionConfig, config)
+        self.prior = load_prior(backbone, self.config, dtype) if prior is None else prior
+        self._dtype, self._graphs = dtype, graphs
+        self._compile = check_compile(compile, backbone.device)
+        self._teacher: Backbone | None = None
+        self._heads: dict[tuple[Any, ...], Head] = {}
+        self._optimisers: dict[tuple[Any, ...], BatchOptimiser] = {}
+
+    def __call__(
+        self,
+        adapter: Adapter,
+        *,
+        seed: int = 0,
+        teacher_logits: bool = True,
+        scores: bool = True,
+        title: str | None = None,
+        quiet: bool = False,
+    ) -> Surrogate:
+        """The images of an adapter; arguments, result and errors as in `invert`."""
+        config = self.config
+        head = self._placed(check_invertible(self.backbone, adapter, config))
+        teacher = self._merged(adapter)
+        labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
+        batches = labels.split(config.batch_size)
+        images = []
+        steps = range(len(batches) * config.steps)
+        with (
+            compiling(self._compile, teacher.device),
+            track(steps, title or f"invert {adapter.name}", quiet=quiet) as bar,
+        ):
+            for i, wanted in enumerate(batches):
+                generator = stream(seed, "inversion", i)
+                start = start_images(teacher, head, wanted.to(teacher.device), config, generator)
+                if config.steps == 0:
+                    images.append(finished_pixels(start, teacher, config))
+                    continue
+                views = draw_views(config, start.shape[-1], generator)
+                try:
+                    images.append(self._optimiser(teacher, head, len(wanted)).run(start, wanted, views, bar))
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"adapter {adapter.name!r}: {error}") from None
+        pixels = torch.cat(images)
+        answers = teacher_answers(
+            teacher,
+            pixels,
+            head=head if teacher_logits else None,
+            scores=scores,
+            prune=config.prune,
+            size=config.image_size,
+            batch_size=config.batch_size,
+        )
+        return Surrogate(
+            images=pixels,
+            labels=labels,
+            class_names=head.class_names,
+            patch_size=teacher.patch_size,
+            adapter=adapter.name,
+            adapter_digest=adapter.weights_digest(),
+            config=as_plain(config),
+            **answers._asdict(),
+        )
+
+    def _merged(self, adapter: Adapter) -> Backbone:
+        """The backbone with the adapter, in weights that are this object's own and stay where they are."""
+        merged = self.backbone.merge(adapter).to(dtype=self._dtype)
+        if self._teacher is None:
+            for weight in merged.parameters():
+                weight.data = weight.data.clone()
+            self._teacher = merged
+        else:
+            for own, weight in zip(self._teacher.parameters(), merged.parameters(), strict=True):
+                own.data.copy_(weight.data)
+        return self._teacher
+
+    def _placed(self, head: Head) -> Head:
+        """The head, in the tensors of the first one of its kind, with its own class names."""
+        assert head.bias is not None
+        key = (tuple(head.weight.shape), head.pool)
+        if key not in self._heads:
+            self._heads[key] = replace(
+                head,
+                weight=head.weight.to(self.backbone.device, copy=True),
+                bias=head.bias.to(self.backbone.device, copy=True),
+            )
+        placed = self._heads[key]
+        assert placed.bias is not None
+        placed.weight.copy_(head.weight)
+        placed.bias.copy_(head.bias)
+        return replace(placed, class_names=head.class_names)
+
+    def _optimiser(self, teacher: Backbone, head: Head, batch_size: int) -> BatchOptimiser:
+        key = (batch_size, tuple(head.weight.shape), head.pool)
+        if key not in self._optimisers:
+            self._optimisers[key] = BatchOptimiser(teacher, head, batch_size, self.config, self.prior, self._graphs)
+        return self._optimisers[key]
 
 
 def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConfig) -> Head:
@@ -122,77 +205,3 @@ def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype |
     if config.prior is None or config.prior_weight == 0 or config.steps == 0:
         return None
     return BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype).to(backbone.device)
-
-
-class _Batch(NamedTuple):
-    """Everything drawn for one batch."""
-
-    start: Tensor
-    """float32 [B, 3, s, s], normalised."""
-    labels: Tensor
-    """int64 [B]."""
-    shifts: list[tuple[int, int]]
-    """Roll of each step, rows and columns."""
-    flips: list[bool]
-    """Whether each step sees mirror images."""
-
-
-def _optimise(
-    teacher: Backbone,
-    head: Head,
-    batch: _Batch,
-    config: InversionConfig,
-    prior: BatchNormPrior | None,
-    loss_of: Callable[..., Tensor],
-    bar: Progress[int],
-) -> Tensor:
-    """Images uint8 [B, 3, H, W] of the step with the lowest loss."""
-    size, device = config.image_size or teacher.image_size, teacher.device
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
-    low, high = -mean / std, (1 - mean) / std
-    x = batch.start.requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=config.lr, betas=config.betas)
-    best, best_loss = x.detach().clone(), torch.tensor(torch.inf, device=device)
-    prune_from = round(config.prune_from * config.steps) if config.prune else 0
-    settled = best_loss
-    for step in range(config.steps):
-        seen = x.roll(batch.shifts[step], dims=(2, 3))
-        seen = seen.flip(-1) if batch.flips[step] else seen
-        prune = config.prune if step >= prune_from else None
-        loss = loss_of(teacher, head, seen, batch.labels, prune, prior, config.prior_weight, size)
-        optimizer.param_groups[0]["lr"] = step_size(step, config)
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            better = loss < best_loss  # stays on the device: no synchronisation at every step
-            best_loss = torch.where(better, loss, best_loss)
-            best = torch.where(better, x, best)
-        optimizer.step()
-        with torch.no_grad():
-            x.clamp_(low, high)
-        bar.update(1)
-        if config.patience is not None and step >= prune_from and (step + 1) % config.patience == 0:
-            if not best_loss <= 0.99 * settled:
-                bar.update(config.steps - step - 1)
-                break
-            settled = best_loss
-    if config.steps and not best_loss.isfinite():
-        raise FloatingPointError(f"the loss was never finite in {config.steps} steps; lower `lr`.")
-    return to_pixels(enlarge(best, size).clamp(low, high) * std + mean, size).cpu()
-
-
-def step_size(step: int, config: InversionConfig) -> float:
-    """Learning rate of a step: constant, or falling to zero along half a cosine."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
-
-
-def _augmentation(
-    config: InversionConfig, size: int, generator: torch.Generator
-) -> tuple[list[tuple[int, int]], list[bool]]:
-    """One roll (rows, columns) and one flip for each step."""
-    reach = int(config.roll * size)
-    shifts = torch.randint(-reach, reach + 1, (config.steps, 2), generator=generator).tolist()
-    flips = torch.rand(config.steps, generator=generator) < (0.5 if config.flip else 0.0)
-    return [(dy, dx) for dy, dx in shifts], flips.tolist()

@@ -18,20 +18,21 @@ AXES = ((1.0, 1.0, 1.0), (0.4, 0.06, -0.46), (0.18, -0.22, 0.04))
 """Directions in which colours of natural images vary: light and dark, blue and yellow, red and green."""
 
 
-def paint_pictures(n: int, size: int, generator: torch.Generator) -> Tensor:
+def paint_pictures(n: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Paint images with the make-up of photographs: a thing of one palette and several shaded parts, on white, even,
     or cluttered ground; shapes hide one another ("dead leaves", Lee, Mumford and Huang 2001) and have textures.
 
     Args:
         n: images.
         size: side in pixels.
-        generator: randomness, on the CPU.
+        generator: randomness, on the CPU: the pictures are the same, within rounding, wherever they are painted.
+        device: where they are painted.
 
     Returns:
-        float32 [n, 3, size, size] in [0, 1], on the CPU.
+        float32 [n, 3, size, size] in [0, 1], on that device.
     """
     fine = 2 if size < FINE else 1
-    paint = _Painter(n, fine * size, generator)
+    paint = _Painter(n, fine * size, generator, torch.device(device))
     images = paint.thing(paint.ground())
     return F.avg_pool2d(images.clamp(0, 1), fine)
 
@@ -39,9 +40,10 @@ def paint_pictures(n: int, size: int, generator: torch.Generator) -> Tensor:
 class _Painter:
     """Draws for `n` images at once; a kind in [0, 1) for each decides about its ground."""
 
-    def __init__(self, n: int, size: int, generator: torch.Generator) -> None:
-        self.n, self.size, self.generator = n, size, generator
-        side = torch.linspace(-1, 1, size)
+    def __init__(self, n: int, size: int, generator: torch.Generator, device: torch.device) -> None:
+        self.n, self.size, self.generator, self.device = n, size, generator, device
+        self.axes = torch.tensor(AXES, device=device)
+        side = torch.linspace(-1, 1, size, device=device)
         self.y, self.x = side[:, None].expand(size, size), side[None, :].expand(size, size)
         self.rough, self.smooth = self._clouds(0.8 + 0.6 * self.uniform()), self._clouds(1.3 + 0.5 * self.uniform())
         self.kind = self.uniform()
@@ -67,7 +69,7 @@ class _Painter:
         """The images with a thing near their centre."""
         hue = 0.45 + self.colour(0.24) - 0.15 * self.white
         x, y, radius = 0.25 * self.normal(), 0.2 * self.normal(), 0.35 + 0.35 * self.uniform()
-        parts = torch.randint(1, PARTS + 1, (self.n, 1, 1, 1), generator=self.generator)
+        parts = torch.randint(1, PARTS + 1, (self.n, 1, 1, 1), generator=self.generator).to(self.device)
         for i in range(PARTS):
             if i == 0:
                 centre, size, stretch = (x, y), radius * (0.7 + 0.5 * self.uniform()), 0.3
@@ -108,21 +110,22 @@ class _Painter:
 
     def uniform(self) -> Tensor:
         """One number for each image, [n, 1, 1, 1]."""
-        return torch.rand(self.n, 1, 1, 1, generator=self.generator)
+        return torch.rand(self.n, 1, 1, 1, generator=self.generator).to(self.device)
 
     def normal(self, channels: int = 1) -> Tensor:
-        return torch.randn(self.n, channels, 1, 1, generator=self.generator)
+        return torch.randn(self.n, channels, 1, 1, generator=self.generator).to(self.device)
 
     def colour(self, spread: float | Tensor) -> Tensor:
         """A shift of colour for each image, [n, 3, 1, 1]."""
-        return spread * torch.einsum("nakl,ac->nckl", self.normal(3), torch.tensor(AXES))
+        return spread * torch.einsum("nakl,ac->nckl", self.normal(3), self.axes)
 
     def _clouds(self, power: Tensor) -> Tensor:
         """Noise with a spectrum of 1/f^power and unit deviation, mostly grey, [n, 3, size, size]."""
-        fy, fx = torch.fft.fftfreq(self.size)[:, None], torch.fft.rfftfreq(self.size)[None, :]
+        fy = torch.fft.fftfreq(self.size, device=self.device)[:, None]
+        fx = torch.fft.rfftfreq(self.size, device=self.device)[None, :]
         spectrum = (fy.square() + fx.square()).clamp_min(1 / self.size**2) ** (-power / 2)
         spectrum[..., 0, 0] = 0
-        noise = torch.randn(self.n, 4, self.size, self.size, generator=self.generator)
+        noise = torch.randn(self.n, 4, self.size, self.size, generator=self.generator).to(self.device)
         noise = torch.fft.irfft2(torch.fft.rfft2(noise) * spectrum, s=(self.size, self.size))
         noise = 0.5 * noise[:, :3] + 0.85 * noise[:, 3:]
         return noise / noise.std(dim=(1, 2, 3), keepdim=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..config import InversionConfig, as_plain
@@ -35,8 +37,9 @@ def painted_surrogate(
     """
     size = config.image_size or teacher.image_size
     counts = [len(part) for part in torch.arange(config.pictures).split(PAINTED_TOGETHER)]
+    paint = partial(paint_pictures, PAINTED_TOGETHER, config.latent_size or size, device=teacher.device)
     parts = [
-        to_pixels(paint_pictures(PAINTED_TOGETHER, config.latent_size or size, stream(seed, "pictures", i)), size)[:n]
+        to_pixels(paint(stream(seed, "pictures", i)), size)[:n].cpu()
         for i, n in enumerate(track(counts, "paint pictures", unit="batches", quiet=quiet))
     ]
     images = torch.cat(parts)

@@ -29,17 +29,26 @@ def start_images(
         generator: randomness, on the CPU.
 
     Returns:
-        float32 [B, 3, s, s], normalised; s is `config.latent_size`, or the images' own size when that is None.
+        float32 [B, 3, s, s], normalised, on the teacher's device; s is `config.latent_size`, or the images' own size
+        when that is None.
     """
     image_size = config.image_size or teacher.image_size
     size = config.latent_size or image_size
     if config.init == "noise":
         return torch.randn(len(labels), 3, size, size, generator=generator).to(teacher.device)
-    pictures = paint_pictures(len(labels) * config.candidates, size, generator)
+    pictures = paint_pictures(len(labels) * config.candidates, size, generator, teacher.device)
     if config.candidates > 1:
         pictures = pictures[_likeliest(teacher, head, pictures, labels, image_size)]
     mean, std = (torch.tensor(v, device=teacher.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
-    return (pictures.to(teacher.device) - mean) / std
+    return (pictures - mean) / std
+
+
+def finished_pixels(images: Tensor, teacher: Backbone, config: InversionConfig) -> Tensor:
+    """Normalised images, float [n, 3, s, s], as uint8 [n, 3, H, W] on the CPU, at the size that is asked for."""
+    size = config.image_size or teacher.image_size
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+    within = enlarge(images, size).clamp(-mean / std, (1 - mean) / std)
+    return to_pixels(within * std + mean, size).cpu()
 
 
 def to_pixels(images: Tensor, size: int) -> Tensor:
@@ -48,7 +57,7 @@ def to_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def _likeliest(teacher: Backbone, head: Head, pictures: Tensor, labels: Tensor, image_size: int) -> Tensor:
-    """For each label a picture of its own that the teacher finds likely for that class, int64 [B] on the CPU."""
+    """For each label a picture of its own that the teacher finds likely for that class, int64 [B]."""
     features = extract_features(teacher, to_pixels(pictures, image_size), size=image_size, pool=head.pool)
     likelihood = head(features.to(teacher.device)).log_softmax(-1).cpu()
     labels = labels.cpu()
@@ -58,4 +67,4 @@ def _likeliest(teacher: Backbone, head: Head, pictures: Tensor, labels: Tensor, 
         best = likelihood[:, c].topk(len(where)).indices
         likelihood[best] = -torch.inf  # no picture serves twice
         chosen[where] = best
-    return chosen
+    return chosen.to(pictures.device)

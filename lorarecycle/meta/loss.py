@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,38 +12,26 @@ from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from ..vit.positions import mirror
 from .bank import Bank
-from .episodes import Episode
+from .draws import Draw
 from .prototypes import distance_logits
 
 
-def episode_loss(
-    backbone: Backbone,
-    lora: LoRA,
-    bank: Bank,
-    episode: Episode,
-    config: MetaConfig,
-    generator: torch.Generator,
-    loss_of: Callable[..., Tensor],
-) -> Tensor:
-    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters, and the guide's share.
-
-    `loss_of` is `query_loss` or its compiled form; everything around it is gathering and drawing.
-    """
-    device = backbone.device
-    rows = episode.images.to(device)
+def episode_loss(backbone: Backbone, lora: LoRA, bank: Bank, draw: Draw, config: MetaConfig) -> Tensor:
+    """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters, and the guide's share."""
+    rows, S = draw.rows, config.n_way * config.n_shot
     images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
     if config.flip:
-        flip = (torch.rand(len(rows), generator=generator) < 0.5).to(device)
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-        kept = None if kept is None else torch.where(flip.view(-1, 1), mirror(kept, bank.columns), kept)
-    targets, S = None, config.n_way * config.n_shot
-    if episode.cross_task:
-        targets = F.one_hot(episode.labels[S:].to(device), config.n_way).float()
-    elif bank.teacher_logits is not None and config.guide_weight < 1:
-        targets = bank.teacher_logits[rows[S:]][:, episode.teacher_classes.to(device)].softmax(-1)
+        images = torch.where(draw.mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        kept = None if kept is None else torch.where(draw.mirrored.view(-1, 1), mirror(kept, bank.columns), kept)
+    targets = None
+    if config.guide_weight < 1:
+        targets = torch.eye(config.n_way, device=rows.device).repeat_interleave(config.n_query, dim=0)
+        if bank.teacher_logits is not None:
+            answers = bank.teacher_logits[rows[S:]].index_select(1, draw.teacher_classes).softmax(-1)
+            targets = torch.where(draw.cross_task, targets, answers)
     images = normalize(images, backbone.mean, backbone.std, backbone.dtype)
     follow = None if bank.targets is None else bank.targets[rows]
-    return loss_of(backbone, lora, images, kept, targets, config, follow)
+    return query_loss(backbone, lora, images, kept, targets, config, follow)
 
 
 def query_loss(

@@ -14,15 +14,17 @@ from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.graphs import Graphs, Step, adam, state_of
 from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
-from ..runtime.steps import Compile, compiled
+from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from .bank import fill_bank
+from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
-from .loss import episode_loss, query_loss
+from .loss import episode_loss
 from .warm_start import start_factors
 
 CHECKPOINT_EVERY = 100
@@ -50,6 +52,7 @@ def meta_train(
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
     compile: Compile = None,
+    graphs: Graphs = None,
     quiet: bool = False,
 ) -> MetaTraining:
     """Train a meta-LoRA so that class centres of a few images classify the rest.
@@ -68,8 +71,8 @@ def meta_train(
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
-        compile: whether the step runs through `torch.compile`; on a GPU only when None. A mode of `torch.compile`
-            works too.
+        compile: whether the backbone's blocks run through `torch.compile`; on a GPU only when None.
+        graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: show no progress bar.
 
     Returns:
@@ -102,8 +105,9 @@ def meta_train(
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
-    optimizer = torch.optim.Adam(lora.parameters(), lr=config.lr_min)
-    losses = torch.zeros(config.steps, device=backbone.device)
+    device = backbone.device
+    optimizer = adam(lora.parameters(), device)
+    losses = torch.zeros(config.steps, device=device)
     run = {
         "config": as_plain(config),
         "seed": seed,
@@ -111,22 +115,31 @@ def meta_train(
         "adapters": [a.weights_digest() for a in adapters] if config.init == "adapters" else [],
         "backbone": backbone.digest(),
     }
-    loss_of = compiled(query_loss, compile, backbone.device)
     saved = Checkpoint(
         checkpoint, run, modules={"lora": lora}, optimizer=optimizer, histories={"loss": losses}, steps=config.steps
     )
     done = saved.resume()
     clock.restart()
-    for step in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config, lr)
-        generator = stream(seed, "flip", step)
-        loss = episode_loss(backbone, lora, bank, draw(step), config, generator, loss_of)
-        optimizer.zero_grad()
+    rates = torch.tensor([learning_rate(step, config, lr) for step in range(config.steps)], device=device)
+    draws = Draws.of(draw, config, seed, first=done, device=device)
+    step_count = torch.full((1,), done, dtype=torch.int64, device=device)
+
+    def take() -> None:
+        loss = episode_loss(backbone, lora, bank, draws.at(step_count), config)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        rate: Tensor = optimizer.param_groups[0]["lr"]  # type: ignore[assignment]
+        rate.copy_(rates.index_select(0, step_count)[0])
         optimizer.step()
-        losses[step] = loss.detach()
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            saved.write(step + 1)
+        losses.index_copy_(0, step_count, loss.detach().view(1))
+        step_count.add_(1)
+
+    step = Step(take, lambda: [*lora.parameters(), *state_of(optimizer), losses, step_count], device, graphs)
+    with compiling(compile, device):
+        for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
+            step()
+            if (i + 1) % CHECKPOINT_EVERY == 0:
+                saved.write(i + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)
 

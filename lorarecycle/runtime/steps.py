@@ -1,50 +1,74 @@
-"""`torch.compile` for the steps of inversion and meta-training."""
+"""`torch.compile` for what a step repeats: a block is compiled once and serves every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from .deprecation import warn_renamed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Compile = bool | str | None
-"""Whether steps are compiled: None for on CUDA only; or a mode of `torch.compile` such as "reduce-overhead"."""
+Compile = bool | None
+"""Whether repeated parts of steps are compiled: None for where they run on a GPU."""
 
 LIMIT = 256
-"""Forms of one step (classes, batch sizes, pruning, settings) that may be compiled; more fail."""
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Forms of one part (shapes, dtypes, sites) that may be compiled; more fail."""
+
+_compiling: ContextVar[bool] = ContextVar("lorarecycle_compiling", default=False)
 
 
-def compiled(function: Callable[P, R], compile: Compile, device: torch.device) -> Callable[P, R]:
-    """The function itself, or its compiled form: one graph without breaks, for static shapes.
-
-    A compiled function is made once for each mode, so that later calls find the graphs of earlier ones.
+def check_compile(compile: Any, device: torch.device) -> bool:
+    """Whether to compile on a device.
 
     Args:
-        function: defined at module level.
-        compile: True, False, or a mode of `torch.compile`; None compiles where `device` is a GPU.
-        device: where it will run.
+        compile: True, False, or None for on a GPU only.
+        device: where the steps will run.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: anything else.
     """
-    if isinstance(compile, str) and compile not in MODES:
-        raise ValueError(f"`compile` must be True, False, None or one of {MODES}, got {compile!r}.")
-    if compile is False or (compile is None and device.type != "cuda"):
-        return function
-    return _compile(function, compile if isinstance(compile, str) else "default")
+    if isinstance(compile, str):  # modes of torch.compile
+        warn_renamed(f"compile={compile!r}", "compile=True")
+        return True
+    if compile not in (True, False, None):
+        raise ValueError(f"`compile` must be True, False or None, got {compile!r}.")
+    return device.type == "cuda" if compile is None else compile
+
+
+@contextmanager
+def compiling(compile: Compile, device: torch.device) -> Iterator[None]:
+    """Compile the `repeated` functions that are called inside the `with` block, or not; see `check_compile`."""
+    token = _compiling.set(check_compile(compile, device))
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
+def repeated(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator of what every layer of a model does with its own weights; inside `compiling` it runs compiled.
+
+    The layer is an argument. `torch.compile` takes its weights as inputs, so that one graph, for static shapes and
+    without breaks, serves all layers; it is kept for later calls, and by PyTorch on disk for later processes.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not _compiling.get():
+            return function(*args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=LIMIT):
+            return _compiled(function)(*args, **kwargs)
+
+    return call
 
 
 @cache
-def _compile(function: Callable[P, R], mode: str) -> Callable[P, R]:
-    compiled_function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._dynamo.config.patch(recompile_limit=LIMIT):
-            return compiled_function(*args, **kwargs)
-
-    return run
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(function, fullgraph=True, dynamic=False)

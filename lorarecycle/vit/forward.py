@@ -11,8 +11,9 @@ from timm.layers import Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ..kernels import cls_topk_gather, reference, select_tokens
-from .attention import AttentionKind, attend, check_attention
-from .lora import LoRA
+from .attention import AttentionKind, check_attention
+from .block import attend_and_mix, queries_keys_values
+from .lora import NO_FACTORS, BlockFactors, LoRA
 from .support import require_plain_vit, share
 
 
@@ -165,7 +166,8 @@ class Encoder(nn.Module):
         keep = self.kept_per_layer(prune or {}, x.shape[1] - self.num_prefix_tokens)
         attention = None
         for i, block in enumerate(self.vit.blocks):
-            q, k, v = self._qkv(i, block, x, lora)
+            factors = NO_FACTORS if lora is None else self._factors(i, lora)
+            q, k, v = queries_keys_values(block, x, factors)
             last = i == self.num_blocks - 1
             if last and scores:
                 attention = reference.cls_attention(q, k, self.num_prefix_tokens)
@@ -179,12 +181,16 @@ class Encoder(nn.Module):
                 x, index = cls_topk_gather(q, k, x, keep[i], self.num_prefix_tokens)
                 rows = reference.gather_tokens(q.transpose(1, 2).flatten(2), index, self.num_prefix_tokens)
                 q = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            x = x + block.ls1(self._attention_output(i, block, q, k, v, lora))
             if index is not None:
                 kept = index if kept is None else kept.gather(1, index)
                 attention = attention.gather(1, index) if attention is not None else None
-            x = x + block.ls2(self._mlp(i, block, block.norm2(x), lora))
+            x = attend_and_mix(block, x, q, k, v, factors, self.attention)
         return Encoding(x, kept, attention)
+
+    def _factors(self, i: int, lora: LoRA) -> BlockFactors:
+        if not self.has_plain_mlp(i) and lora.adapts(f"blocks.{i}.mlp."):
+            raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
+        return lora.block(i, self.vit.blocks[i])
 
     def _embed(self, images: Tensor, kept: Tensor | None) -> Tensor:
         vit = self.vit
@@ -226,25 +232,6 @@ class Encoder(nn.Module):
             num_prefix_tokens=0,
         )
 
-    def _qkv(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> tuple[Tensor, Tensor, Tensor]:
-        attn = block.attn
-        qkv = _linear(f"blocks.{i}.attn.qkv", attn.qkv, block.norm1(x), lora)
-        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def _attention_output(self, i: int, block: Any, q: Tensor, k: Tensor, v: Tensor, lora: LoRA | None) -> Tensor:
-        x = attend(q, k, v, self.attention)
-        return _linear(f"blocks.{i}.attn.proj", block.attn.proj, block.attn.norm(x), lora)
-
-    def _mlp(self, i: int, block: Any, x: Tensor, lora: LoRA | None) -> Tensor:
-        mlp = block.mlp
-        if lora is None or not lora.adapts(f"blocks.{i}.mlp."):
-            return mlp(x)
-        if not self.has_plain_mlp(i):
-            raise ValueError(f"`lora` must leave the MLPs of {self.name!r} alone, which are gated; `merge` it instead.")
-        x = mlp.norm(mlp.act(_linear(f"blocks.{i}.mlp.fc1", mlp.fc1, x, lora)))
-        return _linear(f"blocks.{i}.mlp.fc2", mlp.fc2, x, lora)
-
 
 def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
     """[B, N, D]; as a matrix product where the images want a gradient: a convolution's is slow on a CPU."""
@@ -252,7 +239,3 @@ def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
         return proj(images).flatten(2).transpose(1, 2)
     patches = reference.cut_patches(images, proj.weight.shape[-1])
     return nn.functional.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)
-
-
-def _linear(name: str, layer: Any, x: Tensor, lora: LoRA | None) -> Tensor:
-    return layer(x) if lora is None else lora.linear(name, layer, x)

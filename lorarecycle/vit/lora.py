@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ SITE_NAMES = {
     "fc2": "mlp.fc2",
 }
 _LAYERS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), **{f"{s}": (s,) for s in SITE_NAMES.values()}}
+
+
+class BlockFactors(NamedTuple):
+    """The factors of a block's linear layers, None where a layer carries none; see `LoRA.layer`."""
+
+    qkv: tuple[Tensor, Tensor] | None = None
+    proj: tuple[Tensor, Tensor] | None = None
+    fc1: tuple[Tensor, Tensor] | None = None
+    fc2: tuple[Tensor, Tensor] | None = None
+
+
+NO_FACTORS = BlockFactors()
 
 
 class Sites(Protocol):
@@ -106,21 +118,26 @@ class LoRA(nn.Module):
         """Whether any site whose name starts so carries factors."""
         return any(site.startswith(prefix) for site in self.scalings)
 
-    def linear(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        """A frozen linear layer plus its factors, where it carries any; x [..., in]."""
-        return linear(layer, x, self.layer(name, _widths(name, layer), x.dtype))
+    def block(self, i: int, block: Any) -> BlockFactors:
+        """What one block of a ViT applies beside its weights (see `layer`)."""
+        layers = {"attn.qkv": block.attn.qkv, "attn.proj": block.attn.proj}
+        if self.adapts(f"blocks.{i}.mlp."):
+            layers |= {"mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2}
+        found = {
+            name.split(".")[1]: self.layer(f"blocks.{i}.{name}", _widths(name, layer)) for name, layer in layers.items()
+        }
+        return BlockFactors(**found)
 
-    def layer(self, name: str, widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def layer(self, name: str, widths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Stacked factors of one linear layer for `kernels.lora_qkv`.
 
         Args:
             name: "blocks.3.attn.qkv", "blocks.3.attn.proj", "blocks.3.mlp.fc1" or "blocks.3.mlp.fc2".
             widths: (in, out of one segment).
-            dtype: of the result.
 
         Returns:
-            `lora_A` [S, R, in] and `lora_B` [S * out, R], scaling folded in, smaller ranks and absent sites padded
-            with zeros; None where the layer carries no factors.
+            `lora_A` [S, R, in] and `lora_B` [S * out, R], float32, scaling multiplied in, smaller ranks and absent
+            sites padded with zeros; None where the layer carries no factors.
         """
         _, block, layer = name.split(".", 2)
         sites = [f"blocks.{block}.{site}" for site in _LAYERS[layer]]
@@ -139,7 +156,7 @@ class LoRA(nn.Module):
             lora_A, lora_B = self.lora_A[_key(site)], self.lora_B[_key(site)] * self.scalings[site]
             stack_A.append(nn.functional.pad(lora_A, (0, 0, 0, R - r)) if r < R else lora_A)
             stack_B.append(nn.functional.pad(lora_B, (0, R - r)) if r < R else lora_B)
-        return torch.stack(stack_A).to(dtype), torch.cat(stack_B).to(dtype)
+        return torch.stack(stack_A), torch.cat(stack_B)
 
 
 def linear(layer: nn.Linear, x: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

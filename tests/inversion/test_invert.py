@@ -8,7 +8,7 @@ import torch
 
 from lorarecycle import BatchNormPrior, InversionConfig, invert
 from lorarecycle.data.images import normalize
-from lorarecycle.inversion import invert as module
+from lorarecycle.inversion import optimise as module
 
 FAST = {
     "prior": None,
@@ -68,7 +68,13 @@ def test_a_settled_batch_stops(tiny_backbone, make_adapter, monkeypatch):
 
     monkeypatch.setattr(module, "inversion_loss", falls_for_ten_steps)
     settings = FAST | {"steps": 100, "batch_size": 9}
-    for patience, prune, expected in ((8, {}, 24), (8, {1: 0.5}, 40), (None, {}, 100)):
+    for patience, prune, expected in (
+        (8, {}, 50),
+        (8, {1: 0.5}, 50),
+        (45, {}, 100),
+        (45, {1: 0.5}, 100),
+        (None, {}, 100),
+    ):
         steps.clear()
         config = InversionConfig(**settings, patience=patience, prune=prune)
         invert(tiny_backbone, make_adapter(tiny_backbone), config=config, quiet=True)

@@ -5,7 +5,7 @@ import torch
 
 from lorarecycle import InversionConfig, invert
 from lorarecycle.data.images import enlarge, normalize
-from lorarecycle.inversion.invert import step_size
+from lorarecycle.inversion.optimise import step_size
 from lorarecycle.inversion.start import start_images
 from lorarecycle.runtime.seeds import stream
 

@@ -10,8 +10,9 @@ from lorarecycle import MetaConfig, Surrogate, meta_train
 from lorarecycle.data.images import normalize
 from lorarecycle.meta import train as module
 from lorarecycle.meta.bank import fill_bank
+from lorarecycle.meta.draws import Draws
 from lorarecycle.meta.episodes import EpisodeSampler
-from lorarecycle.meta.loss import episode_loss, query_loss
+from lorarecycle.meta.loss import episode_loss
 from lorarecycle.meta.train import default_lr, learning_rate
 from lorarecycle.vit.lora import LoRA
 
@@ -38,7 +39,8 @@ def test_losses_are_those_of_the_paper(tiny_backbone, tiny_data, cross_task):
     lora = LoRA.random(tiny_backbone, generator=torch.Generator().manual_seed(0))
     episode = EpisodeSampler(pools, config)(0)
     bank = fill_bank(tiny_backbone, pools)
-    loss = episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss)
+    draws = Draws.of(EpisodeSampler(pools, config), config, 0, first=0, device=tiny_backbone.device)
+    loss = episode_loss(tiny_backbone, lora, bank, draws.at(torch.tensor([0])), config)
 
     images = torch.cat([s.images for s in pools])[episode.images]
     features = tiny_backbone(normalize(images, tiny_backbone.mean, tiny_backbone.std))
@@ -180,8 +182,9 @@ def test_the_two_losses_mix(tiny_backbone, tiny_data):
     losses = []
     for share in (0.0, 0.25, 1.0):
         config = MetaConfig(**{**vars(CONFIG), "guide_weight": share})
-        episode = EpisodeSampler(pools, config)(0)
-        losses.append(episode_loss(tiny_backbone, lora, bank, episode, config, torch.Generator(), query_loss).item())
+        draws = Draws.of(EpisodeSampler(pools, config), config, 0, first=0, device=tiny_backbone.device)
+        losses.append(episode_loss(tiny_backbone, lora, bank, draws.at(torch.tensor([0])), config).item())
     assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)
-    features = tiny_backbone(normalize(bank.images[episode.images], tiny_backbone.mean, tiny_backbone.std))
-    assert losses[2] == pytest.approx(F.mse_loss(features, bank.targets[episode.images]).item(), rel=1e-4)
+    rows = draws.rows[0]
+    features = tiny_backbone(normalize(bank.images[rows], tiny_backbone.mean, tiny_backbone.std))
+    assert losses[2] == pytest.approx(F.mse_loss(features, bank.targets[rows]).item(), rel=1e-4)

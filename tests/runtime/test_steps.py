@@ -1,4 +1,4 @@
-"""Compiled steps: one graph each, no recompilation within a phase, the same results."""
+"""Compiled blocks: a few graphs for all layers and adapters, no break, no recompilation, the same results."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from lorarecycle import BatchNormPrior, InversionConfig, MetaConfig, Surrogate, invert, meta_train
+from lorarecycle.inversion.invert import Inverter
 from lorarecycle.meta.loss import query_loss
-from lorarecycle.runtime.steps import compiled
+from lorarecycle.runtime import steps
+from lorarecycle.runtime.steps import check_compile, compiling, repeated
 from lorarecycle.vit.lora import LoRA
 
 pytestmark = pytest.mark.medium
@@ -36,42 +38,61 @@ def small_prior() -> BatchNormPrior:
     return BatchNormPrior(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
 
 
-def test_inversion_has_one_graph_before_pruning_and_one_after(tiny_backbone, make_adapter):
+def test_inversion_compiles_two_halves_of_a_block(tiny_backbone, make_adapter):
     adapters = [make_adapter(tiny_backbone, seed=seed) for seed in range(3)]
+    invert_them = Inverter(tiny_backbone, config=INVERSION, prior=small_prior(), compile=True)
+    counts = []
     for adapter in adapters:
-        surrogate = invert(tiny_backbone, adapter, config=INVERSION, prior=small_prior(), compile=True, quiet=True)
-        assert graphs() == 2, "another adapter of the same shape needs no other graph"
+        surrogate = invert_them(adapter, quiet=True)
+        counts.append(graphs())
+    # halves in training and, for the answers, in inference; pruned and whole; the last block's class token alone
+    assert counts[0] < 12
+    assert counts == counts[:1] * 3, "another adapter of the same shape needs no other graph"
     eager = invert(tiny_backbone, adapters[-1], config=INVERSION, prior=small_prior(), compile=False, quiet=True)
-    assert graphs() == 2
+    assert graphs() == counts[0]
     difference = (surrogate.images.int() - eager.images.int()).abs().float()
     assert difference.mean() < 1, "in steps of 1/255; Adam turns rounding errors of small gradients into whole steps"
     assert torch.equal(surrogate.labels, eager.labels)
 
 
+def test_a_deeper_model_needs_no_more_graphs(tiny_backbone):
+    images, counts = torch.randn(2, 3, 32, 32), []
+    for depth in (2, 3):
+        model = tiny_backbone.clone()
+        model.vit.blocks, model.num_blocks = model.vit.blocks[:depth], depth
+        torch._dynamo.reset()
+        counters.clear()
+        with compiling(True, model.device), torch.no_grad():
+            model(images)
+        counts.append(graphs())
+    assert counts[0] == counts[1] > 0
+
+
 def surrogates(data) -> list[Surrogate]:
     generator = torch.Generator().manual_seed(0)
-    pools = []
+    made = []
     for i in range(2):
         logits = torch.randn(len(data), len(data.class_names), generator=generator)
         scores = torch.rand(len(data), 16, generator=generator)
-        pools.append(
+        made.append(
             Surrogate(data.images, data.labels, logits, data.class_names, 8, None, scores, f"a{i}", f"digest{i}")
         )
-    return pools
+    return made
 
 
-def test_meta_training_has_one_graph(tiny_backbone, tiny_data):
-    pools = surrogates(tiny_data)
-    compiled_run = meta_train(tiny_backbone, pools, config=META, compile=True, quiet=True)
-    assert graphs() == 1, "episodes within an adapter and across adapters share it"
-    again = meta_train(tiny_backbone, pools, config=META, seed=1, compile=True, quiet=True)
-    assert graphs() == 1, "so does another meta-LoRA"
+def test_meta_training_compiles_no_more_than_it_needs(tiny_backbone, tiny_data):
+    made = surrogates(tiny_data)
+    compiled_run = meta_train(tiny_backbone, made, config=META, compile=True, quiet=True)
+    first = graphs()
+    assert first < 8, "episodes within an adapter and across adapters share them"
+    again = meta_train(tiny_backbone, made, config=META, seed=1, compile=True, quiet=True)
+    assert graphs() == first, "so does another meta-LoRA"
     assert not torch.equal(again.losses, compiled_run.losses)
-    eager_run = meta_train(tiny_backbone, pools, config=META, compile=False, quiet=True)
+    eager_run = meta_train(tiny_backbone, made, config=META, compile=False, quiet=True)
     torch.testing.assert_close(compiled_run.losses, eager_run.losses, rtol=1e-3, atol=1e-4)
 
 
-def test_gradients_of_the_compiled_step(tiny_backbone):
+def test_gradients_through_compiled_blocks(tiny_backbone):
     generator = torch.Generator().manual_seed(0)
     lora = LoRA.random(tiny_backbone, generator=generator)
     images = torch.randn(9, 3, 32, 32, generator=generator)
@@ -79,19 +100,21 @@ def test_gradients_of_the_compiled_step(tiny_backbone):
     gradients = []
     for mode in (False, True):
         lora.zero_grad()
-        step = compiled(query_loss, mode, torch.device("cpu"))
-        step(tiny_backbone, lora, images, None, targets, META).backward()
+        with compiling(mode, torch.device("cpu")):
+            query_loss(tiny_backbone, lora, images, None, targets, META).backward()
         gradients.append([p.grad.clone() for p in lora.parameters()])
+    assert graphs() > 0
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_off_on_the_cpu_unless_asked():
-    cpu = torch.device("cpu")
-    assert compiled(query_loss, None, cpu) is query_loss
-    assert compiled(query_loss, False, torch.device("cuda")) is query_loss
-    assert compiled(query_loss, None, torch.device("cuda")) is compiled(query_loss, True, cpu) is not query_loss
-    with pytest.raises(ValueError, match="`compile` must be True, False, None or one of .*, got 'fast'"):
-        compiled(query_loss, "fast", cpu)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [check_compile(c, cpu) for c in (None, False, True)] == [False, False, True]
+    assert [check_compile(c, gpu) for c in (None, False, True)] == [True, False, True]
+    with pytest.raises(ValueError, match="`compile` must be True, False or None, got 3"):
+        check_compile(3, cpu)
+    with pytest.warns(DeprecationWarning, match="`compile='reduce-overhead'` is called `compile=True`"):
+        assert check_compile("reduce-overhead", cpu)
 
 
 def test_more_forms_than_dynamo_keeps_by_default(monkeypatch):
@@ -99,7 +122,10 @@ def test_more_forms_than_dynamo_keeps_by_default(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: original(f, backend="eager", fullgraph=True, dynamic=False)
     )
-    step = compiled(lambda x: x * 2, True, torch.device("cpu"))
-    for n in range(2, 14):
-        assert step(torch.ones(n)).sum() == 2 * n
+    steps._compiled.cache_clear()
+    double = repeated(lambda x: x * 2)
+    with compiling(True, torch.device("cpu")):
+        for n in range(2, 14):
+            assert double(torch.ones(n)).sum() == 2 * n
     assert graphs() == 12
+    steps._compiled.cache_clear()

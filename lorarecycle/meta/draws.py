@@ -1,0 +1,67 @@
+"""What every step of meta-training draws, drawn beforehand: tables on the device, indexed by a counter there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import MetaConfig
+from ..runtime.seeds import stream
+from .episodes import Episode
+
+
+class Draw(NamedTuple):
+    """What one step draws."""
+
+    rows: Tensor
+    """int64 [n], images of the bank: the support, class after class, then the queries."""
+    mirrored: Tensor
+    """bool [n], images that are seen mirrored."""
+    teacher_classes: Tensor
+    """int64 [n_way], columns of the teacher's logits; 0 where no teacher counts."""
+    cross_task: Tensor
+    """bool scalar: no teacher knows all classes (Eq. 4)."""
+
+
+class Draws(NamedTuple):
+    """The draws of all steps, one above the other."""
+
+    rows: Tensor
+    mirrored: Tensor
+    teacher_classes: Tensor
+    cross_task: Tensor
+
+    @classmethod
+    def of(
+        cls, draw: Callable[[int], Episode], config: MetaConfig, seed: int, *, first: int, device: torch.device
+    ) -> Draws:
+        """Draw beforehand.
+
+        Args:
+            draw: the episode of a step.
+            config: `steps`, `n_way`, `flip`.
+            seed: of the flips.
+            first: step to begin at; what comes before it is left zero.
+            device: where the tables are wanted.
+        """
+        steps = range(first, config.steps)
+        episodes = [draw(step) for step in steps]
+        width = len(episodes[0].images) if episodes else 0
+        classes = torch.zeros(config.steps, config.n_way, dtype=torch.int64)
+        rows = torch.zeros(config.steps, width, dtype=torch.int64)
+        mirrored = torch.zeros(config.steps, width, dtype=torch.bool)
+        cross_task = torch.zeros(config.steps, dtype=torch.bool)
+        for step, episode in zip(steps, episodes, strict=True):
+            rows[step], cross_task[step] = episode.images, episode.cross_task
+            if config.flip:
+                mirrored[step] = torch.rand(width, generator=stream(seed, "flip", step)) < 0.5
+            if len(episode.teacher_classes) and not episode.cross_task:
+                classes[step] = episode.teacher_classes
+        return cls(*(table.to(device) for table in (rows, mirrored, classes, cross_task)))
+
+    def at(self, step: Tensor) -> Draw:
+        """The draw of a step, int64 [1] on the device: it is not read by the host."""
+        return Draw(*(table.index_select(0, step)[0] for table in self))
