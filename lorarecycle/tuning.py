@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,18 @@ from .config import TuneConfig, as_config, as_plain
 from .data.dataset import LabelledImages
 from .data.images import normalize
 from .runtime.checkpoint import Checkpoint
+from .runtime.graphs import Graphs, Step, adam, state_of
 from .runtime.progress import track
 from .runtime.seeds import stream
+from .runtime.steps import Compile, check_compile, compiling
 from .vit.backbone import Backbone
 from .vit.lora import LoRA
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 100
+READ_EVERY = 50
+"""Steps between looks at the loss: each look waits for the GPU."""
 
 
 def tune(
@@ -39,6 +44,8 @@ def tune(
     name: str = "adapter",
     checkpoint: str | PathLike[str] | None = None,
     checkpoints: str | PathLike[str] | None = None,
+    compile: Compile = None,
+    graphs: Graphs = None,
     quiet: bool = False,
 ) -> Adapter:
     """Tune LoRA factors with a linear head on the class-token feature, by Adam (Sec. 5).
@@ -56,6 +63,8 @@ def tune(
             ends with the same bits.
         checkpoints: folder for the adapters after each of the last `config.save_last` epochs, PEFT folders
             `epoch-0101` and so on (counted from 1; the last one is the adapter returned).
+        compile: whether the backbone's blocks run through `torch.compile`; on a GPU only when None.
+        graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: no progress bar.
 
     Returns:
@@ -81,7 +90,7 @@ def tune(
         generator=stream(config.seed, "tune", "factors"),
     )
     head = _linear(backbone.embed_dim, len(data.class_names), stream(config.seed, "tune", "head")).to(backbone.device)
-    optimizer = torch.optim.Adam([*lora.parameters(), *head.parameters()], lr=config.lr)
+    optimizer = adam([*lora.parameters(), *head.parameters()], backbone.device)
     data = data.resize(backbone.image_size)
     per_epoch = math.ceil(len(data) / config.batch_size)
     steps = config.epochs * per_epoch
@@ -94,6 +103,7 @@ def tune(
         steps=steps,
     )
     done = saved.resume()
+    learning = _Steps(backbone, lora, head, optimizer, config.lr, graphs)
 
     def keep(step: int) -> None:
         """Save the adapter where an epoch that is to be kept ends with this step."""
@@ -106,24 +116,18 @@ def tune(
     keep(done)  # stopped between checkpoint and adapter
     order: tuple[Tensor, ...] = ()
     bar = track(range(done, steps), f"tune {name}", quiet=quiet, initial=done)
+    fast = check_compile(compile, backbone.device)
     for step in bar:
         epoch, batch = divmod(step, per_epoch)
         if not batch or not order:
             generator = stream(config.seed, "tune", "order", epoch)
             order = torch.randperm(len(data), generator=generator).split(config.batch_size)
         index = order[batch]
-        labels = data.labels[index].to(backbone.device)
-        pixels = data.images[index].to(backbone.device)
-        if config.flip:
-            mirrored = torch.rand(len(index), generator=stream(config.seed, "tune", "flip", step)) < 0.5
-            pixels = torch.where(mirrored.to(backbone.device)[:, None, None, None], pixels.flip(-1), pixels)
-        features = backbone(normalize(pixels, backbone.mean, backbone.std, backbone.dtype), lora=lora)
-        loss = F.cross_entropy(head(features.float()), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0 or step + 1 == steps:
-            value = loss.item()
+        mirrored = torch.rand(len(index), generator=stream(config.seed, "tune", "flip", step)) < 0.5
+        with compiling(fast, backbone.device):
+            learning(data.images[index], data.labels[index], mirrored & config.flip)
+        if step % READ_EVERY == 0 or step + 1 == steps:
+            value = learning.loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss of tuning {name!r} became {value} at step {step}; lower `lr`.")
             bar.set_postfix(loss=f"{value:.3f}")
@@ -132,6 +136,49 @@ def tune(
             saved.write(step + 1)  # first: the folder never holds adapters that the checkpoint knows nothing of
         keep(step + 1)
     return _snapshot(lora, head, name, backbone, data)
+
+
+class _Steps:
+    """Optimiser steps on batches; each number of images has buffers that stay where they are, and a `Step`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        lora: LoRA,
+        head: nn.Linear,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        graphs: Graphs,
+    ) -> None:
+        self.backbone, self.lora, self.head, self.optimizer, self.graphs = backbone, lora, head, optimizer, graphs
+        self.loss = torch.zeros((), device=backbone.device)
+        rate: Tensor = optimizer.param_groups[0]["lr"]
+        rate.fill_(lr)
+        self._of: dict[int, tuple[list[Tensor], Step]] = {}
+
+    def __call__(self, *batch: Tensor) -> None:
+        """Take a step on images uint8 [B, 3, H, W], labels int64 [B] and whether each is mirrored, bool [B]."""
+        n = len(batch[0])
+        if n not in self._of:
+            there = [torch.empty_like(part, device=self.backbone.device) for part in batch]
+            self._of[n] = there, Step(partial(self._take, *there), self._state, self.backbone.device, self.graphs)
+        there, step = self._of[n]
+        for own, part in zip(there, batch, strict=True):
+            own.copy_(part)
+        step()
+
+    def _take(self, pixels: Tensor, labels: Tensor, mirrored: Tensor) -> None:
+        backbone = self.backbone
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        features = backbone(normalize(pixels, backbone.mean, backbone.std, backbone.dtype), lora=self.lora)
+        loss = F.cross_entropy(self.head(features.float()), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def _state(self) -> list[Tensor]:
+        return [*self.lora.parameters(), *self.head.parameters(), *state_of(self.optimizer)]
 
 
 def _run(backbone: Backbone, data: LabelledImages, config: TuneConfig) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class Recycle:
     preset: Preset = "default"
     """Where the settings start from: "weights" is our recipe (the default), "paper" LoRA Recycle as published."""
     compile: bool | None = None
-    """Run the steps through torch.compile; on a GPU only when left out."""
+    """Run the ViT's blocks through torch.compile; on a GPU only when left out."""
+    graphs: bool | None = None
+    """Launch each step as one CUDA graph; on a GPU only when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[RecycleConfig, Flat] = field(default_factory=RecycleConfig)
@@ -63,7 +65,7 @@ class Recycle:
             return
         if not quiet:
             print(job.plan().describe(), file=sys.stderr)
-        meta_lora = job.run(self.work_dir, name=self.output.name, compile=self.compile, quiet=quiet)
+        meta_lora = job.run(self.work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
         print(meta_lora.save(self.output, config=as_plain(self.config), sources=job.adapters))
 
 

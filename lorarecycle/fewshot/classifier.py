@@ -37,6 +37,7 @@ class _Fitted(NamedTuple):
     distance: Distance
     batch_size: int
     n_jobs: int | None
+    compile: bool = False
 
 
 class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
@@ -64,6 +65,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         batch_size: images per forward pass.
         n_jobs: threads that decode and resize the images of a list; None for one (or what `joblib.parallel_config`
             says), -1 for one per core.
+        compile: run the model's blocks through `torch.compile`, and on a GPU each batch as one launch: for those who
+            solve many tasks, as compiling takes seconds. Batches of one shape share it.
 
     Attributes:
         classes_: [C], sorted where labels can be, else in order of first appearance.
@@ -81,12 +84,14 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         distance: Distance = "euclidean",
         batch_size: int = 64,
         n_jobs: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.backbone = backbone
         self.meta_lora = meta_lora
         self.distance: Distance = distance
         self.batch_size = batch_size
         self.n_jobs = n_jobs
+        self.compile = compile
 
     @renamed_arguments(support_images="X", support_labels="y")
     def fit(self, X: ImageInput, y: Iterable[Hashable]) -> FewShotClassifier:
@@ -215,13 +220,16 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     def _build(self) -> _Fitted:
         self._check_parameters()
-        return _Fitted(share_encoder(self.backbone, self.meta_lora), self.distance, self.batch_size, self.n_jobs)
+        encoder = share_encoder(self.backbone, self.meta_lora)
+        return _Fitted(encoder, self.distance, self.batch_size, self.n_jobs, bool(self.compile))
 
     def _check_parameters(self) -> None:
         if self.distance not in ("euclidean", "sqeuclidean", "cosine"):
             raise ValueError(f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {self.distance!r}.")
         if not _is_int(self.batch_size) or self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size!r}.")
+        if not isinstance(self.compile, (bool, np.bool_)):
+            raise ValueError(f"`compile` must be True or False, got {self.compile!r}.")
         if self.n_jobs is not None and (not _is_int(self.n_jobs) or self.n_jobs == 0):
             raise ValueError(f"`n_jobs` must be None, a number of threads, or -1 for all cores, got {self.n_jobs!r}.")
 
@@ -277,7 +285,8 @@ FewShotClassifier.transform = renamed_arguments(images="X")(FewShotClassifier.tr
 
 def _extract(fitted: _Fitted, images: ImageInput) -> Tensor:
     workers = effective_n_jobs(fitted.n_jobs)  # what `joblib.parallel_config` says where it is None
-    return extract_features(fitted.encoder.model, images, batch_size=fitted.batch_size, name="X", workers=workers)
+    model, forward = fitted.encoder.model, fitted.encoder.compiled if fitted.compile else None
+    return extract_features(model, images, batch_size=fitted.batch_size, name="X", workers=workers, forward=forward)
 
 
 def _is_int(value: object) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..vit.backbone import Backbone
+from ..vit.replay import ReplayedForward
 
 BackboneSource: TypeAlias = Backbone | nn.Module | str | PathLike[str]
 AdapterSource: TypeAlias = Adapter | str | PathLike[str]
@@ -39,6 +40,11 @@ class Encoder:
     meta_lora: Adapter | None
     model: Backbone
     plain: Encoder | None = None
+
+    @cached_property
+    def compiled(self) -> ReplayedForward:
+        """The model's forward pass with compiled blocks, as one launch on a GPU."""
+        return ReplayedForward(self.model, compile=True)
 
     @cached_property
     def digest(self) -> str:

@@ -11,6 +11,7 @@ from ..data.images import ImageInput, count_images, normalize, to_batches
 from ..runtime.progress import track
 from .backbone import Backbone
 from .lora import LoRA
+from .replay import ReplayedForward
 
 
 def normalized_batches(
@@ -61,6 +62,7 @@ def extract_features(
     batch_size: int = 64,
     name: str = "images",
     workers: int | None = None,
+    forward: ReplayedForward | None = None,
     quiet: bool = True,
 ) -> Tensor:
     """Features of many images.
@@ -74,6 +76,8 @@ def extract_features(
         batch_size: images per forward pass.
         name: what error messages call `images`.
         workers: threads that read files, see `to_batches`.
+        forward: that of the backbone, for callers who ask again and again; one of this call's own on a GPU when None.
+            Without `lora` only.
         quiet: no progress bar.
 
     Returns:
@@ -84,4 +88,7 @@ def extract_features(
     batches = normalized_batches(
         backbone, images, size=size, batch_size=batch_size, name=name, workers=workers, quiet=quiet
     )
-    return torch.cat([backbone(batch, lora=lora, pool=pool).float().cpu() for batch in batches])
+    if lora is not None:
+        return torch.cat([backbone(batch, lora=lora, pool=pool).float() for batch in batches]).cpu()
+    forward = forward or ReplayedForward(backbone, compile=False)
+    return torch.cat([forward(batch, pool).float() for batch in batches]).cpu()

@@ -172,3 +172,15 @@ def test_parameters(tiny_backbone: Backbone, tiny_data: LabelledImages, make_ada
     classifier.set_params(meta_lora=make_adapter(tiny_backbone, name="meta"))
     assert "backbone=Backbone('tiny', 3 blocks, width 32, 32 pixels)" in repr(classifier)
     assert "meta_lora=Adapter('meta'," in repr(classifier)
+
+
+@pytest.mark.medium
+def test_compiled_blocks_give_the_same_answers(
+    tiny_backbone: Backbone, halves: tuple[LabelledImages, LabelledImages]
+) -> None:
+    support, query = halves
+    plain, compiled = (
+        FewShotClassifier(tiny_backbone, compile=compile).fit(support.images, support.labels)
+        for compile in (False, True)
+    )
+    np.testing.assert_allclose(compiled.logits(query.images), plain.logits(query.images), rtol=1e-3, atol=1e-4)

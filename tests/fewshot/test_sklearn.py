@@ -71,6 +71,7 @@ def test_scikit_learns_own_checks(vit_folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_constructor_stores_and_nothing_else() -> None:
     nonsense = {"backbone": 3, "meta_lora": "nowhere", "distance": "manhattan", "batch_size": -1, "n_jobs": 0}
+    nonsense["compile"] = "perhaps"
     classifier = FewShotClassifier(**nonsense)
     assert vars(classifier) == classifier.get_params() == nonsense
     twin = clone(classifier)
@@ -84,6 +85,7 @@ def test_the_constructor_stores_and_nothing_else() -> None:
         ({"distance": "manhattan"}, ValueError, "`distance` must be 'euclidean'.*got 'manhattan'"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),
         ({"batch_size": 2.5}, ValueError, "`batch_size` must be at least 1, got 2.5"),
+        ({"compile": "yes"}, ValueError, "`compile` must be True or False, got 'yes'"),
         ({"n_jobs": 0}, ValueError, "`n_jobs` must be None, a number of threads, or -1 for all cores, got 0"),
         ({"backbone": None}, TypeError, "`backbone` must be a Backbone.*got NoneType"),
         ({"backbone": "no-such-model"}, ValueError, "`base` must be a timm model name.*'no-such-model'"),
