@@ -14,7 +14,7 @@ from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.graphs import Graphs, Step, adam, state_of
+from ..runtime.graphs import Graphs, adam
 from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiling
@@ -24,7 +24,7 @@ from .bank import fill_bank
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
-from .loss import episode_loss
+from .step import EpisodeStep
 from .warm_start import start_factors
 
 CHECKPOINT_EVERY = 100
@@ -122,19 +122,9 @@ def meta_train(
     clock.restart()
     rates = torch.tensor([learning_rate(step, config, lr) for step in range(config.steps)], device=device)
     draws = Draws.of(draw, config, seed, first=done, device=device)
-    step_count = torch.full((1,), done, dtype=torch.int64, device=device)
-
-    def take() -> None:
-        loss = episode_loss(backbone, lora, bank, draws.at(step_count), config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        rate: Tensor = optimizer.param_groups[0]["lr"]  # type: ignore[assignment]
-        rate.copy_(rates.index_select(0, step_count)[0])
-        optimizer.step()
-        losses.index_copy_(0, step_count, loss.detach().view(1))
-        step_count.add_(1)
-
-    step = Step(take, lambda: [*lora.parameters(), *state_of(optimizer), losses, step_count], device, graphs)
+    step = EpisodeStep(
+        backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
+    )
     with compiling(compile, device):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lorarecycle import MetaConfig, Surrogate, meta_train
 from lorarecycle.data.images import normalize
+from lorarecycle.meta import step
 from lorarecycle.meta import train as module
 from lorarecycle.meta.bank import fill_bank
 from lorarecycle.meta.draws import Draws
@@ -123,7 +124,7 @@ def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, mo
     whole = meta_train(tiny_backbone, pools, config=CONFIG, quiet=True)
 
     calls = 0
-    original = module.episode_loss
+    original = step.episode_loss
 
     def stopped(*args):
         nonlocal calls
@@ -132,7 +133,7 @@ def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, mo
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(module, "episode_loss", stopped)
+    monkeypatch.setattr(step, "episode_loss", stopped)
     with pytest.raises(KeyboardInterrupt):
         meta_train(tiny_backbone, pools, config=CONFIG, checkpoint=path, quiet=True)
     calls = 100
