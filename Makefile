@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
 
-.PHONY: demo quick test test-avx2 ci grid bench lint wheel clean
+.PHONY: demo quick test test-avx2 ci gpu grid bench lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
@@ -31,6 +31,11 @@ ci: lint wheel
 # Compiles every kernel for GPUs in every configuration that can be launched; no GPU needed, minutes long.
 grid: $(VENV)/installed
 	$(BIN)/pytest -m slow tests/kernels
+
+# On a machine with a GPU, as it is: no environment is made, nothing is fetched. `make gpu PARTS="tests ops steps job"`.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) benchmarks/gpu.py $(PARTS)
 
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only

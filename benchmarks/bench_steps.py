@@ -1,14 +1,17 @@
-"""Whole training steps beside the plain way of `baseline.py`: LoRA Inversion with its prior, and meta-training.
+"""Whole training steps beside the plain ways: LoRA Inversion with its prior, meta-training, tasks through a classifier.
 
     pytest benchmarks/bench_steps.py --benchmark-only --models vit_base
 
-Random weights at 224 x 224; inversion with a ResNet-50 prior. Our precision is the one that the library picks for the
-machine, the plain way's is float32.
+Random weights at 224 x 224; inversion with a ResNet-50 prior. "plain" is `best_plain.py`, in the precision that the
+library picks for the machine; "published" is `baseline.py`, in float32. Ours: "eager" without compiled blocks and
+graphs, "compiled" with the former, "graph" with the latter, "ours" with both, as `recycle` does it on a GPU.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +19,33 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorarecycle import Backbone, BatchNormPrior, Head, MetaConfig
-from lorarecycle.inversion.objective import inversion_loss
-from lorarecycle.meta.loss import query_loss
+from lorarecycle import Backbone, BatchNormPrior, FewShotClassifier, Head, InversionConfig, MetaConfig
+from lorarecycle.inversion.optimise import BatchOptimiser
+from lorarecycle.meta.bank import Bank
+from lorarecycle.meta.draws import Draws
+from lorarecycle.meta.step import EpisodeStep
 from lorarecycle.runtime.device import default_dtype
-from lorarecycle.runtime.steps import compiled
+from lorarecycle.runtime.graphs import adam
+from lorarecycle.runtime.steps import compiling
 from lorarecycle.vit.lora import LoRA
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests and benchmarks are no packages
 import baseline
+import best_plain
 
 ARCHITECTURES = {"ViT-Tiny/16": "vit_tiny_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
 CUDA = torch.cuda.is_available()
-N_WAY, N_SHOT, N_QUERY = 5, 5 if CUDA else 1, 15
+DRY_RUN = bool(os.environ.get("LORARECYCLE_DRY_RUN"))
+"""Whether the code is only to run, on the smallest sizes: the figures then mean nothing."""
+N_WAY, N_SHOT, N_QUERY = (2, 1, 1) if DRY_RUN else (5, 5 if CUDA else 1, 15)
+BATCHES = [2] if DRY_RUN else [25, 100] if CUDA else [5]
 PRUNE = {6: 0.75}
+STEPS = 10_000
+"""More than are taken: the tables of draws have a row for each."""
+WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, None), "ours": (None, None)}
+"""compile and graphs of each form."""
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +62,8 @@ def vit(model) -> Any:
 
 
 @pytest.fixture
-def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
-    def run(step: Callable[[], None], rounds: int = 2) -> None:
+def time_step(benchmark, ceilings) -> Callable[..., None]:
+    def run(step: Callable[[], Any], rounds: int = 2) -> None:
         def finished() -> None:
             step()
             if CUDA:
@@ -57,7 +71,13 @@ def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
 
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        benchmark.pedantic(finished, rounds=20 if CUDA else rounds, warmup_rounds=3 if CUDA else 1)
+        start = time.perf_counter()
+        finished()
+        benchmark.extra_info["first_step_s"] = time.perf_counter() - start
+        if DRY_RUN:
+            benchmark.pedantic(finished, rounds=1)
+        else:
+            benchmark.pedantic(finished, rounds=20 if CUDA else rounds, warmup_rounds=3 if CUDA else 1)
         benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads(), **ceilings}
         benchmark.extra_info["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
         if CUDA:
@@ -66,84 +86,127 @@ def time_step(benchmark, ceilings) -> Callable[[Callable[[], None]], None]:
     return run
 
 
-@pytest.mark.parametrize(
-    "form", ["plain", "plain_pruned", "ours", "ours_pruned", "ours_without_prior", "compiled", "compiled_pruned"]
-)
-def bench_inversion_step(form, model, vit, place, time_step, benchmark):
-    benchmark.group = f"inversion step, {model.name}, batch {25 if CUDA else 5}"
-    B = 25 if CUDA else 5
-    resnet = timm.create_model("resnet50", num_classes=5)
-    images = torch.randn(B, 3, 224, 224).to(place).requires_grad_()
-    labels = torch.arange(B, device=place) % 5
-    optimizer = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
-    prune = PRUNE if form.endswith("pruned") else None
-    if form.startswith("plain"):
+INVERSIONS = ["published", "plain", "eager", "compiled", "graph", "ours"]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("form", [*INVERSIONS, "plain_pruned", "ours_pruned", "ours_without_prior"])
+def bench_inversion_step(form, batch, model, vit, place, time_step, benchmark):
+    benchmark.group = f"inversion step, {model.name}, batch {batch}"
+    resnet, dtype = timm.create_model("resnet50", num_classes=5), default_dtype(place)
+    name, _, kind = form.partition("_")
+    prune = PRUNE if kind == "pruned" else {}
+    if name == "published":
         plain = baseline.PlainViT(vit, freeze=False).to(place)
-        linear = nn.Linear(model.width, 5).to(place)
-        prior = baseline.PlainPrior(resnet).to(place)
-        time_step(lambda: baseline.inversion_step(plain, linear, prior, images, labels, optimizer, prune), rounds=5)
+        linear, prior = nn.Linear(model.width, 5).to(place), baseline.PlainPrior(resnet).to(place)
+        images = torch.randn(batch, 3, 224, 224, device=place).requires_grad_()
+        optimizer = torch.optim.Adam([images], lr=0.25, betas=(0.5, 0.99))
+        labels = torch.arange(batch, device=place) % 5
+        time_step(lambda: baseline.inversion_step(plain, linear, prior, images, labels, optimizer, prune))
         return
-    dtype = default_dtype(place)
-    teacher = Backbone(vit).to(place, dtype)
-    head = Head(torch.randn(5, model.width)).to(place)
-    natural = None if form == "ours_without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
-    loss_of = compiled(inversion_loss, True if form.startswith("compiled") else None, place)
-    time_step(lambda: inversion_step(loss_of, teacher, head, natural, images, labels, optimizer, prune), rounds=5)
+    if name == "plain":
+        frozen = vit.to(place, dtype).eval().requires_grad_(False)
+        linear = nn.Linear(model.width, 5).to(place, dtype).requires_grad_(False)
+        hooked = best_plain.HookedPrior(resnet, dtype).to(place)
+        time_step(best_plain.inversion_step(frozen, linear, hooked, batch, prune))
+        return
+    compile, graphs = WAYS[name]
+    teacher, head = Backbone(vit).to(place, dtype), Head(torch.randn(5, model.width)).to(place)
+    natural = None if kind == "without_prior" else BatchNormPrior(resnet, dtype=dtype).to(place)
+    config = InversionConfig(steps=STEPS, init="noise", batch_size=batch, prune=prune)
+    optimiser = BatchOptimiser(teacher, head, batch, config, natural, graphs)
+    step = optimiser.pruned if prune else optimiser.dense
+    with compiling(compile, place):
+        time_step(step)
 
 
-def inversion_step(
-    loss_of: Callable[..., Tensor],
-    teacher: Backbone,
-    head: Head,
-    prior: BatchNormPrior | None,
-    images: Tensor,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    prune: dict[int, float] | None = None,
-) -> None:
-    """What `invert` does at each step, less its bookkeeping."""
-    seen = images.roll((3, -2), dims=(2, 3))
-    loss = loss_of(teacher, head, seen, labels, prune, prior, 0.01, 224)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        images.clamp_(-1, 1)
+@pytest.mark.parametrize("form", ["plain", "ours"])
+@pytest.mark.parametrize("network", ["resnet50", "tf_efficientnet_lite0"])
+def bench_prior_alone(form, network, place, time_step, benchmark):
+    """Value and gradient of the prior for a batch of images; the model does not matter."""
+    batch, dtype = BATCHES[0], default_dtype(place)
+    benchmark.group = f"prior {network}, batch {batch}"
+    made = timm.create_model(network, num_classes=5)
+    images = torch.randn(batch, 3, 224, 224, device=place).requires_grad_()
+    plain, ours = best_plain.HookedPrior(made, dtype).to(place), BatchNormPrior(made, dtype=dtype).to(place)
+
+    def value() -> torch.Tensor:
+        return plain(images) if form == "plain" else ours(images, ours.mean, ours.std)
+
+    time_step(lambda: torch.autograd.grad(value(), images))
 
 
-@pytest.mark.parametrize("form", ["plain", "dense", "sparse_25", "sparse_50", "sparse_75", "compiled_sparse_75"])
-def bench_meta_step(form, model, vit, place, time_step, benchmark):
-    benchmark.group = f"meta-training step, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
-    images = torch.randn(N_WAY * (N_SHOT + N_QUERY), 3, 224, 224).to(place)
-    if form == "plain":
+SPARSITIES = {"dense": None, "sparse_50": 0.5, "sparse_75": 0.75}
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("form", ["published", "plain", "eager", "compiled", "graph", "ours"])
+def bench_meta_step(form, sparsity, model, vit, place, time_step, benchmark):
+    count, dtype = N_WAY * (N_SHOT + N_QUERY), default_dtype(place)
+    benchmark.group = f"meta-training step, {model.name}, {count} images, {sparsity}"
+    kept, share = None, SPARSITIES[sparsity]
+    if share is not None:
+        n = model.patches - int(model.patches * share)
+        kept = torch.stack([torch.randperm(model.patches)[:n].sort().values for _ in range(count)]).to(place)
+    if form == "published":
+        if kept is not None:
+            pytest.skip("the published code always sees all tokens")
+        images = torch.randn(count, 3, 224, 224, device=place)
         student, teacher = (baseline.PlainViT(vit, freeze=True).to(place) for _ in range(2))
         head = nn.Linear(model.width, N_WAY).to(place)
         optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-3)
         time_step(lambda: baseline.meta_step(student, teacher, head, images, N_WAY, N_SHOT, optimizer))
         return
-    config = MetaConfig(n_way=N_WAY, n_shot=N_SHOT, n_query=N_QUERY)
-    backbone = Backbone(vit).to(place, default_dtype(place))
+    if form == "plain":
+        images = torch.randn(count, 3, 224, 224, device=place, dtype=dtype)
+        frozen = vit.to(place, dtype).eval().requires_grad_(False)
+        time_step(best_plain.meta_step(frozen, images, N_WAY, N_SHOT, r=4, kept=kept))
+        return
+    compile, graphs = WAYS[form]
+    settings = {"r": 4, "lora_alpha": 4.0, "init": "random", "guide_weight": 0.0}
+    config = MetaConfig(steps=STEPS, n_way=N_WAY, n_shot=N_SHOT, n_query=N_QUERY, **settings)
+    backbone = Backbone(vit).to(place, dtype)
     lora = LoRA.random(backbone, generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.Adam(lora.parameters(), lr=1e-3)
-    targets = torch.rand(N_WAY * N_QUERY, N_WAY, device=place).softmax(dim=-1)
-    kept = None
-    if "sparse" in form:
-        n = model.patches - model.patches * int(form[-2:]) // 100
-        kept = torch.stack([torch.randperm(model.patches)[:n].sort().values for _ in images]).to(place)
-    loss_of = compiled(query_loss, True if form.startswith("compiled") else None, place)
+    pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, device=place)
+    bank = Bank(pixels, torch.randn(count, N_WAY, device=place), kept, 224 // model.patch)
+    draws = Draws(
+        torch.arange(count, device=place).expand(STEPS, -1).contiguous(),
+        torch.zeros(STEPS, count, dtype=torch.bool, device=place),
+        torch.arange(N_WAY, device=place).expand(STEPS, -1).contiguous(),
+        torch.zeros(STEPS, dtype=torch.bool, device=place),
+    )
+    rates, losses = torch.full((STEPS,), 1e-3, device=place), torch.zeros(STEPS, device=place)
+    optimizer = adam(lora.parameters(), place)
+    step = EpisodeStep(backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, graphs=graphs)
+    with compiling(compile, place):
+        time_step(step)
 
-    def step() -> None:
-        loss = loss_of(backbone, lora, images.to(backbone.dtype), kept, targets, config)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
-    time_step(step)
+@pytest.mark.parametrize("form", ["plain", "eager", "ours"])
+def bench_tasks(form, model, vit, place, time_step, benchmark):
+    """One 5-way 1-shot task of 80 images, uint8 in memory: fit and predict."""
+    dtype = default_dtype(place)
+    benchmark.group = f"5-way 1-shot task of 80 images, {model.name}"
+    support, query = (torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8) for n in (5, 75))
+    labels = list(range(5))
+    if form == "plain":
+        frozen = vit.to(place, dtype).eval().requires_grad_(False)
+
+        @torch.inference_mode()
+        def solve() -> None:
+            pixels = torch.cat([support, query]).to(place)
+            features = frozen(((pixels.float() / 255 - 0.5) / 0.5).to(dtype)).float()
+            torch.cdist(features[5:], features[:5]).argmin(dim=1).cpu()
+
+        time_step(solve)
+        return
+    classifier = FewShotClassifier(Backbone(vit).to(place, dtype), batch_size=75, compile=form == "ours")
+    time_step(lambda: classifier.fit(support, labels).predict(query))
 
 
 def bench_prototype_head(model, place, time_step, benchmark):
     """What a fused prototype head could save of a meta-training step at most: all of this."""
-    benchmark.group = f"meta-training step, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
+    benchmark.group = f"prototype head, {model.name}, {N_WAY * (N_SHOT + N_QUERY)} images"
     from lorarecycle.meta.prototypes import distance_logits
 
     features = torch.randn(N_WAY * (N_SHOT + N_QUERY), model.width, device=place, requires_grad=True)
