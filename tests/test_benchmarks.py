@@ -1,5 +1,6 @@
 """The benchmark scripts start: what they import is there, and their arguments parse."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,3 +18,43 @@ def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "usage:" in done.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script of `make gpu` as a module, as if there were a GPU."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "CUDA", True)
+    return module
+
+
+def test_a_command_of_make_gpu_ends_at_its_limit(gpu):
+    row = gpu.run("sleep", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    assert row["status"] == 124
+    assert row["seconds"] < 30
+    assert gpu.run("fail", [sys.executable, "-c", "raise SystemExit(3)"], 30)["status"] == 3
+
+
+def test_the_page_of_make_gpu_says_what_ran_and_what_did_not(gpu):
+    machine = {"device": "Some Card", "cuda": "13.0", "commit": "abc", "versions": {"torch": "2.11", "xformers": None}}
+    commands = [{"name": name, "status": status, "seconds": 3} for name, status in (("tests", 1), ("ops", 124))]
+    job = {"what": "a job", "rows": [{"preset": "paper", "seconds": {"images": 1.5}, "peak_memory_GB": 2.0}]}
+    page = gpu.page({"machine": machine, "commands": commands, "job": job})
+    for line in (
+        "# Some Card",
+        "| tests | failed | 3 |",
+        "| ops | stopped at its limit | 3 |",
+        "| paper | images | 1.5 |",
+        "| paper | peak memory, GB | 2.00 |",
+        "xformers is not installed",
+    ):
+        assert line in page
+
+
+def test_every_part_of_make_gpu_has_commands_whose_files_exist(gpu, tmp_path):
+    for part in gpu.LIMITS:
+        for _, command in gpu.commands(part, tmp_path):
+            files = [word for word in command if word.endswith(".py") or word.startswith("tests/")]
+            assert files
+            assert all((BENCHMARKS.parent / file).exists() for file in files), files
