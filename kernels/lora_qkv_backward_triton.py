@@ -168,7 +168,9 @@ def _lora_qkv_sum_kernel(
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + offs_s
         parts = tl.load(
-            parts_ptr + split[:, None] * count + offs[None, :], mask=(split < splits)[:, None] & mask[None, :], other=0.0
+            parts_ptr + split[:, None] * count + offs[None, :],
+            mask=(split < splits)[:, None] & mask[None, :],
+            other=0.0,
         )
         total += tl.sum(parts, axis=0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -265,4 +267,4 @@ def _dy_tile(dy: Tensor, N: int, block_r: int) -> dict[str, int]:
         return _launch(64, "BLOCK_N", 64, 4, 1)
     if not large_shared(gpu):
         return _launch(64, "BLOCK_N", 128, 4, 2)
-    return _launch(64, "BLOCK_N", 256, 4 if block_r == 16 else 8, 3)
+    return _launch(64, "BLOCK_N", 256, 4, 2) if block_r == 16 else _launch(64, "BLOCK_N", 256, 8, 3)

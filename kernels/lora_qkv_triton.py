@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import cdiv
+from .gpu_target import arch, cdiv
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def lora_qkv_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     S, R, K = lora_A.shape
     N = weight.shape[0] // S
     out = torch.empty((S * N, K), dtype=weight.dtype, device=weight.device)
-    block_n, block_k = 16, 256
+    block_n, block_k = 64 if arch() == 0 else 8, 256
     _lora_qkv_fold_kernel[(S * cdiv(N, block_n), cdiv(K, block_k))](
         weight, lora_A.contiguous(), lora_B.contiguous(), out, N, K, R, scaling, weight.stride(0), weight.stride(1),
         BLOCK_N=block_n, BLOCK_K=block_k, STEP_R=4, num_warps=4,

@@ -108,19 +108,18 @@ class LoRA(nn.Module):
 
     def linear(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
         """A frozen linear layer plus its factors, where it carries any; x [..., in]."""
-        return linear(layer, x, self.layer(name, _widths(name, layer), x.dtype))
+        return linear(layer, x, self.layer(name, _widths(name, layer)))
 
-    def layer(self, name: str, widths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def layer(self, name: str, widths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Stacked factors of one linear layer for `kernels.lora_qkv`.
 
         Args:
             name: "blocks.3.attn.qkv", "blocks.3.attn.proj", "blocks.3.mlp.fc1" or "blocks.3.mlp.fc2".
             widths: (in, out of one segment).
-            dtype: of the result.
 
         Returns:
-            `lora_A` [S, R, in] and `lora_B` [S * out, R], scaling folded in, smaller ranks and absent sites padded
-            with zeros; None where the layer carries no factors.
+            `lora_A` [S, R, in] and `lora_B` [S * out, R], in float32, scaling folded in, smaller ranks and absent sites
+            padded with zeros; None where the layer carries no factors.
         """
         _, block, layer = name.split(".", 2)
         sites = [f"blocks.{block}.{site}" for site in _LAYERS[layer]]
@@ -139,7 +138,7 @@ class LoRA(nn.Module):
             lora_A, lora_B = self.lora_A[_key(site)], self.lora_B[_key(site)] * self.scalings[site]
             stack_A.append(nn.functional.pad(lora_A, (0, 0, 0, R - r)) if r < R else lora_A)
             stack_B.append(nn.functional.pad(lora_B, (0, R - r)) if r < R else lora_B)
-        return torch.stack(stack_A).to(dtype), torch.cat(stack_B).to(dtype)
+        return torch.stack(stack_A), torch.cat(stack_B)
 
 
 def linear(layer: nn.Linear, x: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 
-def _lora_qkv(B: int, T: int, K: int, N: int, S: int, R: int, *, strided: bool = False) -> Callable[[torch.dtype], None]:
+def _lora_qkv(
+    B: int, T: int, K: int, N: int, S: int, R: int, *, strided: bool = False
+) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
         from lorarecycle.kernels.lora_qkv_backward_triton import lora_qkv_factor_grads
         from lorarecycle.kernels.lora_qkv_triton import lora_qkv_fold
