@@ -266,5 +266,5 @@ def _dy_tile(dy: Tensor, N: int, block_r: int) -> dict[str, int]:
     if not _in_pieces(dy, N):
         return _launch(64, "BLOCK_N", 64, 4, 1)
     if not large_shared(gpu) or (gpu < 90 and block_r > 16):  # before Hopper, B is held in registers
-        return _launch(64, "BLOCK_N", 128, 4, 2)
+        return _launch(64, "BLOCK_N", 64 if block_r == 64 else 128, 4, 2)
     return _launch(64, "BLOCK_N", 256, 4, 2) if block_r == 16 else _launch(64, "BLOCK_N", 256, 8, 3)
