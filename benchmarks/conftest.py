@@ -79,6 +79,17 @@ def _event_seconds(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def _queued_seconds(run: Callable[[], Any], calls: int = 20) -> float:
+    seconds = sorted(_event_seconds(lambda: [run() for _ in range(calls)]) / calls for _ in range(15))
+    return seconds[len(seconds) // 2]
+
+
+def _graph_seconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=20, return_mode="median") / 1000
+
+
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
     """What this card reaches: a copy of 1 GiB and a square bfloat16 product, best of 20; empty on the CPU."""
@@ -96,16 +107,15 @@ def ceilings() -> dict[str, float]:
 def measure(benchmark, ceilings) -> Callable[..., None]:
     """`measure(run, bytes=..., flops=...)`: time `run` after warming it up, and note what it achieved.
 
-    On CUDA device events time calls queued together, so launches overlap as in real use.
+    On CUDA device events time calls queued together, so launches overlap as in real use; with `graph=True` calls
+    replayed from a CUDA graph, which cost the host nothing.
     """
 
-    def run_benchmark(run: Callable[[], Any], *, bytes: float, flops: float = 0.0) -> None:
+    def run_benchmark(run: Callable[[], Any], *, bytes: float, flops: float = 0.0, graph: bool = False) -> None:
         for _ in range(10 if CUDA else 2):
             run()
         if CUDA:
-            calls = 20
-            seconds = sorted(_event_seconds(lambda: [run() for _ in range(calls)]) / calls for _ in range(15))
-            median = seconds[len(seconds) // 2]
+            median = _graph_seconds(run) if graph else _queued_seconds(run)
             benchmark.pedantic(run, rounds=3, iterations=1)  # the table of pytest-benchmark; host time
             benchmark.extra_info |= {"device_median_s": median, "device": torch.cuda.get_device_name()}
         else:
