@@ -4,8 +4,8 @@
 
 First: the error of the LoRA part alone (output minus bare product, both from the same 16-bit weight and input) against
 float64, for updates of 1e-4 to 1e-1 of the weight's length, at qkv of ViT-B/16. "Kept" is how much of the true LoRA
-part the output holds: its projection on it. Second: 200 meta-steps of the demo's ViT in bfloat16 from random factors,
-plain and folded, on the demo's digits 0 to 5, and the accuracy on the digits 6 to 9 that follow. The folded form is
+part the output holds: its projection on it. Second: 20 and 200 meta-steps of the demo's ViT in bfloat16 from random
+factors, plain and folded, on the demo's digits 0 to 5, and the accuracy on the digits 6 to 9 that follow. The folded form is
 written here in plain PyTorch, with the roundings of the GPU's; products add up in float32, as there. Writes
 benchmarks/results/lora_fold_error.md and .json.
 """
@@ -134,7 +134,7 @@ def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
         return [Evaluation(task_accuracies(features, t), t).summary() for t in tasks]
 
     config = MetaConfig(steps=steps, n_way=3, n_query=3, flip=False, init="random", guide_weight=0.0, interpolation=1.0)
-    rows: list[dict[str, Any]] = [{"form": "no meta-LoRA", "seed": None, "accuracy": scores(plain)}]
+    rows: list[dict[str, Any]] = [{"steps": 0, "form": "no meta-LoRA", "seed": None, "accuracy": scores(plain)}]
     for seed in range(seeds):
         for form, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("folded", torch.bfloat16)):
             backbone = plain.clone().to(dtype)
@@ -144,7 +144,15 @@ def accuracies(steps: int, seeds: int) -> list[dict[str, Any]]:
             name = f"{form}, {str(dtype).removeprefix('torch.')}"
             loss = float(done.losses[-20:].mean())
             moved = _moved(plain, done.meta_lora.factors)
-            rows.append({"form": name, "seed": seed, "accuracy": scores(plain.merge(done.meta_lora)), "loss": loss})
+            rows.append(
+                {
+                    "steps": steps,
+                    "form": name,
+                    "seed": seed,
+                    "accuracy": scores(plain.merge(done.meta_lora)),
+                    "loss": loss,
+                }
+            )
             rows[-1]["moved"] = moved
             print(rows[-1], flush=True)
     return rows
@@ -157,12 +165,13 @@ def _moved(backbone: Backbone, factors: Any) -> float:
     return (update / weight) ** 0.5
 
 
-def _report(found: list[dict[str, float]], trained: list[dict[str, Any]], machine: str, steps: int) -> str:
+def report(found: list[dict[str, float]], trained: list[dict[str, Any]], machine: str, seeds: int) -> str:
+    """Both tables in Markdown."""
     forms = ("eager", "folded", "folded, stochastic rounding", "no LoRA at all")
     lines = [
         "# Folding LoRA factors into a bfloat16 weight",
         "",
-        f"`python benchmarks/lora_fold_error.py` on {machine}.",
+        f"`python benchmarks/lora_fold_error.py --seeds {seeds}` on {machine}.",
         "",
         "## The LoRA part of one layer",
         "",
@@ -181,26 +190,26 @@ def _report(found: list[dict[str, float]], trained: list[dict[str, Any]], machin
         "an output of 8 bits, to which the eager form adds it. Stochastic rounding keeps small updates on average,",
         "with a larger error in every row.",
         "",
-        f"## {steps} meta-steps from random factors",
+        "## Meta-training from random factors",
         "",
         "The demo's ViT (width 144, 6 blocks), rank 16 on q and v, episodes of digits 0 to 5 on photographs. Accuracy",
         "in % on the digits 6 to 9, 600 tasks, of the meta-LoRA merged in float32. Moved: length of the update over",
         "that of the weights.",
         "",
-        "| training | seed | 1-shot | 5-shot | loss of the last 20 steps | moved |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| steps | training | seed | 1-shot | 5-shot | loss of the last 20 steps | moved |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in trained:
         cells = [f"{a['accuracy']:.2f} ± {a['interval']:.2f}" for a in row["accuracy"]]
         rest = [f"{row['loss']:.3f}", f"{row['moved']:.3f}"] if "loss" in row else ["", ""]
         seed = "" if row["seed"] is None else str(row["seed"])
-        lines.append(f"| {row['form']} | {seed} | {' | '.join([*cells, *rest])} |")
+        lines.append(f"| {row['steps']} | {row['form']} | {seed} | {' | '.join([*cells, *rest])} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="meta-steps")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 200], help="meta-steps")
     parser.add_argument("--seeds", type=int, default=3, help="of the meta-training")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "lora_fold_error.json")
     args = parser.parse_args()
@@ -208,11 +217,11 @@ def main() -> None:
     found = errors()
     for row in found:
         print(row, flush=True)
-    trained = accuracies(args.steps, args.seeds)
+    trained = [row for i, steps in enumerate(args.steps) for row in accuracies(steps, args.seeds)[min(i, 1) :]]
     write_json(args.output, {"machine": machine, "errors": found, "trained": trained})
-    report = _report(found, trained, machine, args.steps)
-    write_text(args.output.with_suffix(".md"), report)
-    print(report)
+    written = report(found, trained, machine, args.seeds)
+    write_text(args.output.with_suffix(".md"), written)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,6 @@ def lora_qkv_factor_grads(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
     block_r, block_c = max(16, next_power_of_2(R)), min(64, max(16, next_power_of_2(S * R)))
     width = cdiv(S * R, block_c) * block_c
     x_tile, dy_tile = _x_tile(x), _dy_tile(dy, N, block_r)
-    floats = {"dtype": torch.float32, "device": x.device}
 
     h = torch.empty((M, S, block_r), dtype=x.dtype, device=x.device)
     tile = _project_tile(x)
@@ -202,8 +201,8 @@ def lora_qkv_factor_grads(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
     splits_B, rows_B = _splits(M, dy_tile["BLOCK_M"], tiles_n * S)
     splits_A, rows_A = _splits(M, x_tile["BLOCK_M"], tiles_k)
     count_A, count_B = S * R * K, S * N * R
-    parts = torch.empty(splits_A * count_A + splits_B * count_B, **floats)
-    dh_parts = torch.empty((tiles_n, M, width), **floats)
+    parts = torch.empty(splits_A * count_A + splits_B * count_B, dtype=torch.float32, device=x.device)
+    dh_parts = torch.empty((tiles_n, M, width), dtype=torch.float32, device=x.device)
     _lora_qkv_dy_kernel[(tiles_n * S, splits_B)](
         dy, h, lora_B, dh_parts, parts[splits_A * count_A :], M, N, S, R, width, rows_B, scaling,
         dy.stride(0), dy.stride(1), PRECISION=precision(x), BLOCK_R=block_r, **dy_tile,

@@ -87,6 +87,7 @@ LORA_RANKS = (4, 8, 32, 64)  # 16, 32, 64 and 64 columns of all segments' ranks;
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_qkv/{name}_rank{R}": _lora_qkv(*shape, R) for name, shape in LORA_SHAPES.items() for R in LORA_RANKS},
     "lora_qkv/strided_rank4": _lora_qkv(16, 197, 768, 768, 1, 4, strided=True),
+    "lora_qkv/ones": _lora_qkv(1, 1, 1, 1, 1, 1),  # arguments that are 1 are compiled in
     **{
         f"cls_topk_gather/tokens{M}_width{D}": _cls_topk_gather(100, D // d, M, d, max(1, M // 4))
         for M in (10, 17, 50, 101, 197, 400, 577, 1374, 4096)
