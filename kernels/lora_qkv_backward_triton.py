@@ -1,8 +1,8 @@
 """Triton kernels of the gradients of `lora_qkv`'s factors, and their launcher; imported on first use.
 
 `dB = s dy^T h` needs `h = x A^T`, `dA = dh^T x` needs `dh = s dy B`: x is read for h, dy once for dh and dB, x again
-for dA. A pass over x could be saved by keeping h from the forward pass, but that would read x there. Sums over
-rows are split and added up in a fixed order: no atomics, the same result every time.
+for dA. Keeping h from the forward pass would save nothing: x would be read for it there. Sums over rows are split and
+added up in a fixed order: no atomics, the same result every time.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def lora_qkv_factor_grads(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
 
 
 def _sum(parts: Tensor, out: Tensor, count_0: int, splits_0: int, count_1: int = 0, splits_1: int = 0) -> None:
+    """Write the sums of [splits_0, count_0] and of [splits_1, count_1] behind it, both flat in `parts`."""
     block = 256
     _lora_qkv_sum_kernel[(cdiv(count_0, block) + cdiv(count_1, block),)](
         parts, out, count_0, splits_0, count_1, splits_1, BLOCK=block, BLOCK_SPLITS=8, num_warps=4
@@ -238,14 +239,12 @@ def _in_pieces(x: Tensor, width: int) -> bool:
     return width % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def _launch(block_m: int, names: str, block: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m, names: block, "num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
+def _launch(block_m: int, other: str, block: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": block_m, other: block, "num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
 
 
 def _project_tile(x: Tensor) -> dict[str, int]:
-    if arch() == 0 or x.dtype == torch.float32:
-        return _launch(64, "BLOCK_K", 32, 4, 1)
-    if not _in_pieces(x, x.shape[1]):
+    if arch() == 0 or x.dtype == torch.float32 or not _in_pieces(x, x.shape[1]):
         return _launch(64, "BLOCK_K", 32, 4, 1)
     return _launch(64, "BLOCK_K", 64, 4, 4)
 
