@@ -204,6 +204,17 @@ def report(found: list[dict[str, float]], trained: list[dict[str, Any]], machine
         rest = [f"{row['loss']:.3f}", f"{row['moved']:.3f}"] if "loss" in row else ["", ""]
         seed = "" if row["seed"] is None else str(row["seed"])
         lines.append(f"| {row['steps']} | {row['form']} | {seed} | {' | '.join([*cells, *rest])} |")
+    lines += ["", "Largest distance of two runs of one seed, in points (1-shot):", ""]
+    accuracy = {(row["steps"], row["seed"], row["form"]): row["accuracy"][0]["accuracy"] for row in trained}
+    for steps in sorted({row["steps"] for row in trained} - {0}):
+        apart = {
+            f"{one} and {other}": max(
+                abs(accuracy[steps, seed, one] - accuracy[steps, seed, other]) for seed in range(seeds)
+            )
+            for one, other in (("eager, float32", "eager, bfloat16"), ("eager, bfloat16", "folded, bfloat16"))
+        }
+        lines.append(f"- {steps} steps: " + "; ".join(f"{pair} {points:.2f}" for pair, points in apart.items()))
+    lines += ["", "Where the first pair is as far apart as the second, rounding of any kind is what moves the runs."]
     return "\n".join(lines) + "\n"
 
 
