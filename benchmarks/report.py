@@ -65,8 +65,16 @@ def tables(results: list[dict[str, Any]]) -> str:
             machine = own
         forms = {row["form"]: row["median_ms"] for row in rows}
         plain = next((name for name in PLAIN if name in forms), next(iter(forms)))
-        lines += [f"**{group}**", "", f"| form | median, ms | times as fast as {plain} |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {_rounded(ms)} | {forms[plain] / ms:.2f} |" for name, ms in forms.items()]
+        called = {row["form"]: row.get("as_called_s") for row in rows}
+        both = any(called.values())
+        head = (
+            "replayed from a CUDA graph, ms | as called, ms" if both else "median, ms",
+            "--- | ---" if both else "---",
+        )
+        lines += [f"**{group}**", "", f"| form | {head[0]} | times as fast as {plain} |", f"| --- | {head[1]} | --- |"]
+        for name, ms in forms.items():
+            own = f" | {_rounded(1000 * called[name]) if called[name] else ''}" if both else ""
+            lines.append(f"| {name} | {_rounded(ms)}{own} | {forms[plain] / ms:.2f} |")
         lines.append("")
     return "\n".join(lines)
 

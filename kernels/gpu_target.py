@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 
 # Shared memory one block may use, in KB, by compute capability (CUDA C++ Programming Guide, Table 30).
@@ -31,3 +32,9 @@ def next_power_of_2(n: int) -> int:
 def cdiv(a: int, b: int) -> int:
     """`a / b` rounded up."""
     return -(-a // b)
+
+
+def precision(x: torch.Tensor) -> str:
+    """TF32 for float32 where the user allowed it for PyTorch's own products, else exact float32."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if x.dtype != torch.float32 or allowed else "ieee"

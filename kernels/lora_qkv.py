@@ -1,12 +1,18 @@
-"""`lora_qkv`: a frozen linear layer plus a low-rank pair for each segment of its outputs, in one pass.
+"""`lora_qkv`: a frozen linear layer plus a low-rank pair for each segment of its outputs.
 
-Opaque to `torch.compile`: Inductor could fuse nothing into the kernel's product.
+On a GPU the pairs are folded into the weight, `W' = W + s B A`, and the product with W' is the vendor's, forward and
+for dx. Only the fold and the gradients of the factors are kernels of our own. These two are opaque to `torch.compile`;
+the products are not, so that Inductor may join what follows with them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .backend import choose_backend, on_device_of
@@ -14,82 +20,84 @@ from .backend import choose_backend, on_device_of
 MAX_RANK = 64
 
 
-@torch.library.custom_op("lorarecycle::lora_qkv", mutates_args=())
-def _lora_qkv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> Tensor:
-    from .lora_qkv_triton import lora_qkv_forward
+def _fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    from .lora_qkv_triton import lora_qkv_fold
+
+    with on_device_of(weight):
+        return lora_qkv_fold(weight, lora_A, lora_B, scaling)
+
+
+def _factor_grads(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    from .lora_qkv_backward_triton import lora_qkv_factor_grads
 
     with on_device_of(x):
-        return lora_qkv_forward(x, weight, bias, lora_A, lora_B, scaling)
+        return lora_qkv_factor_grads(dy, x, lora_A, lora_B, scaling)
 
 
-@_lora_qkv.register_fake
-def _(x, weight, bias, lora_A, lora_B, scaling):
-    return x.new_empty((x.shape[0], weight.shape[0]))
+# Bare operators: `torch.library.custom_op` adds 19 us of Python to a call, its `register_autograd` 50 more.
+_library = torch.library.Library("lorarecycle", "FRAGMENT")
+for _schema, _function in (
+    ("lora_qkv_fold(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor", _fold),
+    (
+        "lora_qkv_factor_grads(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+        _factor_grads,
+    ),
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")
 
 
-@torch.library.custom_op("lorarecycle::lora_qkv_backward", mutates_args=())
-def _lora_qkv_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    need_x: bool,
-    need_lora: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from .lora_qkv_backward_triton import lora_qkv_backward
-
-    with on_device_of(x):
-        dx, d_lora_A, d_lora_B = lora_qkv_backward(dy, x, weight, lora_A, lora_B, scaling, need_x, need_lora)
-    # Outputs of an op must not share memory, the empty ones neither.
-    return dx, d_lora_A if need_lora else x.new_empty(0), d_lora_B if need_lora else x.new_empty(0)
+@torch.library.register_fake("lorarecycle::lora_qkv_fold", lib=_library)
+def _(weight, lora_A, lora_B, scaling):
+    return weight.new_empty(weight.shape)
 
 
-@_lora_qkv_backward.register_fake
-def _(dy, x, weight, lora_A, lora_B, scaling, need_x, need_lora):
-    return (
-        x.new_empty(x.shape) if need_x else x.new_empty(0),
-        lora_A.new_empty(lora_A.shape) if need_lora else x.new_empty(0),
-        lora_B.new_empty(lora_B.shape) if need_lora else x.new_empty(0),
-    )
+@torch.library.register_fake("lorarecycle::lora_qkv_factor_grads", lib=_library)
+def _(dy, x, lora_A, lora_B, scaling):
+    dtype = torch.promote_types(lora_A.dtype, lora_B.dtype)
+    return x.new_empty(lora_A.numel() + lora_B.numel(), dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, lora_A, lora_B, ctx.scaling = inputs
-    ctx.save_for_backward(x, weight, lora_A, lora_B)
+class _LoRAQKV(torch.autograd.Function):
+    """The folded form. Saves W', 3.5 MB for a qkv of ViT-B/16 in bfloat16, rather than fold once more for dx."""
 
-
-def _backward(ctx, dy: Tensor):
-    x, weight, lora_A, lora_B = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-    dx = d_weight = d_bias = d_lora_A = d_lora_B = None
-    if need_x or need_A or need_B:
-        dx, d_lora_A, d_lora_B = _lora_qkv_backward(
-            dy, x, weight, lora_A, lora_B, ctx.scaling, need_x, need_A or need_B
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        folded = torch.ops.lorarecycle.lora_qkv_fold.default(weight, lora_A, lora_B, scaling)
+        need_x, need_weight, _, need_A, need_B, _ = ctx.needs_input_grad
+        need_lora = need_A or need_B
+        ctx.save_for_backward(
+            x if need_lora or need_weight else None,
+            folded if need_x else None,
+            lora_A if need_lora else None,
+            lora_B if need_lora else None,
         )
-    if need_weight:
-        d_weight = dy.T @ x
-    if need_bias:
-        d_bias = dy.sum(0)
-    return (
-        dx if need_x else None,
-        d_weight,
-        d_bias,
-        d_lora_A if need_A else None,
-        d_lora_B if need_B else None,
-        None,
-    )
+        ctx.scaling = scaling
+        return F.linear(x, folded, bias)
 
-
-_lora_qkv.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, folded, lora_A, lora_B = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B, _ = ctx.needs_input_grad
+        dx = d_weight = d_bias = d_lora_A = d_lora_B = None
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        if need_x:
+            dx = (dy_rows @ folded).view(*dy.shape[:-1], folded.shape[1])
+        if need_A or need_B:
+            x_rows = x.reshape(-1, x.shape[-1])
+            flat = torch.ops.lorarecycle.lora_qkv_factor_grads.default(dy_rows, x_rows, lora_A, lora_B, ctx.scaling)
+            if need_A:
+                d_lora_A = flat[: lora_A.numel()].view(lora_A.shape).to(lora_A.dtype)
+            if need_B:
+                d_lora_B = flat[lora_A.numel() :].view(lora_B.shape).to(lora_B.dtype)
+        if need_weight:
+            d_weight = dy_rows.T @ x.reshape(-1, x.shape[-1])
+        if need_bias:
+            d_bias = dy_rows.sum(0)
+        return dx, d_weight, d_bias, d_lora_A, d_lora_B, None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -142,7 +150,7 @@ def lora_qkv(
         weight: frozen weight, [N, K], in the dtype of `x`.
         bias: [N] or None.
         lora_A: [S, R, K]; rank R from 1 to 64. Factors may have another floating-point dtype (float32 masters);
-            they are cast to that of `x`.
+            the plain form casts them to that of `x`, the folded form adds them up in float32.
         lora_B: [N, R]; rows of segment i belong to `lora_A[i]`.
         scaling: factor of the low-rank product.
 
@@ -156,8 +164,6 @@ def lora_qkv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, bias, lora_A, lora_B)
-    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if x.numel() == 0 or choose_backend(x, has_cpp=False) == "reference":
-        return reference.lora_qkv(x, weight, bias, lora_A, lora_B, scaling)
-    y = _lora_qkv(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling)
-    return y.view(*x.shape[:-1], -1)
+        return reference.lora_qkv(x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling)
+    return _LoRAQKV.apply(x, weight, bias, lora_A, lora_B, scaling)

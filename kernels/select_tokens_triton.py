@@ -11,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_target import MAX_REGISTERS, arch, cdiv, large_shared
-from .lora_qkv_triton import precision, tile_of
+from .gpu_target import MAX_REGISTERS, arch, cdiv, large_shared, precision
+
+
+@triton.jit
+def _tile_of(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
+    """Tile of a program; GROUP_M row tiles share the column tiles they read while these are in L2."""
+    group_size = GROUP_M * num_pid_n
+    first_m = (pid // group_size) * GROUP_M
+    rows = tl.minimum(num_pid_m - first_m, GROUP_M)
+    return first_m + (pid % group_size) % rows, (pid % group_size) // rows
 
 
 @triton.jit
@@ -45,7 +53,7 @@ def _select_tokens_fwd_kernel(
 ):
     T = P + num_keep
     M = B * T
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP_M)
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -109,7 +117,7 @@ def _select_tokens_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     M = B * num_keep
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)

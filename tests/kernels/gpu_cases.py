@@ -7,18 +7,20 @@ from collections.abc import Callable
 import torch
 
 
-def _lora_qkv(B: int, T: int, K: int, N: int, S: int, R: int, *, need_x: bool = True) -> Callable[[torch.dtype], None]:
+def _lora_qkv(
+    B: int, T: int, K: int, N: int, S: int, R: int, *, strided: bool = False
+) -> Callable[[torch.dtype], None]:
     def launch(dtype: torch.dtype) -> None:
-        from lorarecycle.kernels.lora_qkv_backward_triton import lora_qkv_backward
-        from lorarecycle.kernels.lora_qkv_triton import lora_qkv_forward
+        from lorarecycle.kernels.lora_qkv_backward_triton import lora_qkv_factor_grads
+        from lorarecycle.kernels.lora_qkv_triton import lora_qkv_fold
 
-        def meta(*shape: int) -> torch.Tensor:
+        def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        x, weight, bias = meta(B * T, K), meta(N, K), meta(N)
-        factors = meta(S, R, K), meta(N, R)
-        lora_qkv_forward(x, weight, bias, *factors, 1.0)
-        lora_qkv_backward(meta(B * T, N), x, weight, *factors, 1.0, need_x, True)
+        factors = meta(S, R, K, dtype=torch.float32), meta(N, R, dtype=torch.float32)
+        x, dy = (meta(width, B * T).T if strided else meta(B * T, width) for width in (K, N))
+        lora_qkv_fold(meta(N, K), *factors, 1.0)
+        lora_qkv_factor_grads(dy, x, *factors, 1.0)
 
     return launch
 
@@ -78,28 +80,14 @@ def _batch_norm_prior(
     return launch
 
 
-# images, tokens, K, N, segments: one for each way in which `gemm_tile` and the masks of a tile are chosen
-LORA_SHAPES = {
-    "large": (100, 197, 768, 2304, 3),
-    "medium": (16, 197, 768, 2304, 3),
-    "small": (4, 50, 192, 576, 3),
-    "ragged_large": (100, 257, 1008, 3024, 3),  # multiples of 16 that no tile divides
-    "ragged": (4, 50, 48, 144, 3),
-    "proj": (16, 197, 768, 768, 1),
-    "odd": (3, 49, 100, 66, 3),
-    "odd_outputs": (2, 50, 48, 33, 1),
-}
-LORA_RANKS = (4, 32, 64)
+# images, tokens, K, N, segments: rows in pieces of 16 bytes, and in single elements
+LORA_SHAPES = {"even": (100, 197, 768, 2304, 3), "odd": (3, 49, 100, 66, 3)}
+LORA_RANKS = (4, 8, 32, 64)  # 16, 32, 64 and 64 columns of all segments' ranks; rank blocks of 16, 16, 32 and 64
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"lora_qkv/{name}_rank{R}": _lora_qkv(*shape, R) for name, shape in LORA_SHAPES.items() for R in LORA_RANKS},
-    **{
-        f"lora_qkv/no_dx_{name}_rank{R}": _lora_qkv(*shape, R, need_x=False)
-        for name, shape in LORA_SHAPES.items()
-        if name in ("small", "odd")
-        for R in LORA_RANKS
-    },
-    "lora_qkv/fc1": _lora_qkv(100, 257, 1024, 4096, 1, 16),
+    "lora_qkv/strided_rank4": _lora_qkv(16, 197, 768, 768, 1, 4, strided=True),
+    "lora_qkv/ones": _lora_qkv(1, 1, 1, 1, 1, 1),  # arguments that are 1 are compiled in
     **{
         f"cls_topk_gather/tokens{M}_width{D}": _cls_topk_gather(100, D // d, M, d, max(1, M // 4))
         for M in (10, 17, 50, 101, 197, 400, 577, 1374, 4096)
@@ -129,14 +117,13 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 def sweep() -> list[Callable[[torch.dtype], None]]:
     """Launches of many more sizes: no configuration of theirs may be missing from `CASES`."""
     launches = [
-        _lora_qkv(B, T, K, N, S, R, need_x=need_x)
+        _lora_qkv(B, T, K, N, S, R)
         for B, T in ((1, 1), (2, 50), (16, 197), (100, 257))
         for K, N, S in (
             *((D, 3 * D, 3) for D in (40, 48, 100, 192, 384, 768, 1000, 1024, 1408)),
             *((768, 768, 1), (768, 3072, 1), (3072, 768, 1), (1408, 6144, 1), (48, 33, 1)),
         )
-        for R in (1, 4, 17, 33, 64)
-        for need_x in (True, False)
+        for R in (1, 4, 8, 16, 17, 33, 64)
     ]
     launches += [
         _cls_topk_gather(B, D // 64 or 1, M, d, max(1, M // 4))

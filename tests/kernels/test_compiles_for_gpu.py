@@ -20,10 +20,10 @@ HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # one block, A100 and H200
 
 DEFAULT = [
-    "lora_qkv/large_rank4:bfloat16:90",
-    "lora_qkv/large_rank4:float16:80",
-    "lora_qkv/large_rank4:float32:90",
-    "lora_qkv/large_rank64:bfloat16:90",
+    "lora_qkv/even_rank4:bfloat16:90",
+    "lora_qkv/even_rank4:float16:80",
+    "lora_qkv/even_rank4:float32:90",
+    "lora_qkv/even_rank64:bfloat16:90",
     "cls_topk_gather/tokens197_width768:bfloat16:90",
     "cls_topk_gather/tokens197_width768:float32:80",
     "select_tokens/patch16_batch100:bfloat16:90",
