@@ -7,6 +7,8 @@ activation: forward reads the map once and writes the output, backward reads map
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,7 +107,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _dense(x)
     channels = (None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias))
-    args = (x, *channels, _like(x, residual), eps, activation, layer)
+    args: tuple[Any, ...] = (x, *channels, _like(x, residual), eps, activation, layer)
     if x.is_cuda or backend == "triton":
         from .batch_norm_prior_triton import batch_norm_prior_forward
 
@@ -140,7 +142,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     x = _dense(x)
     channels = (None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias))
-    args = (_like(x, dy), dloss, x, y, *channels, stats, eps, activation)
+    args: tuple[Any, ...] = (_like(x, dy), dloss, x, y, *channels, stats, eps, activation)
     if x.is_cuda or backend == "triton":
         from .batch_norm_prior_backward_triton import batch_norm_prior_backward
 
@@ -272,7 +274,10 @@ def batch_norm_with_prior(
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_epilogue(x, activation, residual)
     backend = choose_backend(x, has_cpp=True)
-    channels = [None if t is None else t.detach() for t in (running_mean, running_var, weight, bias)]
+    running_mean, running_var = running_mean.detach(), running_var.detach()
+    weight = None if weight is None else weight.detach()
+    bias = None if bias is None else bias.detach()
+    channels = (running_mean, running_var, weight, bias)
     if backend == "reference":
         return reference.batch_norm_with_prior(x, *channels, eps, activation=activation, residual=residual)
     y, loss, _ = _batch_norm_prior(x, *channels, residual, eps, activation, True, backend)

@@ -42,6 +42,7 @@ def register(
     if setup_context is None or backward is None:
         return lambda *args: op(*args) if is_traced(args[0]) else forward(*args)
     op.register_autograd(backward, setup_context=setup_context)
+    keep, gradients = setup_context, backward
 
     class Direct(torch.autograd.Function):
         """With `setup_context` inside of `forward`: autograd inspects signatures on every call otherwise."""
@@ -49,14 +50,14 @@ def register(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = forward(*args)
-            setup_context(ctx, args, output)
+            keep(ctx, args, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             if torch.is_grad_enabled():
                 raise NotImplementedError(f"{name} has first derivatives only; call it without `create_graph=True`.")
-            return backward(ctx, *grads)
+            return gradients(ctx, *grads)
 
     def call(*args: Any) -> Any:
         if is_traced(args[0]):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from . import reference
 from .backend import choose_backend, on_device_of
+from .registration import register
 
 
-@torch.library.custom_op("lorarecycle::select_tokens", mutates_args=())
-def _select_tokens(
+def _forward(
     images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
 ) -> Tensor:
     from .select_tokens_triton import select_tokens_forward
@@ -22,22 +22,22 @@ def _select_tokens(
         return select_tokens_forward(images, kept, weight, bias, pos_embed, prefix)
 
 
-@_select_tokens.register_fake
-def _(images, kept, weight, bias, pos_embed, prefix):
+def _forward_fake(images, kept, weight, bias, pos_embed, prefix):
     return images.new_empty((kept.shape[0], prefix.shape[0] + kept.shape[1], weight.shape[0]))
 
 
-@torch.library.custom_op("lorarecycle::select_tokens_backward", mutates_args=())
-def _select_tokens_backward(dout: Tensor, kept: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+def _backward(dout: Tensor, kept: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     from .select_tokens_triton import select_tokens_backward
 
     with on_device_of(dout):
         return select_tokens_backward(dout, kept, weight, height, width)
 
 
-@_select_tokens_backward.register_fake
-def _(dout, kept, weight, height, width):
+def _backward_fake(dout, kept, weight, height, width):
     return dout.new_empty((dout.shape[0], weight.shape[1], height, width))
+
+
+_select_tokens_backward = register("select_tokens_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -47,7 +47,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.num_prefix, ctx.num_patches = prefix.shape[0], pos_embed.shape[0]
 
 
-def _backward(ctx, dout: Tensor):
+def _gradients(ctx, dout: Tensor):
     images, kept, weight = ctx.saved_tensors
     need_images, _, need_weight, need_bias, need_pos, need_prefix = ctx.needs_input_grad
     dimages = dweight = dbias = dpos = dprefix = None
@@ -68,7 +68,7 @@ def _backward(ctx, dout: Tensor):
     return dimages, None, dweight, dbias, dpos, dprefix
 
 
-_select_tokens.register_autograd(_backward, setup_context=_setup_context)
+_select_tokens = register("select_tokens", _forward, _forward_fake, setup_context=_setup_context, backward=_gradients)
 
 
 def _check(
