@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_prior_triton import layer_of, place_of, tile_of
+from .launch import launch
 
 
 @triton.jit
@@ -112,7 +113,8 @@ def batch_norm_prior_backward(
     dx = torch.empty_like(x)
     masked = y is not None and dy is not None
     dresidual = torch.empty_like(x) if masked else x.new_empty(0)
-    _batch_norm_prior_bwd_kernel[(channel_blocks, splits)](
+    launch(
+        _batch_norm_prior_bwd_kernel, (channel_blocks, splits, 1),
         x if dy is None else dy, dloss, x, x if y is None else y, running_mean, running_var,
         running_mean if weight is None else weight, running_mean if bias is None else bias, stats, dx, dresidual,
         num_values=x.numel() // x.shape[1], eps=eps, HAS_DY=dy is not None, HAS_WEIGHT=weight is not None,

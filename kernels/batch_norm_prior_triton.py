@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_target import cdiv, next_power_of_2, processors
+from .launch import launch
 
 
 @triton.jit
@@ -272,13 +273,15 @@ def batch_norm_prior_forward(
     loss_blocks = cdiv(C, loss_c)
     scratch = torch.empty(2 * C * splits + 2 * loss_blocks + 1, dtype=torch.float32, device=x.device)
     gaps, counter = scratch[2 * C * splits :], scratch[-1:]
-    _batch_norm_prior_fwd_kernel[(channel_blocks, splits)](
+    launch(
+        _batch_norm_prior_fwd_kernel, (channel_blocks, splits, 1),
         x, x if residual is None else residual, y, running_mean, running_var,
         running_mean if weight is None else weight, running_mean if bias is None else bias, scratch, counter,
         eps=eps, LAYER=layer, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, **tile,
     )  # fmt: skip
-    _batch_norm_prior_loss_kernel[(loss_blocks,)](
+    launch(
+        _batch_norm_prior_loss_kernel, (loss_blocks, 1, 1),
         x, scratch, gaps, counter, running_mean, running_var, stats, loss,
         C, tile["P"], tile["steps"], tile["num_steps"], splits,
         CHANNELS_LAST=tile["CHANNELS_LAST"], BLOCK_P=tile["BLOCK_P"], BLOCK_C=loss_c,

@@ -1,4 +1,4 @@
-"""`cls_topk_gather`: drop the patch tokens that the class token attends to least, in one launch.
+"""`cls_topk_gather`: drop the patch tokens that the class token attends to least, in two launches.
 
 Opaque to `torch.compile`: the selection has no form that Inductor could fuse with its neighbours.
 """
