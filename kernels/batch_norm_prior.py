@@ -7,6 +7,8 @@ activation: forward reads the map once and writes the output, backward reads map
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +35,20 @@ def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
         return None
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     return other.to(x.dtype).contiguous(memory_format=layout)
+
+
+@cache  # an import statement costs as much as a small allocation
+def _triton_forward() -> ModuleType:
+    from . import batch_norm_prior_triton
+
+    return batch_norm_prior_triton
+
+
+@cache
+def _triton_backward() -> ModuleType:
+    from . import batch_norm_prior_backward_triton
+
+    return batch_norm_prior_backward_triton
 
 
 def _plain_layer(
@@ -109,10 +125,8 @@ def _forward(
     channels = (None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias))
     args: tuple[Any, ...] = (x, *channels, _like(x, residual), eps, activation, layer)
     if x.is_cuda or backend == "triton":
-        from .batch_norm_prior_triton import batch_norm_prior_forward
-
         with on_device_of(x):
-            return batch_norm_prior_forward(*args)
+            return _triton_forward().batch_norm_prior_forward(*args)
     if not cpp.available():
         return _plain_forward(*args)
     return torch.ops.lorarecycle_cpu.batch_norm_prior(*args)
@@ -144,10 +158,8 @@ def _backward(
     channels = (None if t is None else t.contiguous() for t in (running_mean, running_var, weight, bias))
     args: tuple[Any, ...] = (_like(x, dy), dloss, x, y, *channels, stats, eps, activation)
     if x.is_cuda or backend == "triton":
-        from .batch_norm_prior_backward_triton import batch_norm_prior_backward
-
         with on_device_of(x):
-            return batch_norm_prior_backward(*args)
+            return _triton_backward().batch_norm_prior_backward(*args)
     if not cpp.available():
         return _plain_backward(*args)
     return torch.ops.lorarecycle_cpu.batch_norm_prior_backward(*args)
@@ -218,6 +230,10 @@ def _check_epilogue(x: Tensor, activation: str, residual: Tensor | None) -> None
         raise ValueError(f"`residual` must have the dtype of `x`, {x.dtype}, got {residual.dtype}.")
 
 
+def _frozen(t: Tensor) -> Tensor:
+    return t.detach() if t.requires_grad else t
+
+
 def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """Distance of a feature map's statistics from those of a batch-norm layer (LoRA Recycle, Eq. 2).
 
@@ -239,7 +255,7 @@ def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
     backend = choose_backend(x, has_cpp=True)
     if backend == "reference":
         return reference.batch_norm_prior(x, running_mean, running_var)
-    channels = running_mean.detach(), running_var.detach()
+    channels = _frozen(running_mean), _frozen(running_var)
     return _batch_norm_prior(x, *channels, None, None, None, 0.0, "none", False, backend)[1]
 
 
@@ -274,10 +290,12 @@ def batch_norm_with_prior(
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_epilogue(x, activation, residual)
     backend = choose_backend(x, has_cpp=True)
-    running_mean, running_var = running_mean.detach(), running_var.detach()
-    weight = None if weight is None else weight.detach()
-    bias = None if bias is None else bias.detach()
-    channels = (running_mean, running_var, weight, bias)
+    channels = (
+        _frozen(running_mean),
+        _frozen(running_var),
+        None if weight is None else _frozen(weight),
+        None if bias is None else _frozen(bias),
+    )
     if backend == "reference":
         return reference.batch_norm_with_prior(x, *channels, eps, activation=activation, residual=residual)
     y, loss, _ = _batch_norm_prior(x, *channels, residual, eps, activation, True, backend)

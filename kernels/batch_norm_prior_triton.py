@@ -22,6 +22,8 @@ from torch import Tensor
 from .gpu_target import cdiv, next_power_of_2, processors
 from .launch import launch
 
+IN_FRONT = tl.constexpr(16)  # values: what follows starts on a line of memory
+
 
 @triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
@@ -77,8 +79,8 @@ def _batch_norm_prior_fwd_kernel(
     running_var_ptr,
     weight_ptr,
     bias_ptr,
-    partial_ptr,  # [splits, 2, C]: mean relative to the first pixel, squared distances from that mean
-    counter_ptr,  # scalar that the next kernel counts in
+    scratch_ptr,  # in front what the next kernel counts in, then [splits, 2, C]: mean relative to the first pixel,
+    # squared distances from that mean
     C,
     P,
     steps,  # of a split
@@ -97,7 +99,7 @@ def _batch_norm_prior_fwd_kernel(
 ):
     split = tl.program_id(1)
     if (tl.program_id(0) == 0) & (split == 0):
-        tl.store(counter_ptr, 0.0)
+        tl.store(scratch_ptr, 0.0)
     if CHANNELS_LAST:
         C = C // VECTOR * VECTOR
     else:
@@ -139,7 +141,7 @@ def _batch_norm_prior_fwd_kernel(
     count = count.to(tl.float32)[None, :]
     split_mean = tl.sum(mean * count, axis=1) / tl.sum(count, axis=1)
     gap = mean - split_mean[:, None]
-    partial_ptrs = partial_ptr + split * 2 * C + offs_c
+    partial_ptrs = scratch_ptr + IN_FRONT + split * 2 * C + offs_c
     tl.store(partial_ptrs, split_mean, mask=mask_c)
     tl.store(partial_ptrs + C, tl.sum(squares + count * gap * gap, axis=1), mask=mask_c)
 
@@ -147,9 +149,7 @@ def _batch_norm_prior_fwd_kernel(
 @triton.jit
 def _batch_norm_prior_loss_kernel(
     x_ptr,  # [G, C, P]; first pixels
-    partial_ptr,  # [splits, 2, C]
-    gaps_ptr,  # [2, blocks]: squared distances of mean and variance, of each block's channels
-    counter_ptr,  # scalar, zero
+    scratch_ptr,  # as the kernel before left it; behind that [2, blocks]: squared distances of mean and variance
     running_mean_ptr,  # [C]
     running_var_ptr,  # [C]
     stats_ptr,  # [2 C + 2]: means, variances, the two norms
@@ -167,6 +167,8 @@ def _batch_norm_prior_loss_kernel(
 ):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
+    partial_ptr = scratch_ptr + IN_FRONT
+    gaps_ptr = partial_ptr + num_splits * 2 * C
     count = tl.zeros((BLOCK_S, 1), dtype=tl.float32)
     mean = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
     squares = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
@@ -201,7 +203,7 @@ def _batch_norm_prior_loss_kernel(
     tl.store(gaps_ptr + tl.program_id(0), tl.sum(tl.where(mask_c, mean_gap * mean_gap, 0.0), axis=0))
     tl.store(gaps_ptr + blocks + tl.program_id(0), tl.sum(tl.where(mask_c, var_gap * var_gap, 0.0), axis=0))
     tl.debug_barrier()  # all threads have written before one of them says so
-    if tl.atomic_add(counter_ptr, 1.0, sem="acq_rel", scope="gpu") == blocks - 1:
+    if tl.atomic_add(scratch_ptr, 1.0, sem="acq_rel", scope="gpu") == blocks - 1:
         mean_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
         var_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
         for first in range(0, blocks, BLOCK_S):
@@ -271,18 +273,17 @@ def batch_norm_prior_forward(
     stats = torch.empty(2 * C + 2, dtype=torch.float32, device=x.device)
     loss_c = 8
     loss_blocks = cdiv(C, loss_c)
-    scratch = torch.empty(2 * C * splits + 2 * loss_blocks + 1, dtype=torch.float32, device=x.device)
-    gaps, counter = scratch[2 * C * splits :], scratch[-1:]
+    scratch = torch.empty(16 + 2 * C * splits + 2 * loss_blocks, dtype=torch.float32, device=x.device)
     launch(
         _batch_norm_prior_fwd_kernel, (channel_blocks, splits, 1),
         x, x if residual is None else residual, y, running_mean, running_var,
-        running_mean if weight is None else weight, running_mean if bias is None else bias, scratch, counter,
+        running_mean if weight is None else weight, running_mean if bias is None else bias, scratch,
         eps=eps, LAYER=layer, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, **tile,
     )  # fmt: skip
     launch(
         _batch_norm_prior_loss_kernel, (loss_blocks, 1, 1),
-        x, scratch, gaps, counter, running_mean, running_var, stats, loss,
+        x, scratch, running_mean, running_var, stats, loss,
         C, tile["P"], tile["steps"], tile["num_steps"], splits,
         CHANNELS_LAST=tile["CHANNELS_LAST"], BLOCK_P=tile["BLOCK_P"], BLOCK_C=loss_c,
         BLOCK_S=min(256, max(32, next_power_of_2(splits))), NUM_STAGES=2, num_warps=4,

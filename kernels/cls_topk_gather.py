@@ -5,6 +5,9 @@ Opaque to `torch.compile`: the selection has no form that Inductor could fuse wi
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -16,12 +19,17 @@ MAX_TOKENS = 4096
 """Of an image whose scores one Triton program holds in registers; for more, plain PyTorch runs."""
 
 
+@cache  # an import statement costs as much as a small allocation
+def _triton() -> ModuleType:
+    from . import cls_topk_gather_triton
+
+    return cls_topk_gather_triton
+
+
 def _forward(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int, backend: str) -> tuple[Tensor, Tensor]:
     if q.is_cuda or backend == "triton":
-        from .cls_topk_gather_triton import cls_topk_gather_forward
-
         with on_device_of(x):
-            return cls_topk_gather_forward(q, k, x, num_keep, num_prefix)
+            return _triton().cls_topk_gather_forward(q, k, x, num_keep, num_prefix)
     if not cpp.available():
         return reference.cls_topk_gather(q, k, x, num_keep, num_prefix)
     return torch.ops.lorarecycle_cpu.cls_topk_gather(q, k, x, num_keep, num_prefix)
@@ -34,10 +42,8 @@ def _forward_fake(q, k, x, num_keep, num_prefix, backend):
 
 def _backward(dout: Tensor, index: Tensor, num_tokens: int, num_prefix: int, backend: str) -> Tensor:
     if dout.is_cuda or backend == "triton":
-        from .cls_topk_gather_triton import cls_topk_gather_backward
-
         with on_device_of(dout):
-            return cls_topk_gather_backward(dout, index, num_tokens, num_prefix)
+            return _triton().cls_topk_gather_backward(dout, index, num_tokens, num_prefix)
     if not cpp.available():
         return reference.scatter_tokens(dout, index, num_tokens, num_prefix)
     return torch.ops.lorarecycle_cpu.scatter_tokens(dout, index, num_tokens, num_prefix)
@@ -114,4 +120,5 @@ def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: 
     backend = choose_backend(q, has_cpp=True)
     if x.numel() == 0 or backend == "reference" or (backend == "triton" and x.shape[1] > MAX_TOKENS):
         return reference.cls_topk_gather(q, k, x, num_keep, num_prefix)
-    return _cls_topk_gather(q.detach(), k.detach(), x, num_keep, num_prefix, backend)
+    q, k = (t.detach() if t.requires_grad else t for t in (q, k))
+    return _cls_topk_gather(q, k, x, num_keep, num_prefix, backend)

@@ -5,6 +5,9 @@ Opaque to `torch.compile`: a product with a gathered operand is nothing that Ind
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,13 +16,18 @@ from .backend import choose_backend, on_device_of
 from .registration import register
 
 
+@cache  # an import statement costs as much as a small allocation
+def _triton() -> ModuleType:
+    from . import select_tokens_triton
+
+    return select_tokens_triton
+
+
 def _forward(
     images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
 ) -> Tensor:
-    from .select_tokens_triton import select_tokens_forward
-
     with on_device_of(images):
-        return select_tokens_forward(images, kept, weight, bias, pos_embed, prefix)
+        return _triton().select_tokens_forward(images, kept, weight, bias, pos_embed, prefix)
 
 
 def _forward_fake(images, kept, weight, bias, pos_embed, prefix):
@@ -27,10 +35,8 @@ def _forward_fake(images, kept, weight, bias, pos_embed, prefix):
 
 
 def _backward(dout: Tensor, kept: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    from .select_tokens_triton import select_tokens_backward
-
     with on_device_of(dout):
-        return select_tokens_backward(dout, kept, weight, height, width)
+        return _triton().select_tokens_backward(dout, kept, weight, height, width)
 
 
 def _backward_fake(dout, kept, weight, height, width):
