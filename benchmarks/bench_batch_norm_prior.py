@@ -78,3 +78,28 @@ def bench_with_layer(form, inputs, measure, benchmark):
         x.grad = None
 
     measure(step, bytes=5 * x.nbytes)
+
+
+def _plain_block(x, residual, running_mean, running_var):
+    y, loss = _layer_and_permute_copy(x, running_mean, running_var)
+    return torch.relu(y + residual), loss
+
+
+def _fused_block(x, residual, running_mean, running_var):
+    return batch_norm_with_prior(x, running_mean, running_var, activation="relu", residual=residual)
+
+
+@pytest.mark.parametrize("form", ["ours", "eager", "compiled"])
+def bench_end_of_a_block(form, inputs, measure, benchmark, compile_plain):
+    """Layer, prior, residual and ReLU, forward and backward: at least 8 maps' worth of traffic."""
+    benchmark.group = f"batch_norm_with_prior, residual, relu {list(inputs[0].shape)} {inputs[0].stride()[1] == 1}"
+    x = inputs[0].requires_grad_()
+    residual, dy = torch.randn_like(x).requires_grad_(), torch.randn_like(x)
+    run = {"ours": _fused_block, "eager": _plain_block}.get(form) or compile_plain(_plain_block)
+
+    def step():
+        y, loss = run(x, residual, *inputs[1:])
+        torch.autograd.backward([y, loss], [dy, torch.ones_like(loss)])
+        x.grad = residual.grad = None
+
+    measure(step, bytes=8 * x.nbytes)

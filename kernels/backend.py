@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 import torch
 
+from . import cpp
+
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
 _backend: ContextVar[str] = ContextVar("lorarecycle_backend", default="auto")
@@ -45,7 +47,9 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.h
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the GPU of `x` the current one, where Triton launches; does nothing for a tensor elsewhere."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 def _interpreted() -> bool:
@@ -66,7 +70,7 @@ def choose_backend(x: torch.Tensor, *, has_cpp: bool) -> str:
     Raises:
         ValueError: the backend chosen by hand cannot run on the device or the dtype of `x`.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the second: ONNX export through TorchScript, too
         return "reference"
     backend = _backend.get()
     if backend == "auto":
@@ -101,6 +105,4 @@ def choose_backend(x: torch.Tensor, *, has_cpp: bool) -> str:
         return "reference"
     if torch.compiler.is_compiling():  # no build inside a trace; where there is no compiler the op itself knows
         return "cpp"
-    from .cpp import available
-
-    return "cpp" if available() else "reference"
+    return "cpp" if cpp.available() else "reference"

@@ -1,84 +1,77 @@
-"""`cls_topk_gather`: drop the patch tokens that the class token attends to least, in one launch.
+"""`cls_topk_gather`: drop the patch tokens that the class token attends to least, in two launches.
 
 Opaque to `torch.compile`: the selection has no form that Inductor could fuse with its neighbours.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import cpp, reference
 from .backend import choose_backend, on_device_of
+from .registration import register
 
 MAX_TOKENS = 4096
 """Of an image whose scores one Triton program holds in registers; for more, plain PyTorch runs."""
 
 
-@torch.library.custom_op("lorarecycle::cls_topk_gather", mutates_args=(), device_types="cuda")
-def _cls_topk_gather(
-    q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    from .cls_topk_gather_triton import cls_topk_gather_forward
+@cache  # an import statement costs as much as a small allocation
+def _triton() -> ModuleType:
+    from . import cls_topk_gather_triton
 
-    with on_device_of(x):
-        return cls_topk_gather_forward(q, k, x, num_keep, num_prefix)
+    return cls_topk_gather_triton
 
 
-@_cls_topk_gather.register_kernel("cpu")
-def _(q, k, x, num_keep, num_prefix, backend):
-    if backend == "triton":
-        from .cls_topk_gather_triton import cls_topk_gather_forward
-
-        return cls_topk_gather_forward(q, k, x, num_keep, num_prefix)
+def _forward(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int, backend: str) -> tuple[Tensor, Tensor]:
+    if q.is_cuda or backend == "triton":
+        with on_device_of(x):
+            return _triton().cls_topk_gather_forward(q, k, x, num_keep, num_prefix)
     if not cpp.available():
         return reference.cls_topk_gather(q, k, x, num_keep, num_prefix)
     return torch.ops.lorarecycle_cpu.cls_topk_gather(q, k, x, num_keep, num_prefix)
 
 
-@_cls_topk_gather.register_fake
-def _(q, k, x, num_keep, num_prefix, backend):
+def _forward_fake(q, k, x, num_keep, num_prefix, backend):
     B, _, D = x.shape
     return x.new_empty((B, num_prefix + num_keep, D)), x.new_empty((B, num_keep), dtype=torch.int64)
 
 
-@torch.library.custom_op("lorarecycle::cls_topk_gather_backward", mutates_args=(), device_types="cuda")
-def _cls_topk_gather_backward(dout: Tensor, index: Tensor, num_tokens: int, num_prefix: int, backend: str) -> Tensor:
-    from .cls_topk_gather_triton import cls_topk_gather_backward
-
-    with on_device_of(dout):
-        return cls_topk_gather_backward(dout, index, num_tokens, num_prefix)
-
-
-@_cls_topk_gather_backward.register_kernel("cpu")
-def _(dout, index, num_tokens, num_prefix, backend):
-    if backend == "triton":
-        from .cls_topk_gather_triton import cls_topk_gather_backward
-
-        return cls_topk_gather_backward(dout, index, num_tokens, num_prefix)
+def _backward(dout: Tensor, index: Tensor, num_tokens: int, num_prefix: int, backend: str) -> Tensor:
+    if dout.is_cuda or backend == "triton":
+        with on_device_of(dout):
+            return _triton().cls_topk_gather_backward(dout, index, num_tokens, num_prefix)
     if not cpp.available():
         return reference.scatter_tokens(dout, index, num_tokens, num_prefix)
     return torch.ops.lorarecycle_cpu.scatter_tokens(dout, index, num_tokens, num_prefix)
 
 
-@_cls_topk_gather_backward.register_fake
-def _(dout, index, num_tokens, num_prefix, backend):
+def _backward_fake(dout, index, num_tokens, num_prefix, backend):
     return dout.new_empty((dout.shape[0], num_tokens, dout.shape[2]))
+
+
+_cls_topk_gather_backward = register("cls_topk_gather_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     _, _, x, _, ctx.num_prefix, ctx.backend = inputs
     ctx.num_tokens = x.shape[1]
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, dout: Tensor, _):
+def _gradients(ctx, dout: Tensor, _):
     (index,) = ctx.saved_tensors
     dx = _cls_topk_gather_backward(dout, index, ctx.num_tokens, ctx.num_prefix, ctx.backend)
     return None, None, dx, None, None, None
 
 
-_cls_topk_gather.register_autograd(_backward, setup_context=_setup_context)
+_cls_topk_gather = register(
+    "cls_topk_gather", _forward, _forward_fake, setup_context=_setup_context, backward=_gradients
+)
 
 
 def _check(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: int) -> None:
@@ -127,4 +120,5 @@ def cls_topk_gather(q: Tensor, k: Tensor, x: Tensor, num_keep: int, num_prefix: 
     backend = choose_backend(q, has_cpp=True)
     if x.numel() == 0 or backend == "reference" or (backend == "triton" and x.shape[1] > MAX_TOKENS):
         return reference.cls_topk_gather(q, k, x, num_keep, num_prefix)
-    return _cls_topk_gather(q.detach(), k.detach(), x, num_keep, num_prefix, backend)
+    q, k = (t.detach() if t.requires_grad else t for t in (q, k))
+    return _cls_topk_gather(q, k, x, num_keep, num_prefix, backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 
@@ -17,6 +19,14 @@ def arch() -> int:
     if triton.knobs.runtime.interpret:
         return 0
     return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; those of an H100 for a meta tensor, 0 where kernels are interpreted."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def large_shared(gpu: int) -> bool:

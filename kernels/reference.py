@@ -200,6 +200,14 @@ def batch_norm_prior(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Te
     return mean_distance + torch.linalg.vector_norm(var - running_var.to(wide))
 
 
+ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`x` after the activation of that name, one of `ACTIVATIONS`."""
+    return {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](x)
+
+
 def batch_norm_with_prior(
     x: Tensor,
     running_mean: Tensor,
@@ -207,19 +215,25 @@ def batch_norm_with_prior(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A batch-norm layer that normalises with its running statistics, and its prior.
+    """A batch-norm layer that normalises with its running statistics, what follows it, and its prior.
 
     Args:
         x: input of the layer, [B, C, H, W].
         running_mean, running_var: [C].
         weight, bias: [C] or None.
         eps: added to the variance.
+        activation: "none", "relu" or "relu6", after the layer and the residual.
+        residual: added to the layer's output, [B, C, H, W], or None.
 
     Returns:
-        output of the layer, as `x`; the prior, as `batch_norm_prior`.
+        the output, as `x`; the prior of `x`, as `batch_norm_prior`.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     y = F.batch_norm(x, running_mean.to(wide), running_var.to(wide), weight, bias, eps=eps)
+    y = activate(y if residual is None else y + residual, activation)
     return y, batch_norm_prior(x, running_mean, running_var)

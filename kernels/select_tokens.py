@@ -5,39 +5,45 @@ Opaque to `torch.compile`: a product with a gathered operand is nothing that Ind
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from . import reference
 from .backend import choose_backend, on_device_of
+from .registration import register
 
 
-@torch.library.custom_op("lorarecycle::select_tokens", mutates_args=())
-def _select_tokens(
+@cache  # an import statement costs as much as a small allocation
+def _triton() -> ModuleType:
+    from . import select_tokens_triton
+
+    return select_tokens_triton
+
+
+def _forward(
     images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
 ) -> Tensor:
-    from .select_tokens_triton import select_tokens_forward
-
     with on_device_of(images):
-        return select_tokens_forward(images, kept, weight, bias, pos_embed, prefix)
+        return _triton().select_tokens_forward(images, kept, weight, bias, pos_embed, prefix)
 
 
-@_select_tokens.register_fake
-def _(images, kept, weight, bias, pos_embed, prefix):
+def _forward_fake(images, kept, weight, bias, pos_embed, prefix):
     return images.new_empty((kept.shape[0], prefix.shape[0] + kept.shape[1], weight.shape[0]))
 
 
-@torch.library.custom_op("lorarecycle::select_tokens_backward", mutates_args=())
-def _select_tokens_backward(dout: Tensor, kept: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    from .select_tokens_triton import select_tokens_backward
-
+def _backward(dout: Tensor, kept: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
     with on_device_of(dout):
-        return select_tokens_backward(dout, kept, weight, height, width)
+        return _triton().select_tokens_backward(dout, kept, weight, height, width)
 
 
-@_select_tokens_backward.register_fake
-def _(dout, kept, weight, height, width):
+def _backward_fake(dout, kept, weight, height, width):
     return dout.new_empty((dout.shape[0], weight.shape[1], height, width))
+
+
+_select_tokens_backward = register("select_tokens_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -47,12 +53,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.num_prefix, ctx.num_patches = prefix.shape[0], pos_embed.shape[0]
 
 
-def _backward(ctx, dout: Tensor):
+def _gradients(ctx, dout: Tensor):
     images, kept, weight = ctx.saved_tensors
     need_images, _, need_weight, need_bias, need_pos, need_prefix = ctx.needs_input_grad
     dimages = dweight = dbias = dpos = dprefix = None
-    dpatches = dout[:, ctx.num_prefix :]
-    rows = dpatches.flatten(0, 1)
+    if need_weight or need_bias or need_pos:  # a copy, where there are prefix tokens
+        rows = dout[:, ctx.num_prefix :].flatten(0, 1)
     if need_images:
         dimages = _select_tokens_backward(dout, kept, weight, ctx.height, ctx.width)
     if need_weight:
@@ -68,7 +74,7 @@ def _backward(ctx, dout: Tensor):
     return dimages, None, dweight, dbias, dpos, dprefix
 
 
-_select_tokens.register_autograd(_backward, setup_context=_setup_context)
+_select_tokens = register("select_tokens", _forward, _forward_fake, setup_context=_setup_context, backward=_gradients)
 
 
 def _check(
@@ -108,12 +114,10 @@ def _check(
             raise ValueError(f"`{name}` must have the dtype of `images`, {images.dtype}, got {tensor.dtype}.")
     if not images.dtype.is_floating_point:
         raise ValueError(f"`images` must have a floating-point dtype, got {images.dtype}.")
-    if torch.compiler.is_compiling() or kept.numel() == 0:
+    if torch.compiler.is_compiling() or kept.device.type != "cpu" or kept.numel() == 0:
         return
     valid = (kept >= 0) & (kept < num_patches)
-    if kept.device.type != "cpu":
-        torch._assert_async(valid.all())
-    elif not bool(valid.all()):
+    if not bool(valid.all()):
         raise ValueError(f"`kept` must hold positions from 0 to {num_patches - 1}, got {kept[~valid][0].item()}.")
 
 
@@ -137,8 +141,8 @@ def select_tokens(
         [B, P + k, D], ready for block 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a position break the rules above. Positions on a GPU are
-            checked there (a wrong one then stops the process's CUDA context).
+        ValueError: shapes, dtypes, devices or a position break the rules above. Looking at positions on a GPU would
+            hold up the host: there the token of a wrong one is NaN.
     """
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_target import MAX_REGISTERS, arch, cdiv, large_shared, precision
+from .launch import launch
 
 
 @triton.jit
@@ -37,7 +38,8 @@ def _select_tokens_fwd_kernel(
     K,  # C * PATCH * PATCH
     P,
     num_keep,
-    grid_w,  # patches in a row of the image
+    num_patches,  # of an image
+    grid_w,  # patches in a row of it
     stride_ib,
     stride_ic,
     stride_ih,
@@ -62,7 +64,9 @@ def _select_tokens_fwd_kernel(
     image = (offs_m // T).to(tl.int64)
     token = offs_m % T
     is_patch = mask_m & (token >= P)
-    patch = tl.load(kept_ptr + image * num_keep + token - P, mask=is_patch, other=0).to(tl.int32)
+    patch = tl.load(kept_ptr + image * num_keep + token - P, mask=is_patch, other=0)
+    exists = (patch >= 0) & (patch < num_patches)
+    patch = tl.where(exists, patch, 0).to(tl.int32)
     corner = image * stride_ib
     corner += (patch // grid_w) * PATCH * stride_ih + (patch % grid_w) * PATCH * stride_iw
 
@@ -89,7 +93,8 @@ def _select_tokens_fwd_kernel(
         prefix = tl.load(prefix_ptr + token[:, None] * D + offs_n[None, :], mask=mask_prefix, other=0.0)
         added += prefix.to(tl.float32)
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * D + offs_n[None, :]
-    tl.store(out_ptrs, (acc + added).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tokens = tl.where(exists[:, None], acc + added, float("nan"))
+    tl.store(out_ptrs, tokens.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -103,6 +108,7 @@ def _select_tokens_dimages_kernel(
     K,
     P,
     num_keep,
+    num_patches,
     grid_w,
     height,
     width,
@@ -136,7 +142,9 @@ def _select_tokens_dimages_kernel(
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(dout, w, acc, input_precision=PRECISION)
 
-    patch = tl.load(kept_ptr + offs_m, mask=mask_m, other=0).to(tl.int32)
+    patch = tl.load(kept_ptr + offs_m, mask=mask_m, other=0)
+    exists = mask_m & (patch >= 0) & (patch < num_patches)
+    patch = patch.to(tl.int32)
     channel = offs_n // (PATCH * PATCH)
     row = (offs_n // PATCH) % PATCH
     pixel = (channel * height + row) * width + offs_n % PATCH
@@ -144,7 +152,7 @@ def _select_tokens_dimages_kernel(
     corner = image * channels * height * width
     corner += (patch // grid_w) * PATCH * width + (patch % grid_w) * PATCH
     dimages_ptrs = dimages_ptr + corner[:, None] + pixel[None, :]
-    tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=exists[:, None] & mask_n[None, :])
 
 
 def _tile(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
@@ -162,16 +170,20 @@ def _tile(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
 def select_tokens_forward(
     images: Tensor, kept: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor, prefix: Tensor
 ) -> Tensor:
-    """`images` [B, C, H, W], `kept` [B, k], `weight` [D, C, p, p], `prefix` [P, D] -> [B, P + k, D]."""
+    """`images` [B, C, H, W], `kept` [B, k], `weight` [D, C, p, p], `prefix` [P, D] -> [B, P + k, D].
+
+    The token of a position that is none is NaN; no memory outside of the image is read.
+    """
     B, num_keep = kept.shape
     D, C, patch, _ = weight.shape
     P, K = prefix.shape[0], C * patch * patch
     out = torch.empty((B, P + num_keep, D), dtype=images.dtype, device=images.device)
     tile = _tile(B * (P + num_keep), D, K, images.dtype)
-    _select_tokens_fwd_kernel[(cdiv(B * (P + num_keep), tile["BLOCK_M"]) * cdiv(D, tile["BLOCK_N"]),)](
+    launch(
+        _select_tokens_fwd_kernel, (cdiv(B * (P + num_keep), tile["BLOCK_M"]) * cdiv(D, tile["BLOCK_N"]), 1, 1),
         images, kept.contiguous(), weight.contiguous(), images if bias is None else bias.contiguous(),
         pos_embed.contiguous(), prefix.contiguous() if P else images, out,
-        B, D, K, P, num_keep, images.shape[3] // patch, *images.stride(),
+        B, D, K, P, num_keep, pos_embed.shape[0], images.shape[3] // patch, *images.stride(),
         HAS_BIAS=bias is not None, HAS_PREFIX=P > 0, PATCH=patch, PRECISION=precision(images), GROUP_M=8,
         **tile,
     )  # fmt: skip
@@ -185,9 +197,11 @@ def select_tokens_backward(dout: Tensor, kept: Tensor, weight: Tensor, height: i
     K, M = C * patch * patch, B * num_keep
     dimages = torch.zeros((B, C, height, width), dtype=dout.dtype, device=dout.device)
     tile = _tile(M, K, D, dout.dtype)
-    _select_tokens_dimages_kernel[(cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]),)](
+    launch(
+        _select_tokens_dimages_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(K, tile["BLOCK_N"]), 1, 1),
         dout, kept.contiguous(), weight.contiguous(), dimages,
-        B, D, K, dout.shape[1] - num_keep, num_keep, width // patch, height, width, *dout.stride(),
+        B, D, K, dout.shape[1] - num_keep, num_keep, (height // patch) * (width // patch), width // patch,
+        height, width, *dout.stride(),
         PATCH=patch, PRECISION=precision(dout), GROUP_M=8, **tile,
     )  # fmt: skip
     return dimages

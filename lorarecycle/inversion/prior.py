@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import batch_norm_prior, batch_norm_with_prior
+from ..kernels import batch_norm_prior
 from ..runtime.files import load_tensors
+from .prior_graph import losses_graph
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,15 +50,15 @@ class BatchNormPrior(nn.Module):
                 f"`prior` must be a network with batch-norm statistics, got {type(network).__name__} without any; "
                 "use a ResNet, or None for no prior."
             )
-        self._layers: list[Any] = layers
-        for layer in layers:
-            if type(layer) is nn.BatchNorm2d:
-                layer.__class__ = _MeasuredBatchNorm  # our copy; names and weights stay what they are
-            else:
-                layer.register_forward_pre_hook(_measure)
         for module in self.network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
+        graph = losses_graph(self.network, layers)
+        self._graph = None if graph is None else (graph,)  # no child: its modules are the network's
+        self._layers: list[Any] = layers
+        if graph is None:
+            for layer in layers:
+                layer.register_forward_pre_hook(_measure)
 
     @classmethod
     def load(
@@ -134,28 +135,16 @@ class BatchNormPrior(nn.Module):
         x = torch.stack([(c * s + (m - own_m)) / own_s for c, m, s, own_m, own_s in channels], dim=1)
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
-        self.network(x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last))
+        x = x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last)
+        if self._graph is not None:
+            return torch.stack(self._graph[0](x)).sum()
+        self.network(x)
         loss = torch.stack([layer.prior_loss for layer in self._layers]).sum()
         for layer in self._layers:
             layer.prior_loss = None
         return loss
 
 
-class _MeasuredBatchNorm(nn.BatchNorm2d):
-    """A frozen batch-norm layer that leaves the prior of a batch in `prior_loss`, a scalar."""
-
-    prior_loss: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        if torch.compiler.is_compiling():  # Inductor joins the layer with the activation after it
-            _measure(self, (input,))
-            return super().forward(input)
-        mean, var = self.running_mean, self.running_var
-        y, self.prior_loss = batch_norm_with_prior(input, mean, var, self.weight, self.bias, self.eps)
-        return y
-
-
 def _measure(layer: Any, args: tuple[Tensor, ...]) -> None:
+    """Leaves the prior of a batch in `layer.prior_loss`, a scalar, before the layer runs."""
     layer.prior_loss = batch_norm_prior(args[0], layer.running_mean, layer.running_var)

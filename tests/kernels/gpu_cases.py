@@ -62,20 +62,23 @@ def _select_tokens(
 
 
 def _batch_norm_prior(
-    B: int, C: int, size: int, memory_format: torch.memory_format, affine: bool = False
+    B: int, C: int, size: int, memory_format: torch.memory_format, form: str
 ) -> Callable[[torch.dtype], None]:
+    """`form`: "statistics" alone, or an activation, with "+" for a residual before it."""
+
     def launch(dtype: torch.dtype) -> None:
-        from lorarecycle.kernels.batch_norm_prior_triton import (
-            batch_norm_prior_backward,
-            batch_norm_prior_forward,
-        )
+        from lorarecycle.kernels.batch_norm_prior_backward_triton import batch_norm_prior_backward
+        from lorarecycle.kernels.batch_norm_prior_triton import batch_norm_prior_forward
 
         x = torch.empty((B, C, size, size), dtype=dtype, device="meta", memory_format=memory_format)
-        running = torch.empty((2, C), device="meta")
-        scale, shift = torch.empty((2, C), device="meta") if affine else (None, None)
-        _, loss, stats, norms = batch_norm_prior_forward(x, running[0], running[1], scale, shift)
-        dy = x if affine else None
-        batch_norm_prior_backward(dy, x, loss, running[0], running[1], stats, norms, scale)
+        running, layer = torch.empty(C, device="meta"), form != "statistics"
+        activation, residual = form.removesuffix("+") if layer else "none", x if form.endswith("+") else None
+        weight = running if layer else None
+        args = (x, running, running, weight, weight, residual, 1e-5, activation, layer)
+        y, loss, stats = batch_norm_prior_forward(*args)
+        masking = y if residual is not None and activation != "none" else None
+        channels = (running, running, weight, weight, stats)
+        batch_norm_prior_backward(x if layer else None, loss, x, masking, *channels, 1e-5, activation)
 
     return launch
 
@@ -102,14 +105,15 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "select_tokens/registers": _select_tokens(16, 224, 14, 768, 49, 5),
     "select_tokens/odd": _select_tokens(4, 32, 8, 100, 4, 0),
     **{
-        f"batch_norm_prior/{name}{'_affine' if affine else ''}": _batch_norm_prior(*shape, affine)
-        for name, shape in {
-            "nchw": (100, 256, 56, torch.contiguous_format),
-            "channels_last": (100, 256, 56, torch.channels_last),
-            "deep": (100, 2048, 7, torch.contiguous_format),
-            "odd": (3, 70, 9, torch.channels_last),
-        }.items()
-        for affine in (False, True)
+        f"batch_norm_prior/{name}_{form}": _batch_norm_prior(*shape, memory_format, form)
+        for name, *shape, memory_format, forms in (
+            ("channels_last", 100, 256, 56, torch.channels_last, ("statistics", "relu", "relu+", "relu6")),
+            ("few_channels", 25, 24, 112, torch.channels_last, ("relu6",)),
+            ("odd_channels", 3, 70, 9, torch.channels_last, ("relu",)),
+            ("nchw", 100, 256, 56, torch.contiguous_format, ("statistics", "relu+")),
+            ("nchw_deep", 100, 2048, 7, torch.contiguous_format, ("relu+",)),
+        )
+        for form in forms
     },
 }
 

@@ -52,27 +52,49 @@ def test_cpp(shape, layout, dtype, cpp_backend, assert_close):
     _check("cpp", "cpu", shape, dtype, layout, assert_close)
 
 
-def _run_layer(op, x, running_mean, running_var, *affine):
-    """Output, loss and the gradient of both together."""
-    x = x.detach().requires_grad_()
-    y, loss = op(x, running_mean, running_var, *affine)
+def _run_layer(op, x, residual, channels, **options):
+    """Output, loss and the gradients of both together."""
+    inputs = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
+    if residual is not None:
+        options["residual"] = inputs[1]
+    y, loss = op(inputs[0], *channels, **options)
     dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y)  # NCHW, whatever x is
-    return y, loss, torch.autograd.grad((y * dy).sum() + 1.3 * loss, x)[0]
+    return y, loss, *torch.autograd.grad((y * dy).sum() + 1.3 * loss, inputs)
 
 
-def _check_layer(backend, device, shape, dtype, layout, assert_close, affine=True):
-    x, running_mean, running_var = (t.to(device) for t in _inputs(shape, dtype, FORMATS[layout]))
-    weight_bias = (running_mean + 0.5, running_mean * 2) if affine else ()
+def _check_layer(
+    backend,
+    device,
+    shape,
+    dtype,
+    layout,
+    assert_close,
+    affine=True,
+    activation="none",
+    residual=False,
+    op=batch_norm_with_prior,
+):
+    x, *channels = (t.to(device) for t in _inputs(shape, dtype, FORMATS[layout]))
+    if affine:
+        channels += [channels[0] + 0.5, channels[0] * 2]
+    added = torch.linspace(-9, 9, x.numel(), device=device).view(shape).to(x) if residual else None  # NCHW
     with use_backend(backend):
-        got = _run_layer(batch_norm_with_prior, x, running_mean, running_var, *weight_bias)
-    expected = _run_layer(reference.batch_norm_with_prior, x.double(), running_mean, running_var, *weight_bias)
-    assert [t.dtype for t in got] == [dtype, torch.float32, dtype]
-    assert got[0].stride() == got[2].stride() == x.stride()
+        got = _run_layer(op, x, added, channels, activation=activation)
+    wide = x.double(), added if added is None else added.double(), [t.double() for t in channels]
+    expected = _run_layer(reference.batch_norm_with_prior, *wide, activation=activation)
+    if activation == "relu6":  # which side of 6 a value is on is lost where its 16-bit form is 6
+        z = _run_layer(reference.batch_norm_with_prior, *wide)[0]
+        clear = ((z - 6).abs() > 8 * torch.finfo(dtype).eps).double()
+        got, expected = ([*both[:2], *(grad * clear.to(grad) for grad in both[2:])] for both in (got, expected))
+    assert [t.dtype for t in got] == [dtype, torch.float32, *[dtype] * (1 + residual)]
+    assert got[0].stride() == x.stride()
     loss_tolerance, tolerance = TOLERANCES[dtype]
-    for name, value, wanted, limit in zip(
-        ("y", "loss", "dx"), got, expected, (tolerance, loss_tolerance, tolerance), strict=True
-    ):
+    limits = (tolerance, loss_tolerance, tolerance, tolerance)
+    for name, value, wanted, limit in zip(("y", "loss", "dx", "dresidual"), got, expected, limits, strict=False):
         assert_close(value, wanted, limit, name)
+
+
+EPILOGUES = [("none", False), ("relu", False), ("relu6", False), ("none", True), ("relu", True), ("relu6", True)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -82,20 +104,93 @@ def test_layer_triton(shape, layout, dtype, device, assert_close):
     _check_layer("triton", device, shape, dtype, layout, assert_close)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("activation", "residual"), EPILOGUES)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_epilogue_triton(layout, activation, residual, dtype, device, assert_close):
+    _check_layer("triton", device, (5, 72, 3, 7), dtype, layout, assert_close, True, activation, residual)
+
+
+def _without_compiler(x, *channels, activation="none", residual=None):
+    channels += (None,) * (4 - len(channels))
+    args = (x, *channels, residual, 1e-5, activation, True, "cpp")
+    return torch.ops.lorarecycle.batch_norm_prior(*args)[:2]
+
+
+@pytest.mark.parametrize(("activation", "residual"), EPILOGUES)
+def test_epilogue_without_a_compiler(activation, residual, monkeypatch, assert_close):
+    monkeypatch.setattr(cpp, "_loaded", False)
+    shape, layout = (5, 6, 3, 7), "channels_last"
+    options = (True, activation, residual, _without_compiler)
+    _check_layer("auto", "cpu", shape, torch.float32, layout, assert_close, *options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("activation", "residual"), EPILOGUES)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 40, 40), (1, 130, 70, 30)], ids=str)
-def test_layer_cpp(shape, layout, dtype, cpp_backend, assert_close):
-    _check_layer("cpp", "cpu", shape, dtype, layout, assert_close)
+def test_layer_cpp(shape, layout, activation, residual, dtype, cpp_backend, assert_close):
+    _check_layer("cpp", "cpu", shape, dtype, layout, assert_close, True, activation, residual)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("backend", ["triton", "cpp", "reference"])
+def test_a_mean_of_ten_thousand_deviations(backend, layout, request, assert_close):
+    """Mean 1000, deviation 0.1. What float32 leaves of the input is the map; its statistics are exact to rounding."""
+    request.getfixturevalue({"cpp": "cpp_backend", "triton": "device"}.get(backend, "request"))
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn((6, 40, 12, 12), generator=generator) * 0.1 + 1000).to(target).to(memory_format=FORMATS[layout])
+    channels = torch.full((40,), 999.0, device=target), torch.full((40,), 0.02, device=target)
+    with use_backend(backend):
+        got = _run_layer(batch_norm_with_prior, x, None, channels, activation="relu")
+    wide = [t.double() for t in channels]
+    expected = _run_layer(reference.batch_norm_with_prior, x.double(), None, wide, activation="relu")
+    # float32 holds a mean near 1000 to 3e-5, a 3000th of the deviation that the gradient multiplies
+    for name, value, wanted, limit in zip(("y", "loss", "dx"), got, expected, (1e-4, 1e-5, 1e-3), strict=True):
+        assert_close(value, wanted, limit, name)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_results_repeat_bit_by_bit(backend, layout, request):
+    request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    x, *channels = (t.to(target) for t in _inputs((4, 40, 7, 9), torch.bfloat16, FORMATS[layout]))
+    with use_backend(backend):
+        once, again = (_run_layer(batch_norm_with_prior, x, x.flip(0), channels, activation="relu") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_compiled_as_one_graph(backend, request, assert_close):
+    request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
+    target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    x, *channels = (t.to(target) for t in _inputs((2, 6, 5, 7), torch.float32, FORMATS["channels_last"]))
+    compiled = torch.compile(batch_norm_with_prior, backend="aot_eager", fullgraph=True)
+    with use_backend(backend):
+        got, wanted = (
+            _run_layer(op, x, x.flip(0), channels, activation="relu6") for op in (compiled, batch_norm_with_prior)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_second_derivatives_are_refused(cpp_backend):
+    x, *channels = _inputs((2, 6, 5, 7), torch.float32, FORMATS["nchw"])
+    with use_backend("cpp"):
+        loss = batch_norm_prior(x.requires_grad_(), *channels)
+    with pytest.raises(NotImplementedError, match="batch_norm_prior has first derivatives only"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpp", "plain", "reference"])
 def test_layer_without_weight_and_bias(backend, request, monkeypatch, assert_close):
     target = request.getfixturevalue("device") if backend == "triton" else "cpu"
+    op = batch_norm_with_prior
     if backend == "plain":
         monkeypatch.setattr(cpp, "_loaded", False)
-    backend = "cpp" if backend == "plain" else backend
-    _check_layer(backend, target, (2, 6, 5, 7), torch.float32, "channels_last", assert_close, affine=False)
+        backend, op = "auto", _without_compiler
+    _check_layer(backend, target, (2, 6, 5, 7), torch.float32, "channels_last", assert_close, affine=False, op=op)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
@@ -169,7 +264,7 @@ def test_a_map_that_holds_no_numbers_is_not_hidden(backend, layout, bad, request
     x[1, 1, 2, 0] = bad
 
     def plain(*inputs):
-        return torch.ops.lorarecycle.batch_norm_prior(*inputs, None, None, "cpp")[1]
+        return torch.ops.lorarecycle.batch_norm_prior(*inputs, None, None, None, 0.0, "none", False, "cpp")[1]
 
     with use_backend("reference" if backend == "plain" else backend):
         loss, dx = _run(plain if backend == "plain" else batch_norm_prior, x, running_mean, running_var)
@@ -182,29 +277,34 @@ def test_without_a_compiler_inside_a_compiled_function(monkeypatch, assert_close
     monkeypatch.setattr(cpp, "_loaded", False)
     x, running_mean, running_var = _inputs((2, 6, 5, 7), torch.float32, FORMATS["nchw"])
     x.requires_grad_()
-    _, loss, _, _ = torch.ops.lorarecycle.batch_norm_prior(x, running_mean, running_var, None, None, "cpp")
+    args = (x, running_mean, running_var, None, None, None, 0.0, "none", False, "cpp")
+    _, loss, _ = torch.ops.lorarecycle.batch_norm_prior(*args)
     (dx,) = torch.autograd.grad(1.3 * loss, x)
     for got, wanted in zip((loss, dx), _run(reference.batch_norm_prior, x, running_mean, running_var), strict=True):
         assert_close(got, wanted, 3e-6, "plain")
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("form", ["statistics", "layer", "residual"])
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
-def test_opcheck(backend, affine, layout, request):
+def test_opcheck(backend, form, layout, request):
     request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
     target = request.getfixturevalue("device") if backend == "triton" else "cpu"
-    x, running_mean, running_var = (t.to(target) for t in _inputs((2, 3, 4, 4), torch.float32, FORMATS[layout]))
-    scale, shift = (running_var + 1, running_mean) if affine else (None, None)
-    args = (x.requires_grad_(), running_mean, running_var, scale, shift, backend)
+    x, *channels = (t.to(target) for t in _inputs((2, 3, 4, 4), torch.float32, FORMATS[layout]))
+    residual = x.flip(0).requires_grad_() if form == "residual" else None
+    layer = form != "statistics"
+    channels += [channels[1] + 1, channels[0]] if layer else [None, None]
+    args = (x.requires_grad_(), *channels, residual, 1e-5, "relu" if layer else "none", layer, backend)
     torch.library.opcheck(torch.ops.lorarecycle.batch_norm_prior.default, args)
 
 
 def test_gradcheck_of_the_references():
     x, running_mean, running_var = (t.double() for t in _inputs((2, 3, 2, 3), torch.float32, FORMATS["nchw"]))
     assert torch.autograd.gradcheck(
-        lambda t: reference.batch_norm_with_prior(t, running_mean, running_var, running_var + 1, running_mean),
-        x.requires_grad_(),
+        lambda t, r: reference.batch_norm_with_prior(
+            t, running_mean, running_var, running_var + 1, running_mean, activation="relu", residual=r
+        ),
+        (x.requires_grad_(), x.detach().flip(0).requires_grad_()),
     )
     assert torch.autograd.gradcheck(
         lambda t: reference.batch_norm_prior(t, running_mean, running_var), x.requires_grad_()
@@ -244,3 +344,13 @@ def test_errors_of_the_layer_name_weight_and_bias():
         batch_norm_with_prior(x, channels, channels, torch.ones(2))
     with pytest.raises(ValueError, match=r"`bias` must have a floating-point dtype, got torch.int64"):
         batch_norm_with_prior(x, channels, channels, torch.ones(3), torch.ones(3).long())
+
+
+def test_errors_of_the_layer_name_activation_and_residual():
+    x, channels = torch.zeros(2, 3, 4, 4), torch.zeros(3)
+    with pytest.raises(ValueError, match="`activation` must be one of none, relu, relu6, got 'silu'"):
+        batch_norm_with_prior(x, channels, channels, activation="silu")
+    with pytest.raises(ValueError, match=r"`residual` must have the shape of `x`, \[2, 3, 4, 4\], got \[2, 3, 4, 5\]"):
+        batch_norm_with_prior(x, channels, channels, residual=torch.zeros(2, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"`residual` must have the dtype of `x`, torch.float32, got torch.float16"):
+        batch_norm_with_prior(x, channels, channels, residual=x.half())

@@ -28,8 +28,8 @@ DEFAULT = [
     "cls_topk_gather/tokens197_width768:float32:80",
     "select_tokens/patch16_batch100:bfloat16:90",
     "select_tokens/patch16_batch100:bfloat16:80",
-    "batch_norm_prior/nchw_affine:bfloat16:90",
-    "batch_norm_prior/channels_last:float32:80",
+    "batch_norm_prior/channels_last_relu+:bfloat16:90",
+    "batch_norm_prior/nchw_deep_relu+:float32:80",
 ]
 # tf32: float32 where the user allowed tensor cores for it; the ops that multiply no matrices do not ask
 DTYPES = ("bfloat16", "float16", "float32", "tf32")

@@ -69,6 +69,25 @@ def test_channels_last_and_sliced_images_without_bias(device, assert_close):
             assert_close(select_tokens(form, *rest), expected, TOLERANCES[torch.float32], "tokens")
 
 
+def test_positions_that_are_none_read_and_write_nothing(device, assert_close):
+    """On a GPU nobody looks at positions before the kernels do."""
+    from lorarecycle.kernels.select_tokens_triton import select_tokens_backward, select_tokens_forward
+
+    kept, (images, weight, bias, pos_embed, prefix) = _inputs(SIZES[0], torch.float32, device)
+    wrong = kept.clone()
+    wrong[0, 1], wrong[1, 0] = 6, -(2**40)
+    tokens = select_tokens_forward(images, wrong, weight, bias, pos_embed, prefix)
+    lost = tokens.isnan().all(-1)
+    assert lost.nonzero().tolist() == [[0, 2], [1, 1]]
+    expected = reference.select_tokens(images, kept, weight, bias, pos_embed, prefix)
+    assert_close(tokens[~lost], expected[~lost], TOLERANCES[torch.float32], "tokens")
+    got = select_tokens_backward(torch.ones_like(tokens), wrong, weight, *images.shape[2:])
+    wanted = select_tokens_backward(torch.ones_like(tokens), kept, weight, *images.shape[2:])
+    still = reference.cut_patches(got, 16).abs().sum((3, 4, 5)).flatten(1) > 0
+    assert still.sum() == kept.numel() - 2
+    assert ((got == wanted) | (got == 0)).all()
+
+
 def test_opcheck(device):
     kept, (images, *rest) = _inputs((2, 8, 8, 4, 5, 2, 1), torch.float32, device)
     args = (images.requires_grad_(), kept, *(t.requires_grad_() for t in rest))
