@@ -182,8 +182,8 @@ def bench_meta_step(form, sparsity, model, vit, place, time_step, benchmark):
         time_step(step)
 
 
-@pytest.mark.parametrize("form", ["plain", "eager", "ours"])
-def bench_tasks(form, model, vit, place, time_step, benchmark):
+@pytest.mark.parametrize("form", ["plain", "eager", "ours", "onnx_cuda"])
+def bench_tasks(form, model, vit, place, time_step, benchmark, tmp_path):
     """One 5-way 1-shot task of 80 images, uint8 in memory: fit and predict."""
     dtype = default_dtype(place)
     benchmark.group = f"5-way 1-shot task of 80 images, {model.name}"
@@ -199,6 +199,17 @@ def bench_tasks(form, model, vit, place, time_step, benchmark):
             torch.cdist(features[5:], features[:5]).argmin(dim=1).cpu()
 
         time_step(solve)
+        return
+    if form == "onnx_cuda":
+        runtime = pytest.importorskip("onnxruntime")
+        if "CUDAExecutionProvider" not in runtime.get_available_providers():
+            pytest.skip("onnxruntime-gpu is not installed")
+        from lorarecycle.export import ExportConfig, FewShotSession, export_onnx
+
+        export_onnx(Backbone(vit), tmp_path / "exported", None, ExportConfig(dtype="fp16"))
+        session = FewShotSession(tmp_path / "exported", providers=["CUDAExecutionProvider"])
+        pixels = [images.permute(0, 2, 3, 1).contiguous().numpy() for images in (support, query)]
+        time_step(lambda: session.fit(pixels[0], labels).predict(pixels[1]))
         return
     classifier = FewShotClassifier(Backbone(vit).to(place, dtype), batch_size=75, compile=form == "ours")
     time_step(lambda: classifier.fit(support, labels).predict(query))
