@@ -194,7 +194,7 @@ class Job:
             logger.warning(line)
         folder = None
         if work_dir is not None:
-            folder = WorkDir(Path(work_dir), self.inverted)
+            folder = WorkDir(Path(work_dir).expanduser(), self.inverted)
             if not folder.finished:
                 _ = self.prior  # not to be had: said before anything is written
             folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))

@@ -163,7 +163,7 @@ def _checkpoint_folder(checkpoints: str | PathLike[str] | None, save_last: int) 
             f"`checkpoints` must name a folder where `save_last` is positive and only there, got {checkpoints!r} "
             f"with save_last={save_last}; give both or none."
         )
-    return None if checkpoints is None else Path(checkpoints)
+    return None if checkpoints is None else Path(checkpoints).expanduser()
 
 
 def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> None:

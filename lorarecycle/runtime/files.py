@@ -35,7 +35,7 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
     Raises:
         OSError: writing failed; the message names the file. Nothing is left then, folders made here included.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         with hidden_folder(path.parent) as folder:
             temporary = folder / path.name
@@ -149,19 +149,25 @@ def read_json(path: str | PathLike[str]) -> Any:
         FileNotFoundError: no such file.
         ValueError: not JSON, nested too deep or too large; the message names the file and the place.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
             raise ValueError(f"{path} must be JSON of at most {MAX_JSON} bytes, got {size}; fetch the file again.")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_integer)
     except RecursionError:
         raise ValueError(f"{path} must be JSON, got brackets nested too deep; fetch the file again.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OverflowError) as error:
         refuse_pointer(path)
         raise ValueError(
             f"{path} must be JSON, got text that does not parse ({error}); fetch the file again."
         ) from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 1000:
+        raise OverflowError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_object(path: str | PathLike[str]) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}.")
     try:

@@ -23,7 +23,10 @@ def require_plain_vit(vit: nn.Module) -> None:
     """
     kind = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
-        raise TypeError(f"`base` must be a timm VisionTransformer, got a {kind}; load it by name with `Backbone.load`.")
+        raise TypeError(
+            f"`base` must be a timm VisionTransformer, got a {kind}; choose a plain ViT, such as one of "
+            "`timm.list_models('vit_*_patch*')`."
+        )
     if vit.cls_token is None:
         raise ValueError(f"the backbone must have a class token, got a {kind} without one; choose another model.")
     patches: Any = vit.patch_embed
