@@ -77,5 +77,5 @@ def compare_accuracy(
 
 
 def _prepare(images: Tensor, graph: EncoderGraph) -> Tensor:
-    pixels = to_uint8(images, graph.backbone.image_size)
+    pixels = to_uint8(images, graph.backbone.fit)
     return pixels if graph.uint8_input else normalize(pixels, graph.backbone.mean, graph.backbone.std)

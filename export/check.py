@@ -174,7 +174,7 @@ def full_float32(device: str) -> Iterator[None]:
 def trial_pixels(graph: EncoderGraph, n: int, images: Any = None) -> Tensor:
     """What goes into the encoder, [n, 3, H, W]: noise and real images by turns, digits when `images` is None."""
     backbone = graph.backbone
-    real = to_uint8(handwritten_digits()[0][::6] if images is None else images, backbone.image_size)
+    real = to_uint8(handwritten_digits()[0][::6] if images is None else images, backbone.fit)
     real = real[torch.arange((n + 1) // 2) % len(real)]
     noise = torch.randint(0, 256, real.shape, generator=stream(0, "export check"), dtype=torch.uint8)
     pixels = torch.stack([noise, real], dim=1).flatten(0, 1)[:n]  # every batch from 2 on has both

@@ -79,7 +79,7 @@ def export_onnx(
         ImportError, ValueError: see `export_encoder`.
     """
     config = config or ExportConfig()
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     require_free(directory, force)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     graph, embed_dim = references.graph, backbone.embed_dim
@@ -125,14 +125,15 @@ def _describe(
         "model": backbone.name,
         "meta_lora": None if meta_lora is None else {"name": meta_lora.name, "sha256": meta_lora.digest()},
         "image_size": backbone.image_size,
-        "resize": "shorter side to image_size, then centre crop",
+        "resize": backbone.fit.resize,
+        "crop_pct": backbone.fit.crop_pct,
         "interpolation": "bicubic, antialiased",
         "scale": 1 / 255,
         "mean": list(backbone.mean),
         "std": list(backbone.std),
         "input_dtype": "uint8" if config.uint8_input else "float32",
         "batch_size": config.batch_size or "dynamic",
-        "feature": "class token after the final norm",
+        "feature": "mean patch token" if backbone.own_pool == "avg" else "class token after the final norm",
         "embed_dim": backbone.embed_dim,
         "distance": config.distance,
         "dtype": config.dtype,

@@ -33,6 +33,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sha256": (lambda value: isinstance(value, dict), "hashes by file name"),
 }
 _KEYS = (*_RULES, "distance")
+_CROP = "shorter side to image_size, then centre crop"
+"""What `resize` was before it could be otherwise."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -60,6 +62,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     for key, (fits, rule) in _RULES.items():
         if not fits(content[key]):
             raise ValueError(f"`{key}` in {path} must be {rule}, got {content[key]!r}; export again.")
+    resize = content.get("resize", _CROP)
+    content["resize"], content["crop_pct"] = "crop" if resize == _CROP else resize, content.get("crop_pct", 1.0)
+    if content["resize"] not in ("crop", "squash"):
+        raise ValueError(f"`resize` in {path} must be 'crop' or 'squash', got {resize!r}; export again.")
+    if type(content["crop_pct"]) not in (int, float) or not 0.1 <= content["crop_pct"] <= 1:
+        raise ValueError(f"`crop_pct` in {path} must be from 0.1 to 1, got {content['crop_pct']!r}; export again.")
     return content
 
 
@@ -88,6 +96,8 @@ def model_hash(content: dict[str, Any]) -> str:
     """SHA-256 over what decides the features of an image: the encoder, its weights, and how pixels are prepared."""
     files = [content["sha256"].get(name) for name in ("encoder.onnx", "encoder.onnx.data")]
     pixels = [content[key] for key in ("image_size", "mean", "std", "input_dtype")]
+    if (content["resize"], content["crop_pct"]) != ("crop", 1):  # so that hashes from before hold
+        pixels += [content["resize"], content["crop_pct"]]
     return hashlib.sha256(json.dumps([files, pixels]).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..vit.backbone import Backbone
+from ..vit.base import warn_of_doubts
 
 
 def prepare_backbone(backbone: Backbone, meta_lora: Adapter | None, image_size: int | None) -> Backbone:
@@ -31,9 +32,19 @@ def prepare_backbone(backbone: Backbone, meta_lora: Adapter | None, image_size: 
         raise ValueError(f"`img_size` must be a multiple of the patch size {patch}, got {size}; take {nearest}.")
     model = backbone.clone().to("cpu", torch.float32)
     if meta_lora is not None:
+        warn_of_doubts(backbone, [meta_lora])
         model = model.merge(meta_lora)
     # built anew, so that the position embeddings are resampled here and not in the graph
-    return Backbone(model.vit, name=backbone.name, image_size=size, mean=backbone.mean, std=backbone.std)
+    return Backbone(
+        model.vit,
+        name=backbone.name,
+        image_size=size,
+        mean=backbone.mean,
+        std=backbone.std,
+        resize=backbone.fit.resize,
+        crop_pct=backbone.fit.crop_pct,
+        family=backbone.family,
+    )
 
 
 class EncoderGraph(nn.Module):

@@ -47,7 +47,7 @@ def export_aoti(
         RuntimeError: no C++ compiler, or it fails.
     """
     config = config or ExportConfig()
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != SUFFIX:
         raise ValueError(f"`path` of a package must end in {SUFFIX}, got {path.name!r}.")
     require_fp32(config)
@@ -69,6 +69,8 @@ def _compile(graph: EncoderGraph, path: Path, config: ExportConfig) -> None:
     shapes = ({0: torch.export.Dim("batch_size", min=1, max=65536)},) if config.batch_size is None else None
     metadata = {
         "image_size": str(backbone.image_size),
+        "resize": backbone.fit.resize,
+        "crop_pct": repr(backbone.fit.crop_pct),
         "embed_dim": str(backbone.embed_dim),
         "batch_size": str(config.batch_size or 0),
         "distance": config.distance,

@@ -57,7 +57,7 @@ class FewShotSession:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self.config: dict[str, Any] = read_config(self.directory)
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._verify = verify
@@ -214,7 +214,8 @@ class FewShotSession:
 
     def _pixels(self, images: Any, name: str) -> Iterable[np.ndarray]:
         config = self.config
-        for pixels in to_batches(images, config["image_size"], self.batch_size, name=name):
+        fit = {"resize": config["resize"], "crop_pct": config["crop_pct"]}
+        for pixels in to_batches(images, config["image_size"], self.batch_size, name=name, **fit):
             yield pixels if config["input_dtype"] == "uint8" else normalize(pixels, config["mean"], config["std"])
 
     def _require_fitted(self) -> None:

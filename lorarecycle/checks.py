@@ -11,17 +11,23 @@ from .stages import Needs
 from .vit.backbone import Backbone
 
 
-def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
-    """Adapters whose update is not zero everywhere, and a note that names the others.
+def leave_out_unfit(backbone: Backbone, adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
+    """Adapters that fit a backbone, and a note for each of the others.
 
     Raises:
-        ValueError: all of them are zero.
+        ValueError: none does.
     """
-    alive = [a for a in adapters if any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in a.factors.values())]
-    dead = sorted(a.name for a in adapters if not any(a is b for b in alive))
-    if not alive:
-        raise ValueError(f"`adapters` must change the model, got updates of zero in all: {', '.join(dead)}.")
-    return alive, [f"left out, as their update is zero: {', '.join(dead)}"] if dead else []
+    fitting, notes = [], []
+    for adapter in adapters:
+        try:
+            backbone.check(adapter)
+            _check_normalisation(backbone, adapter)
+            fitting.append(adapter)
+        except ValueError as error:
+            notes.append(f"left out, as it does not fit: {error}")
+    if not fitting:
+        raise ValueError(f"`adapters` must hold one that fits {backbone.name!r}, got none: {'; '.join(notes)}")
+    return fitting, notes
 
 
 def choose_inverted(adapters: Sequence[Adapter], config: RecycleConfig) -> tuple[list[Adapter], list[str]]:

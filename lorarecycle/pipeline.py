@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from .adapters.adapter import Adapter
-from .adapters.load_many import AdapterLike, HubOptions, load_adapters
-from .checks import check_adapters, choose_inverted, leave_out_dead
+from .adapters.dead import leave_out_dead
+from .adapters.load_many import AdapterLike, HubOptions, Loaded, load_all
+from .checks import check_adapters, choose_inverted, leave_out_unfit
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_config, as_plain
 from .inversion.invert import Inverter, load_prior
 from .inversion.pictures import painted_surrogate
@@ -31,7 +32,7 @@ from .runtime.seeds import derive
 from .runtime.steps import Compile
 from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
-from .vit.base import BaseLike, find_base
+from .vit.base import BaseLike, doubts, find_base
 from .vit.lora import LoRA
 from .work_dir import WorkDir, canonical_order, describe_run
 
@@ -51,6 +52,7 @@ def recycle(
     inversion: InversionConfig | Mapping[str, Any] | None = None,
     meta: MetaConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
+    strict: bool | None = None,
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -70,8 +72,8 @@ def recycle(
     The order of adapters and the names of adapters, classes and files do not change the result.
 
     Args:
-        adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many. Heads are asked for only
-            where the settings use them (see `Plan.needs`).
+        adapters: `Adapter` objects, PEFT models, PEFT folders or Hub ids, or one folder that holds many, at any depth.
+            Heads are asked for only where the settings use them (see `Plan.needs`).
         base: the model that they were tuned on (see `Backbone.load`); the one that the adapters name when None.
         work_dir: folder for images and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits (on a CPU; some of CUDA's operations are not exactly repeatable);
@@ -83,6 +85,9 @@ def recycle(
         inversion: settings of the images, or a mapping of those that differ.
         meta: settings of the meta-training, likewise.
         seed: of everything random.
+        strict: what becomes of adapters, or parts of them, that are left out (updates of zero, earlier checkpoints,
+            LoRA outside the blocks). None: they are counted and named, in the log and in the plan, and an adapter that
+            cannot be read is an error. True: they are an error. False: a bad adapter is left out too.
         prior: batch-norm network in place of `inversion.prior`; its normalisation is ImageNet's unless it is a
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
@@ -109,6 +114,7 @@ def recycle(
         inversion=inversion,
         meta=meta,
         seed=seed,
+        strict=strict,
         prior=prior,
         device=device,
         dtype=dtype,
@@ -124,7 +130,7 @@ def make_plan(adapters: AdapterLike | Iterable[AdapterLike], **settings: Any) ->
 
     Args:
         adapters: as in `recycle`.
-        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `prior`, `device`, `dtype` and
+        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `strict`, `prior`, `device`, `dtype` and
             those for the Hub, as in `recycle`.
 
     Raises:
@@ -145,6 +151,7 @@ class Job:
         given_prior: network in place of `config.inversion.prior`.
         dtype: precision of the run.
         notes: what a user should know, a line each.
+        said: how many of them, from the first, are in the log already.
         seconds: that each stage took, once it has run.
     """
 
@@ -155,6 +162,7 @@ class Job:
     given_prior: BatchNormPrior | None
     dtype: torch.dtype
     notes: tuple[str, ...]
+    said: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -186,11 +194,11 @@ class Job:
         quiet: bool = False,
     ) -> Adapter:
         """Do it; arguments and errors as in `recycle`."""
-        for line in self.notes:
+        for line in self.notes[self.said :]:
             logger.warning(line)
         folder = None
         if work_dir is not None:
-            folder = WorkDir(Path(work_dir), self.inverted)
+            folder = WorkDir(Path(work_dir).expanduser(), self.inverted)
             if not folder.finished:
                 _ = self.prior  # not to be had: said before anything is written
             folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
@@ -266,7 +274,7 @@ class Job:
 
 
 def prepare(
-    adapters: AdapterLike | Iterable[AdapterLike],
+    adapters: AdapterLike | Iterable[AdapterLike] | Loaded,
     *,
     base: BaseLike | None = None,
     preset: Literal["default", "weights", "paper"] = "default",
@@ -274,6 +282,7 @@ def prepare(
     inversion: InversionConfig | Mapping[str, Any] | None = None,
     meta: MetaConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
+    strict: bool | None = None,
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -291,13 +300,20 @@ def prepare(
     if prior is not None and settings.inversion.prior is None:
         settings = replace(settings, inversion=replace(settings.inversion, prior="given"))
     where, precision = resolve(device, dtype)
-    found = canonical_order(load_adapters(adapters, **hub))
+    loaded = load_all(adapters, strict=strict, **hub)
+    found = canonical_order(loaded.adapters)
     backbone = find_base(base, found).to(where)
     found, dead = leave_out_dead(found)
+    found, unfit = leave_out_unfit(backbone, found) if strict is False else (found, [])
     inverted, headless = choose_inverted(found, settings)
+    left_out = [*dead, *unfit, *headless]
+    if strict and left_out:
+        raise ValueError(
+            f"`strict` allows nothing to be left out, got: {'; '.join(left_out)}. Remove these, or pass strict=None."
+        )
     check_adapters(backbone, found, inverted, settings)
     random_factors(backbone, settings.meta, settings.seed)
-    notes = [*dead, *headless]
+    notes = [*loaded.notes, *left_out, *doubts(backbone, found)]
     idle = [f"{key}={value!r}" for key, value in _changed(settings, start) if key in unused_settings(settings)]
     if idle:
         notes.append(f"set, but without effect under the other settings: {', '.join(idle)}")
@@ -307,7 +323,7 @@ def prepare(
     if prior is not None and not isinstance(prior, BatchNormPrior):
         prior = BatchNormPrior(prior, size=settings.inversion.prior_size, dtype=precision)
     network = None if prior is None else prior.to(where)
-    return Job(found, inverted, backbone, settings, network, precision, tuple(notes))
+    return Job(found, inverted, backbone, settings, network, precision, tuple(notes), len(loaded.notes))
 
 
 def _changed(config: RecycleConfig, start: RecycleConfig) -> list[tuple[str, Any]]:

@@ -55,7 +55,7 @@ def tune(
 
     Args:
         backbone: stays frozen and unchanged.
-        data: images of at least two classes; resized to `backbone.image_size`.
+        data: images of at least two classes; resized as `backbone.fit` says.
         config: settings, or a mapping of those that differ from the defaults of `TuneConfig`.
         seed: of everything random, in place of the settings'.
         name: of the adapter.
@@ -91,7 +91,7 @@ def tune(
     )
     head = _linear(backbone.embed_dim, len(data.class_names), stream(config.seed, "tune", "head")).to(backbone.device)
     optimizer = adam([*lora.parameters(), *head.parameters()], backbone.device)
-    data = data.resize(backbone.image_size)
+    data = data.resize(backbone.fit)
     per_epoch = math.ceil(len(data) / config.batch_size)
     steps = config.epochs * per_epoch
     saved = Checkpoint(
@@ -199,7 +199,8 @@ def _kept_epoch(step: int, per_epoch: int, config: TuneConfig) -> int:
 
 def _snapshot(lora: LoRA, head: nn.Linear, name: str, backbone: Backbone, data: LabelledImages) -> Adapter:
     """What has been learnt so far, copied to the CPU."""
-    classifier = Head(head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone(), data.class_names)
+    weight, bias = head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone()
+    classifier = Head(weight, bias, data.class_names, backbone.own_pool)
     return lora.to_adapter(name=name, like=backbone, head=classifier)
 
 
@@ -209,7 +210,7 @@ def _checkpoint_folder(checkpoints: str | PathLike[str] | None, save_last: int) 
             f"`checkpoints` must name a folder where `save_last` is positive and only there, got {checkpoints!r} "
             f"with save_last={save_last}; give both or none."
         )
-    return None if checkpoints is None else Path(checkpoints)
+    return None if checkpoints is None else Path(checkpoints).expanduser()
 
 
 def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> None:

@@ -243,7 +243,7 @@ def test_bases_that_differ(refused, adapters, tiny_backbone, caplog):
     refused(mixed, "must be tuned on one base, got 2: 'other'", base=None)
     refused([replace(a, base_model="") for a in adapters], "`base` must be given", base=None)
     recycle(mixed, base=tiny_backbone, **FAST)
-    assert "base given counts, though adapters name others: 'other' (adapter-1)" in caplog.text
+    assert "counts, though files of adapters say otherwise: another base, 'other' (adapter-1)" in caplog.text
 
 
 def test_another_normalisation(refused, adapters):
@@ -349,7 +349,7 @@ def test_adapters_that_change_nothing_are_left_out(tiny_backbone, adapters, capl
     zero = {s: LoRAFactors(f.lora_A, torch.zeros_like(f.lora_B), f.scaling) for s, f in adapters[0].factors.items()}
     dead = replace(adapters[0], factors=zero, name="dead")
     found = recycle([*adapters, dead], base=tiny_backbone, **FAST)
-    assert "left out, as their update is zero: dead" in caplog.text
+    assert "left out, as their update is zero: 1 adapters (dead)" in caplog.text
     assert found.digest() == recycle(adapters, base=tiny_backbone, **FAST).digest()
     with pytest.raises(ValueError, match="`adapters` must change the model, got updates of zero in all: dead"):
         recycle([dead], base=tiny_backbone, **FAST)

@@ -31,6 +31,12 @@ std::unique_ptr<Loader> load(const fs::path& package) {
                            reason + "); write it again with `python -m lorarecycle.export --aoti`.");
 }
 
+// Dot-files and what macOS puts into archives are no input, as in Python.
+bool is_hidden(const fs::path& path) {
+  const std::string name = path.filename().string();
+  return name.starts_with(".") || name == "__MACOSX";
+}
+
 std::vector<fs::path> sorted_entries(const fs::path& folder) {
   std::vector<fs::path> entries;
   for (const auto& entry : fs::directory_iterator(folder)) entries.push_back(entry.path());
@@ -51,16 +57,19 @@ FewShot::FewShot(const fs::path& package) : loader_(load(package)) {
   image_size_ = std::stoll(facts.at("image_size"));
   batch_size_ = std::stoll(facts.at("batch_size"));
   distance_ = facts.at("distance");
+  // absent from packages of earlier versions, which crop
+  squash_ = facts.contains("resize") && facts.at("resize") == "squash";
+  crop_pct_ = facts.contains("crop_pct") ? std::stod(facts.at("crop_pct")) : 1.0;
 }
 
 void FewShot::fit(const fs::path& support) {
   if (!fs::is_directory(support)) throw std::runtime_error("no support folder " + support.string() + ".");
   std::vector<at::Tensor> centres;
   for (const auto& folder : sorted_entries(support)) {
-    if (!fs::is_directory(folder) || folder.filename().string().starts_with(".")) continue;
+    if (!fs::is_directory(folder) || is_hidden(folder)) continue;
     std::vector<fs::path> files;
     for (const auto& file : sorted_entries(folder)) {
-      if (fs::is_regular_file(file) && is_image_name(file)) files.push_back(file);
+      if (fs::is_regular_file(file) && !is_hidden(file) && is_image_name(file)) files.push_back(file);
     }
     if (files.empty()) throw std::runtime_error(folder.string() + " must hold PNG or JPEG files, got none.");
     classes_.push_back(folder.filename().string());
@@ -88,7 +97,7 @@ at::Tensor FewShot::features(const std::vector<fs::path>& files) {
   for (int64_t start = 0; start < n; start += step) {
     std::vector<at::Tensor> batch;
     for (int64_t i = start; i < std::min(n, start + step); ++i) {
-      batch.push_back(fit_image(read_image(files[i]), image_size_));
+      batch.push_back(fit_image(read_image(files[i]), image_size_, squash_, crop_pct_));
     }
     const auto count = int64_t(batch.size());
     if (batch_size_ > 0) batch.resize(batch_size_, batch.back());  // a fixed batch is filled up

@@ -32,6 +32,8 @@ class FewShot {
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader_;
   int64_t image_size_ = 0;
   int64_t batch_size_ = 0;  // 0: any
+  bool squash_ = false;
+  double crop_pct_ = 1.0;
   std::string distance_;
   std::vector<std::string> classes_;
   at::Tensor centres_;  // float32 [C, D]

@@ -227,13 +227,19 @@ bool is_image_name(const std::filesystem::path& path) {
   return suffix == ".png" || suffix == ".jpg" || suffix == ".jpeg";
 }
 
-at::Tensor fit_image(const at::Tensor& image, int64_t size) {
+at::Tensor fit_image(const at::Tensor& image, int64_t size, bool squash, double crop_pct) {
   int64_t height = image.size(2), width = image.size(3);
+  if (height == size && width == size) return image;
+  const auto side = int64_t(double(size) / crop_pct);
   at::Tensor fitted = image;
-  if (std::min(height, width) != size) {
-    const int64_t longer = int64_t(double(size * std::max(height, width)) / double(std::min(height, width)));
+  if (squash) {
+    height = width = side;
+  } else if (std::min(height, width) != side) {
+    const int64_t longer = int64_t(double(side * std::max(height, width)) / double(std::min(height, width)));
     (height <= width ? width : height) = longer;
-    (image.size(2) <= image.size(3) ? height : width) = size;
+    (image.size(2) <= image.size(3) ? height : width) = side;
+  }
+  if (height != image.size(2) || width != image.size(3)) {
     fitted = at::_upsample_bicubic2d_aa(image, {height, width}, /*align_corners=*/false);
   }
   // halves go to the even side, as Python's round

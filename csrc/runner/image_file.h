@@ -13,5 +13,6 @@ at::Tensor read_image(const std::filesystem::path& path);
 // which Python would read.
 bool is_image_name(const std::filesystem::path& path);
 
-// uint8 [1, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cropped; as torchvision does.
-at::Tensor fit_image(const at::Tensor& image, int64_t size);
+// uint8 [1, 3, size, size]: the shorter side (with `squash` both sides) resized to size / crop_pct (bicubic, antialiased),
+// the centre cropped; as torchvision does. An image of that size is taken as it is.
+at::Tensor fit_image(const at::Tensor& image, int64_t size, bool squash, double crop_pct);

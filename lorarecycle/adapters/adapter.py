@@ -1,14 +1,21 @@
-"""`Adapter`: the value that `value.py` describes, with PEFT folders and the Hugging Face Hub around it."""
+"""`Adapter`: the value that `value.py` describes, with files, PEFT models and the Hugging Face Hub around it."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.hub import find_folder, push_folder
+from .base_model import BaseModel
+from .clip_lora import read_clip_lora
+from .find import find_siblings
+from .lora_vit import is_lora_vit, read_lora_vit
+from .peft.config import CONFIG_FILE
+from .peft.in_memory import is_peft_model, read_model
 from .peft.read import FILES, read_peft
 from .peft.write import OWN_HEAD_FILES, write_peft
 from .value import SITE_PATTERN, AdapterValue, Head, LoRAFactors
@@ -31,9 +38,14 @@ class Adapter(AdapterValue):
         base_model: name of the model that the factors were tuned on; "" when unknown.
         mean, std: input normalisation per RGB channel for pixels in [0, 1]; None when unknown.
         name: what to call it in messages, file names and model cards.
+        base_class: class of that model with its module, "transformers.models.vit.modeling_vit.ViTModel"; "" when
+            unknown.
+        resize: "crop" or "squash", how images were brought to the model's size; None when unknown.
+        notes: what reading left out, a line each.
 
     Raises:
-        ValueError: no factors, an unknown site, shapes that do not fit together, NaN or infinite values.
+        ValueError: no factors, an unknown site, shapes that do not fit together, numbers that are no floats, NaN,
+            infinite or above a million.
     """
 
     @classmethod
@@ -72,6 +84,10 @@ class Adapter(AdapterValue):
             ConnectionError: no network, a Hub that is down, or (`HubRateLimitError`) too many requests.
             ValueError: unknown `revision`, or unreadable or foreign content; the message names rule and fix.
         """
+        if is_peft_model(path_or_id):
+            raise TypeError("`path_or_id` must be a folder or a Hub id, got a PEFT model; use `Adapter.from_peft`.")
+        if Path(path_or_id).expanduser().is_file():
+            _refuse_other_formats(Path(path_or_id).expanduser())
         folder = find_folder(
             path_or_id,
             FILES,
@@ -83,20 +99,107 @@ class Adapter(AdapterValue):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        if not (folder / CONFIG_FILE).is_file():
+            _refuse_other_formats(folder)
         local = Path(path_or_id).expanduser().is_dir()
         name = folder.resolve().name if local else "/".join(filter(None, (str(path_or_id), subfolder)))
-        return read_peft(folder, cls, name=name, head=head, class_names=class_names)
+        read = read_peft(folder, cls, name=name, head=head, class_names=class_names)
+        siblings = find_siblings(folder) if local else ""
+        return replace(read, notes=(*read.notes, siblings)) if siblings else read
 
     @classmethod
     def load(
         cls,
-        source: str | PathLike[str],
+        source: str | PathLike[str] | Any,
         *,
         head: Head | str | PathLike[str] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Adapter:
-        """Read a PEFT adapter: a directory, or a Hub id; `from_pretrained` without the Hub's arguments."""
+        """Read a PEFT adapter: a directory, a Hub id, or a PEFT model in memory; `from_pretrained` without the Hub's
+        arguments, or `from_peft`."""
+        if is_peft_model(source):
+            return cls.from_peft(source, head=head, class_names=class_names)
         return cls.from_pretrained(source, head=head, class_names=class_names)
+
+    @classmethod
+    def from_peft(
+        cls,
+        model: Any,
+        adapter_name: str | None = None,
+        *,
+        name: str | None = None,
+        head: Head | str | PathLike[str] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Adapter:
+        """Read an adapter of a PEFT model in memory: a `PeftModel`, or a model of transformers after `add_adapter`.
+
+        It is read through the files that PEFT writes of it, so that all of `from_pretrained` holds. A head under LoRA
+        is merged with its weight, which the model has.
+
+        Args:
+            model: may be wrapped by DDP or torch.compile; it is left as it is.
+            adapter_name: which one, where it has several; the active one when None.
+            name: of the result; the adapter's name, or "adapter" for "default", when None.
+            head, class_names: as in `from_pretrained`.
+
+        Raises:
+            TypeError: no PEFT model.
+            ValueError: no adapter of that name, or no plain LoRA on a ViT's blocks.
+        """
+        return read_model(model, cls, adapter_name=adapter_name, name=name, head=head, class_names=class_names)
+
+    @classmethod
+    def from_lora_vit(
+        cls,
+        file: str | PathLike[str],
+        base: BaseModel,
+        *,
+        sites: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        scaling: float = 1.0,
+        head: Head | None = None,
+        class_names: Sequence[str] = (),
+    ) -> Adapter:
+        """Read a file of LoRA-ViT, or of LoRA Recycle's published code, which builds on it.
+
+        One safetensors file with `w_a_NNN` [r, in] and `w_b_NNN` [out, r], the k-th of the one with the k-th of the
+        other, in the order of the model, and maybe the head's weight as `fc_768in_10out`.
+
+        Args:
+            file: the file.
+            base: the `Backbone` that it was tuned on; the file names no model.
+            sites: what a block's pairs adapt, of q, k, v, proj, fc1, fc2, qkv. When None it follows from their number:
+                q and v for two, as LoRA-ViT has; q, k, v for three; with proj for four; all for six; qkv for one.
+            layers: the blocks that are adapted; all when None.
+            scaling: of the update; that code adds `B A x` as it is, which is 1.
+            head: in place of the file's; `notes` say where that is left out.
+            class_names: of the file's head.
+
+        Raises:
+            FileNotFoundError: no such file.
+            TypeError: `base` is no Backbone.
+            ValueError: other content, or factors that do not fit `base`.
+        """
+        return read_lora_vit(
+            file, base, cls, sites=sites, layers=layers, scaling=scaling, head=head, class_names=class_names
+        )
+
+    @classmethod
+    def from_clip_lora(cls, file: str | PathLike[str], base: BaseModel) -> Adapter:
+        """Read the vision half of a file of CLIP-LoRA (`lora_weights.pt`), whose scaling is `alpha / sqrt(r)`.
+
+        It is a pickle, of which torch reads tensors and plain values only (`weights_only=True`).
+
+        Args:
+            file: the file.
+            base: the `Backbone` of the CLIP model that it was tuned on, such as "openai/clip-vit-base-patch16".
+
+        Raises:
+            FileNotFoundError: no such file.
+            TypeError: `base` is no Backbone.
+            ValueError: other content, the text tower only, or factors that do not fit `base`.
+        """
+        return read_clip_lora(file, base, cls)
 
     def save(
         self,
@@ -112,9 +215,13 @@ class Adapter(AdapterValue):
 
         Args:
             directory: made if absent.
-            layout: "timm" (q, k and v become one block-structured pair of the qkv layer), or a transformers model
-                type ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model") under the names that
-                the installed transformers uses.
+            layout: the class whose names are written; PEFT applies nothing on any other, and only warns.
+                - "timm": timm's VisionTransformer; q, k and v become one block-structured pair of the qkv layer;
+                - "vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model": what the installed transformers
+                  calls things in ViTModel (which AutoModel gives) and so on, or, for an adapter with a head, in
+                  ViTForImageClassification and so on;
+                - "vit-classifier" and so on: ViTForImageClassification and so on, with a head or without;
+                - "clip": CLIPModel, which has both towers.
             config: settings of the run that made it, for the model card.
             sources: the adapters that went in, for the model card (name and hash each).
 
@@ -225,4 +332,20 @@ class Adapter(AdapterValue):
                 revision=revision,
                 create_pr=create_pr,
                 delete=OWN_HEAD_FILES,
+            )
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raises ValueError where a file, or the one file in a folder, is of a format that another reader takes."""
+    files = [path] if path.is_file() else sorted(file for file in path.glob("[!.]*") if file.is_file())
+    for file in files:
+        if file.suffix == ".safetensors" and is_lora_vit(file):
+            raise ValueError(
+                f"`path_or_id` must be a PEFT adapter, got LoRA-ViT's file {file}; use "
+                "`Adapter.from_lora_vit(file, Backbone.load(base))`, or `lorarecycle convert`."
+            )
+        if path.is_file() and file.suffix in (".pt", ".pth"):
+            raise ValueError(
+                f"`path_or_id` must be a PEFT adapter, got {file}; for a file of CLIP-LoRA use "
+                "`Adapter.from_clip_lora(file, Backbone.load(base))`, or `lorarecycle convert`."
             )

@@ -15,7 +15,9 @@ from torch import Tensor
 AnyValue = TypeVar("AnyValue", bound="AdapterValue")
 
 SITE_PATTERN = re.compile(r"blocks\.(\d+)\.(attn\.(?:q|k|v|proj)|mlp\.(?:fc1|fc2))")
-POOLS = ("token", "token+mean", "mean")
+POOLS = ("token", "token+mean", "mean", "avg", "pooled")
+MAX_ENTRY = 1e6
+"""Largest absolute value of a factor or a head that is taken: more than that is a damaged file."""
 
 
 class LoRAFactors(NamedTuple):
@@ -43,8 +45,10 @@ class Head:
         bias: [C]; zeros when left out.
         class_names: C names; "0" to "C-1" when left out.
         pool: the feature that the head reads: "token" (class token after the final norm: ViT, DeiT, timm),
-            "token+mean" (class token beside the mean patch token: transformers' DINOv2 classifier) or
-            "mean" (mean patch token before the final norm: transformers' CLIP classifier).
+            "token+mean" (class token beside the mean patch token: transformers' DINOv2 classifier),
+            "mean" (mean patch token before the final norm: transformers' CLIP classifier),
+            "avg" (mean patch token after the final norm: timm with `global_pool="avg"`) or
+            "pooled" (what the backbone itself pools, "token" or "avg": heads of timm models, whose files do not say).
 
     Raises:
         ValueError: shapes that do not fit together, NaN or infinite values, an unknown pool.
@@ -59,7 +63,7 @@ class Head:
         weight = self.weight.detach()
         if weight.ndim != 2 or weight.shape[0] < 1:
             raise ValueError(f"`weight` of a head must be [classes, features], got {list(weight.shape)}.")
-        bias = torch.zeros(len(weight), dtype=weight.dtype) if self.bias is None else self.bias.detach()
+        bias = torch.zeros(len(weight)) if self.bias is None else self.bias.detach()
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"`bias` of a head must have one value per class ({len(weight)}), got {list(bias.shape)}.")
         names = tuple(str(name) for name in self.class_names) or tuple(map(str, range(len(weight))))
@@ -68,9 +72,7 @@ class Head:
         if self.pool not in POOLS:
             raise ValueError(f"`pool` must be one of {POOLS}, got {self.pool!r}.")
         for label, tensor in (("weight", weight), ("bias", bias)):
-            _require_finite(tensor, f"the head's `{label}`")
-        object.__setattr__(self, "weight", weight.float())
-        object.__setattr__(self, "bias", bias.float())
+            object.__setattr__(self, label, _plain_floats(tensor, f"the head's `{label}`"))
         object.__setattr__(self, "class_names", names)
 
     def to(self, device: torch.device) -> Head:
@@ -95,6 +97,9 @@ class AdapterValue:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     name: str = "adapter"
+    base_class: str = ""
+    resize: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.factors:
@@ -107,12 +112,17 @@ class AdapterValue:
                     f"`factors[{site!r}]` of {self.name!r} must be lora_A [r, in] and lora_B [out, r] of the same "
                     f"rank, got {list(lora_A.shape)} and {list(lora_B.shape)}."
                 )
-            _require_finite(lora_A, f"lora_A at {site} of {self.name!r}")
-            _require_finite(lora_B, f"lora_B at {site} of {self.name!r}")
-            if not torch.isfinite(torch.tensor(float(scaling))):
-                raise ValueError(f"scaling at {site} of {self.name!r} must be finite, got {scaling}.")
-            clean[site] = LoRAFactors(lora_A.detach().float(), lora_B.detach().float(), float(scaling))
+            lora_A, lora_B = (
+                _plain_floats(tensor.detach(), f"{side} at {site} of {self.name!r}")
+                for side, tensor in (("lora_A", lora_A), ("lora_B", lora_B))
+            )
+            if not abs(scaling) <= MAX_ENTRY:
+                raise ValueError(
+                    f"scaling at {site} of {self.name!r} must be finite and at most {MAX_ENTRY:g}, got {scaling}."
+                )
+            clean[site] = LoRAFactors(lora_A, lora_B, float(scaling))
         object.__setattr__(self, "factors", clean)
+        object.__setattr__(self, "notes", tuple(self.notes))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -204,7 +214,22 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().contiguous().numpy().tobytes()
 
 
-def _require_finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+def _plain_floats(tensor: Tensor, what: str) -> Tensor:
+    """The tensor in float32, of whatever floating-point type it came (8 bits too).
+
+    Raises:
+        ValueError: integers, booleans, complex numbers; NaN, infinite or absurdly large values.
+    """
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{what} must hold floating-point numbers, got {kind}; save the adapter again in float32.")
+    plain = tensor.float()
+    if not torch.isfinite(plain).all():
+        bad = int((~torch.isfinite(plain)).sum())
         raise ValueError(f"{what} must be finite, got {bad} NaN or infinite values; the file is damaged.")
+    if plain.numel() and plain.abs().max() > MAX_ENTRY:
+        raise ValueError(
+            f"{what} must hold numbers of at most {MAX_ENTRY:g}, got {plain.abs().max():.3g}; the file is damaged, or "
+            "the tuning diverged."
+        )
+    return plain

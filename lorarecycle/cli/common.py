@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,27 @@ class Manners:
     """Show no plan and no progress bars."""
     debug: bool = False
     """Show the traceback of an error that is one line otherwise."""
+
+
+@dataclass(frozen=True)
+class Care:
+    """What becomes of input that is left out: files that cannot be read, adapters that change nothing."""
+
+    strict: bool = False
+    """Stop where anything is left out; otherwise it is counted and named."""
+    skip_bad: bool = False
+    """Go on without adapters and files that cannot be read, and name them."""
+
+    @property
+    def level(self) -> bool | None:
+        """`strict` as the library's functions take it.
+
+        Raises:
+            ValueError: both flags.
+        """
+        if self.strict and self.skip_bad:
+            raise ValueError("`--strict` must come without `--skip-bad`, got both; leave one out.")
+        return True if self.strict else False if self.skip_bad else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,20 @@ class Machine:
         device, default = resolve(self.device, self.dtype)
         size = self.image_size
         return Backbone.load(base, weights=self.weights, image_size=size, device=device, dtype=dtype or default)
+
+
+def find_backbone(machine: Machine, adapters: Sequence[Adapter]) -> Backbone:
+    """The float32 model that the flags name, else the one that all adapters name.
+
+    Raises:
+        ValueError: neither names one, or adapters name several.
+    """
+    import torch
+
+    from ..vit.base import common_base
+
+    named = None if machine.base else common_base(adapters)
+    return machine.backbone(named, torch.float32)
 
 
 def load_meta_lora(source: str | None) -> Adapter | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..config import EvaluateConfig
-from .common import Flat, Machine, Manners, load_meta_lora
+from .common import Care, Flat, Machine, Manners, load_meta_lora
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Evaluate:
     tasks: Path | None = None
     """Task list to use; written by `Tasks.save`."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[EvaluateConfig, Flat] = field(default_factory=EvaluateConfig)
 
@@ -36,9 +37,16 @@ class Evaluate:
         from ..fewshot.tasks import Tasks
 
         quiet, meta_lora = self.manners.quiet, load_meta_lora(self.meta_lora)
-        data = load_dataset(self.data, self.split, download=self.download, quiet=quiet)
         tasks = None if self.tasks is None else Tasks.load(self.tasks)
         backbone = self.machine.backbone(meta_lora)
+        data = load_dataset(
+            self.data,
+            self.split,
+            download=self.download,
+            mixed=backbone.fit,
+            strict=self.care.level,
+            quiet=quiet,
+        )
         print(evaluate(backbone, data, meta_lora, config=self.config, tasks=tasks, quiet=quiet))
 
 
@@ -53,16 +61,18 @@ class Predict:
     meta_lora: str | None = None
     """PEFT folder or Hub id; the plain model when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
-        from ..data.folder import ClassFolders
+        from ..data.folder import ClassFolders, readable
         from ..fewshot.classifier import FewShotClassifier
 
-        support = ClassFolders(self.support)
+        support = ClassFolders(self.support, strict=self.care.level)
+        queries = readable(self.query) if self.care.level is False else list(self.query)
         meta_lora = load_meta_lora(self.meta_lora)
         classifier = FewShotClassifier(self.machine.backbone(meta_lora), meta_lora)
         names = [support.classes[label] for label in support.targets]
         classifier.fit([file for file, _ in support.samples], names)
-        for file, row in zip(self.query, classifier.predict_proba(list(self.query)), strict=True):
+        for file, row in zip(queries, classifier.predict_proba(list(queries)), strict=True):
             print(f"{file}\t{classifier.classes_[row.argmax()]}\t{row.max():.4f}")

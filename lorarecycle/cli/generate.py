@@ -51,9 +51,10 @@ class TaskVector:
         else:
             from ..data.dataset import load_dataset
 
-            data = load_dataset(self.data or "", self.split, download=self.download, quiet=self.manners.quiet)
-            data = data.select_classes(self.classes) if self.classes else data
             backbone = self.machine.backbone()
+            quiet = self.manners.quiet
+            data = load_dataset(self.data or "", self.split, download=self.download, mixed=backbone.fit, quiet=quiet)
+            data = data.select_classes(self.classes) if self.classes else data
             vector = task_vectors.task_vector(backbone, data.images)
             facts = {"images": str(len(data)), "encoder": backbone.name}
         print(task_vectors.save_vector(self.output, vector, **facts))

@@ -1,4 +1,5 @@
-"""The command line: `lorarecycle tune | recycle | warm-start | evaluate | predict | task-vector | generate | demo`."""
+"""The command line: `lorarecycle tune | recycle | warm-start | convert | evaluate | predict | task-vector | generate |
+demo`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import tyro
 from tyro.conf import subcommand
 
 from .common import Manners
+from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate, Predict
 from .generate import Generate, TaskVector
@@ -48,6 +50,7 @@ def _parse(args: Sequence[str]) -> Any:
         Annotated[Tune, subcommand("tune")]
         | Annotated[Recycle, subcommand("recycle", default=Recycle.of(chosen.preset))]
         | Annotated[WarmStart, subcommand("warm-start")]
+        | Annotated[Convert, subcommand("convert")]
         | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Predict, subcommand("predict")]
         | Annotated[TaskVector, subcommand("task-vector")]

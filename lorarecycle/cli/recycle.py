@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..config import RecycleConfig
-from .common import Flat, Machine, Manners
+from .common import Care, Flat, Machine, Manners, find_backbone
 
 Preset = Literal["default", "weights", "paper"]
 
@@ -23,6 +23,9 @@ class Recycle:
     """PEFT folders or Hub ids, or one folder that holds many."""
     output: Path = Path("meta-lora")
     """Folder to write the meta-LoRA to."""
+    layout: str = "timm"
+    """Class whose names are written, which PEFT needs to load it: timm, vit (ViTModel), vit-classifier
+    (ViTForImageClassification), clip (CLIPModel) and so on, see `Adapter.save`."""
     work_dir: Path | None = None
     """Folder for images and checkpoints; a run stopped there goes on from it."""
     plan: bool = False
@@ -34,6 +37,7 @@ class Recycle:
     graphs: bool | None = None
     """Launch each step as one CUDA graph; on a GPU only when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[RecycleConfig, Flat] = field(default_factory=RecycleConfig)
 
@@ -43,18 +47,19 @@ class Recycle:
         return cls(adapters=tyro.MISSING, preset=preset, config=RecycleConfig.preset(preset))
 
     def run(self) -> None:
-        import torch
-
-        from ..adapters.load_many import load_adapters
+        from ..adapters.load_many import load_all
+        from ..adapters.peft.names import check_layout
         from ..config import as_plain
         from ..pipeline import prepare
 
         quiet = self.manners.quiet
-        adapters = load_adapters(self.adapters[0] if len(self.adapters) == 1 else self.adapters)
-        named = next((adapter for adapter in adapters if adapter.base_model), None)
+        check_layout(self.layout)
+        strict = self.care.level
+        loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict)
         job = prepare(
-            adapters,
-            base=self.machine.backbone(named, torch.float32),  # adapters are merged before it is cast
+            loaded,
+            base=find_backbone(self.machine, loaded.adapters),  # adapters are merged before it is cast
+            strict=strict,
             preset=self.preset,
             config=self.config,
             device=self.machine.device,
@@ -66,7 +71,8 @@ class Recycle:
         if not quiet:
             print(job.plan().describe(), file=sys.stderr)
         meta_lora = job.run(self.work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
-        print(meta_lora.save(self.output, config=as_plain(self.config), sources=job.adapters))
+        config = as_plain(self.config)
+        print(meta_lora.save(self.output, layout=self.layout, config=config, sources=job.adapters))
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,23 @@ class WarmStart:
     gain: float | None = None
     """Factor on the mean of the updates; found from their lengths and likeness when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
-        import torch
-
-        from ..adapters.load_many import load_adapters
+        from ..adapters.load_many import load_all
         from ..meta.warm_start import warm_start
 
-        adapters = load_adapters(self.adapters[0] if len(self.adapters) == 1 else self.adapters)
-        named = next((adapter for adapter in adapters if adapter.base_model), None)
-        base = self.machine.backbone(named, torch.float32)
-        made = warm_start(adapters, base=base, r=self.r, lora_alpha=self.r, gain=self.gain, name=self.output.name)
+        strict = self.care.level
+        adapters = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict).adapters
+        base = find_backbone(self.machine, adapters)
+        made = warm_start(
+            adapters,
+            base=base,
+            r=self.r,
+            lora_alpha=self.r,
+            gain=self.gain,
+            name=self.output.name,
+            strict=strict,
+        )
         print(made.save(self.output, sources=adapters))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ..config import TuneConfig
-from .common import Flat, Machine, Manners
+from .common import Care, Flat, Machine, Manners
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,29 @@ class Tune:
     """Part of the data: train, val, test."""
     download: bool = False
     """Fetch a named data set when it is absent."""
-    layout: Literal["timm", "vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model"] = "timm"
-    """Module names to write: timm's, or those of a transformers model type."""
+    layout: str = "timm"
+    """Class whose names are written, which PEFT needs to load it: timm, vit, vit-classifier and so on, see
+    `Adapter.save`."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[TuneConfig, Flat] = field(default_factory=TuneConfig)
 
     def run(self) -> None:
+        from ..adapters.peft.names import check_layout
         from ..data.dataset import load_dataset
         from ..tuning import tune
 
-        data = load_dataset(self.data, self.split, download=self.download, quiet=self.manners.quiet)
+        check_layout(self.layout)
         backbone = self.machine.backbone()
+        data = load_dataset(
+            self.data,
+            self.split,
+            download=self.download,
+            mixed=backbone.fit,
+            strict=self.care.level,
+            quiet=self.manners.quiet,
+        )
         if self.classes:
             data = data.select_classes(self.classes)
         output = Path(os.path.abspath(self.output))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..runtime.progress import track
 from .folder import ClassFolders
-from .images import to_batches, to_uint8
+from .images import Fit, to_batches, to_uint8
 from .sources import Source, common_size, read_cifar_fs, read_digits, read_eurosat, read_flowers102, read_npz
 
 NAMED_SOURCES = {
@@ -110,9 +110,10 @@ class LabelledImages:
         rest[drawn] = False
         return self.subset(drawn), self.subset(rest)
 
-    def resize(self, size: int) -> LabelledImages:
-        """Shorter side resized to `size` (bicubic, antialiased), centre cropped; see `to_uint8`."""
-        if tuple(self.images.shape[-2:]) == (size, size) or not len(self):
+    def resize(self, size: int | Fit) -> LabelledImages:
+        """Shorter side resized to `size` (bicubic, antialiased), centre cropped; a `Fit` says it otherwise."""
+        side = Fit.of(size).size
+        if tuple(self.images.shape[-2:]) == (side, side) or not len(self):
             return self
         return LabelledImages(to_uint8(self.images, size), self.labels, self.class_names)
 
@@ -147,7 +148,9 @@ def load_dataset(
     *,
     download: bool = False,
     root: str | PathLike[str] | None = None,
-    size: int | None = None,
+    size: int | Fit | None = None,
+    mixed: int | Fit = 224,
+    strict: bool | None = None,
     quiet: bool = False,
 ) -> LabelledImages:
     """Load labelled images.
@@ -166,8 +169,11 @@ def load_dataset(
         split: which part; may be left out where there is only one.
         download: fetch a named set when it is absent.
         root: folder of downloads; `~/.cache/lorarecycle/datasets` when None.
-        size: side in pixels that images are brought to. When None they keep their own; image files of
-            different sizes, or not square, come at 224.
+        size: side in pixels that images are brought to, or a `Fit`. When None they keep their own; image files of
+            different sizes, or not square, come as `mixed` says.
+        mixed: side or `Fit` for those; a model's own is `Backbone.fit`.
+        strict: what becomes of files that are left out or cannot be read. None: the former are counted in a line of the
+            log, the latter are an error; True: both are; False: both are left out and counted.
         quiet: no progress bar.
 
     Raises:
@@ -179,7 +185,7 @@ def load_dataset(
     if fspath(source) in NAMED_SOURCES:
         found = NAMED_SOURCES[fspath(source)](split, cache, download)
     elif path.is_dir():
-        folder = ClassFolders(path, split)
+        folder = ClassFolders(path, split, strict=strict)
         found = Source([Path(file) for file, _ in folder.samples], folder.targets, folder.classes)
     elif path.is_file():
         found = read_npz(path, split)
@@ -190,7 +196,7 @@ def load_dataset(
     images = found.images
     if isinstance(images, list):
         files = track(images, f"read {path.name}", unit="images", quiet=quiet)
-        images = torch.cat(list(to_batches(files, size or common_size(images), 64)))
+        images = torch.cat(list(to_batches(files, size or common_size(images) or mixed, 64)))
     labels = torch.as_tensor(np.asarray(found.labels, dtype=np.int64))
     data = LabelledImages(images, labels, tuple(found.class_names))
     return data.resize(size) if size else data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,8 @@ class ClassFolders(ImageFolder):
     Args:
         root: the folder.
         split: a part of it, `root/split/class/...`; the folder itself when None.
+        strict: True: what is left out is an error. False: image files that cannot be read are left out too, and
+            counted; each is read once for that. None: what is left out is counted only.
 
     Attributes:
         classes: C names, sorted.
@@ -41,7 +44,8 @@ class ClassFolders(ImageFolder):
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folder, no image, or parts of a data set such as train and test in the place of classes.
+        ValueError: no class folder, no image, or parts of a data set such as train and test in the place of classes;
+            with `strict=True`, anything left out.
     """
 
     classes: list[str]
@@ -49,7 +53,7 @@ class ClassFolders(ImageFolder):
     samples: list[tuple[str, int]]
     targets: list[int]
 
-    def __init__(self, root: str | PathLike[str], split: str | None = None) -> None:
+    def __init__(self, root: str | PathLike[str], split: str | None = None, *, strict: bool | None = None) -> None:
         path = Path(root).expanduser()
         if not path.is_dir():
             raise FileNotFoundError(f"`root` must be a folder with a sub-folder of image files per class, got {path}.")
@@ -58,10 +62,15 @@ class ClassFolders(ImageFolder):
                 raise FileNotFoundError(f"`split` must be a folder in {path}, got {split!r}.")
             path = path / split
         self.skipped: Counter[str] = Counter()
-        self._suffixes = image_suffixes()
+        self._suffixes, self._tries = image_suffixes(), strict is False
         super().__init__(str(path), loader=read_image, is_valid_file=self._is_image, allow_empty=True)
         self._refuse_parts()
         self._drop_empty_classes()
+        if self.skipped and strict:
+            raise ValueError(
+                f"`strict` allows nothing to be left out, got {path} with {len(self)} images of {len(self.classes)} "
+                f"classes; {self._left_out()} Remove these, or pass strict=None."
+            )
         if self.skipped:
             getLogger(__name__).warning(
                 "%s: %d images of %d classes; %s", path, len(self), len(self.classes), self._left_out()
@@ -91,9 +100,17 @@ class ClassFolders(ImageFolder):
             return False
         suffix = Path(path).suffix.lower()
         if suffix in self._suffixes:
-            return True
+            return not self._tries or self._can_read(path)
         self.skipped[suffix or "without suffix"] += 1
         return False
+
+    def _can_read(self, path: str) -> bool:
+        try:
+            read_image(path)
+        except ValueError:
+            self.skipped[f"unreadable ({Path(path).relative_to(self.root)})"] += 1
+            return False
+        return True
 
     def _refuse_parts(self) -> None:
         depths: dict[int, set[int]] = {}
@@ -132,6 +149,28 @@ class ClassFolders(ImageFolder):
 def read_image(file: str | PathLike[str]) -> Tensor:
     """An image file as `to_uint8` reads it, in its own size, uint8 [3, H, W]."""
     return torch.tensor(next(decode(file))[0])
+
+
+def readable(files: Sequence[Path]) -> list[Path]:
+    """The image files that can be read, in their order; the others are counted and named in one line of the log.
+
+    Raises:
+        ValueError: none can.
+    """
+    good, bad = [], []
+    for file in files:
+        try:
+            read_image(file)
+            good.append(file)
+        except (ValueError, OSError) as error:
+            bad.append(str(error))
+    if not good:
+        raise ValueError(
+            f"`files` must hold an image that can be read, got {len(bad)} bad ones: {bad[0] if bad else ''}"
+        )
+    if bad:
+        getLogger(__name__).warning("%d of %d files left out: %s", len(bad), len(files), " ".join(bad[:5]))
+    return good
 
 
 def _is_hidden(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,18 +15,51 @@ from torchvision.transforms.v2 import functional as tvf
 
 from .decode import ImageInput, count_images, decode, list_images
 
-__all__ = ["ImageInput", "count_images", "enlarge", "list_images", "normalize", "to_batches", "to_uint8"]
+__all__ = ["Fit", "ImageInput", "count_images", "enlarge", "list_images", "normalize", "to_batches", "to_uint8"]
 
 
-def to_uint8(images: ImageInput, size: int, *, name: str = "images", workers: int | None = None) -> Tensor:
+class Fit(NamedTuple):
+    """How images of any size become squares. Those of `size` x `size` pixels are taken as they are."""
+
+    size: int
+    """side in pixels"""
+    resize: str = "crop"
+    """"crop": the shorter side is resized, then the centre is cropped; "squash": both sides are resized"""
+    crop_pct: float = 1.0
+    """share of the resized side that is kept, as timm's: sides are resized to `size / crop_pct`, rounded down, and the
+    centre is cropped"""
+
+    @property
+    def side(self) -> int:
+        """What a side is resized to, before the crop."""
+        return int(self.size / self.crop_pct)
+
+    @classmethod
+    def of(cls, size: int | Fit) -> Fit:
+        """Checked; a number means the shorter side resized and the centre cropped.
+
+        Raises:
+            ValueError: a size below 1, an unknown `resize`, a `crop_pct` outside (0, 1].
+        """
+        fit = size if isinstance(size, Fit) else cls(size)
+        if fit.size < 1:
+            raise ValueError(f"`size` must be at least 1, got {fit.size}.")
+        if fit.resize not in ("crop", "squash"):
+            raise ValueError(f"`resize` must be 'crop' or 'squash', got {fit.resize!r}.")
+        if not 0.1 <= fit.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must be from 0.1 to 1, got {fit.crop_pct}.")
+        return fit
+
+
+def to_uint8(images: ImageInput, size: int | Fit, *, name: str = "images", workers: int | None = None) -> Tensor:
     """Bring images of any kind to one uint8 RGB batch.
 
-    The shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped.
+    The shorter side is resized to `size` (bicubic, antialiased) and the centre is cropped; a `Fit` says it otherwise.
 
     Args:
         images: one image or many: PIL images, image files (paths, bytes, file objects), numpy arrays, tensors, or
             sequences of those, nested or mixed; `decode` says how each is read.
-        size: side of the result in pixels.
+        size: side of the result in pixels, or a `Fit`.
         name: what error messages call `images`.
         workers: threads that read files, counted as scikit-learn's `n_jobs`; one when None. The result is the same.
 
@@ -40,7 +74,7 @@ def to_uint8(images: ImageInput, size: int, *, name: str = "images", workers: in
 
 
 def to_batches(
-    images: ImageInput, size: int, batch_size: int, *, name: str = "images", workers: int | None = None
+    images: ImageInput, size: int | Fit, batch_size: int, *, name: str = "images", workers: int | None = None
 ) -> Iterator[Tensor]:
     """`to_uint8` in parts of at most `batch_size` images; files are read when their part is due, or, by `workers`,
     a little before.
@@ -48,18 +82,17 @@ def to_batches(
     Yields:
         uint8 [B, 3, size, size] with B at most `batch_size`.
     """
-    if size < 1:
-        raise ValueError(f"`size` must be at least 1, got {size}.")
+    fit = Fit.of(size)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     pending: list[Tensor] = []
     count = 0
-    for decoded in decode(images, name, fit=lambda pixels: _fit(_tensor(pixels), size), workers=workers):
+    for decoded in decode(images, name, fit=lambda pixels: _fit(_tensor(pixels), fit), workers=workers):
         for part in _tensor(decoded).split(batch_size):
             if pending and count + len(part) > batch_size:
                 yield torch.cat(pending)
                 pending, count = [], 0
-            fitted = _fit(part, size)
+            fitted = _fit(part, fit)
             pending.append(fitted.to(pending[0].device) if pending else fitted)
             count += len(part)
     if not pending:
@@ -119,11 +152,14 @@ def _tensor(pixels: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def _fit(images: Tensor, size: int) -> Tensor:
+def _fit(images: Tensor, fit: Fit) -> Tensor:
+    size, side = fit.size, fit.side
     if tuple(images.shape[-2:]) == (size, size):
         return images
-    images = _trim(images, size)
-    images = tvf.resize(images, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    if fit.resize == "crop":
+        images = _trim(images, side)
+    target = [side] if fit.resize == "crop" else [side, side]
+    images = tvf.resize(images, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return tvf.center_crop(images, [size, size])
 
 

@@ -25,8 +25,8 @@ class Source(NamedTuple):
     class_names: Sequence[str]
 
 
-def common_size(files: list[Path]) -> int:
-    """The side that all images share; 224 where there is none."""
+def common_size(files: list[Path]) -> int | None:
+    """The side that all images share; None where there is none."""
     from PIL import Image
 
     shared: tuple[int, int] | None = None
@@ -34,11 +34,11 @@ def common_size(files: list[Path]) -> int:
         try:
             with Image.open(file) as image:
                 if image.width != image.height or (shared or image.size) != image.size:
-                    return 224
+                    return None
                 shared = image.size
         except Exception:
-            return 224  # the reader names the file
-    return shared[0] if shared else 224
+            return None  # the reader names the file
+    return shared[0] if shared else None
 
 
 def read_npz(path: Path, split: str | None) -> Source:

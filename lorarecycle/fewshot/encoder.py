@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.peft.in_memory import is_peft_model
 from ..vit.backbone import Backbone
+from ..vit.base import warn_of_doubts
 from ..vit.replay import ReplayedForward
 
 BackboneSource: TypeAlias = Backbone | nn.Module | str | PathLike[str]
-AdapterSource: TypeAlias = Adapter | str | PathLike[str]
+AdapterSource: TypeAlias = Adapter | str | PathLike[str] | Any
+"""An adapter, a PEFT folder, a Hub id, or a PEFT model in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +119,12 @@ def share_encoder(source: BackboneSource, meta_lora: AdapterSource | None) -> En
             "`backbone` must be a Backbone, a timm VisionTransformer, or what `Backbone.load` takes by name or path, "
             f"got {type(source).__name__}."
         )
+    if is_peft_model(meta_lora):
+        meta_lora = Adapter.from_peft(meta_lora)
     if not (meta_lora is None or isinstance(meta_lora, (Adapter, str, PathLike))):
         raise TypeError(
-            f"`meta_lora` must be an Adapter, a PEFT folder, a Hub id or None, got {type(meta_lora).__name__}."
+            f"`meta_lora` must be an Adapter, a PEFT folder, a Hub id, a PEFT model or None, got "
+            f"{type(meta_lora).__name__}."
         )
     key = (_backbone_key(source), _adapter_key(meta_lora))
     with _lock:
@@ -142,6 +148,7 @@ def _build(source: BackboneSource, meta_lora: AdapterSource | None) -> Encoder:
         return Encoder(source, backbone, None, backbone)
     adapter = meta_lora if isinstance(meta_lora, Adapter) else Adapter.load(meta_lora)
     plain = share_encoder(source, None)
+    warn_of_doubts(plain.backbone, [adapter])
     return Encoder(source, plain.backbone, adapter, plain.backbone.merge(adapter), plain)
 
 

@@ -14,6 +14,7 @@ from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..vit.backbone import Backbone
+from ..vit.base import warn_of_doubts
 from ..vit.features import extract_features
 from .tasks import Tasks, check_tasks, sample_tasks
 
@@ -98,6 +99,8 @@ def evaluate(
             seed=config.seed if seed is None else seed,
         )
     check_tasks(tasks, data.labels)
+    if meta_lora is not None:
+        warn_of_doubts(backbone, [meta_lora])
     model = backbone.merge(meta_lora) if meta_lora is not None else backbone
     features = extract_features(model, data.images, batch_size=batch_size, quiet=quiet)
     return Evaluation(task_accuracies(features, tasks, config.distance), tasks)

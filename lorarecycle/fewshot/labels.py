@@ -28,6 +28,8 @@ def label_list(labels: Any, name: str) -> tuple[list[Hashable], np.dtype | None]
             plain[i] = label = label.item()  # tensors hash by identity
         if not isinstance(label, Hashable):
             raise TypeError(f"`{name}[{i}]` must be hashable, got {type(label).__name__}.")
+        if type(label).__name__ in ("NAType", "NaTType"):
+            raise ValueError(f"`{name}[{i}]` must be a label, got {label}; leave the image out, or name its class.")
         if label != label:
             raise ValueError(f"`{name}[{i}]` must be a label, got NaN.")
     return plain, dtype

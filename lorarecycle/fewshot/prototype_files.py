@@ -100,7 +100,7 @@ def _read(path: Path, safetensors: Any) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _checked(path: str | PathLike[str]) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"`path` of prototypes must end in {' or '.join(SUFFIXES)}, got {path.name!r}.")
     return path

@@ -77,7 +77,8 @@ class Tasks:
             FileNotFoundError: no such file.
             ValueError: not such a file.
         """
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise FileNotFoundError(f"no task list {path}.")
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -116,8 +116,8 @@ def make_adapter(parameters: Parameters, class_names: tuple[str, ...] = ()) -> A
     if facts["kind"] == "vit":
         weight = parameters.tensors.get("head.weight")
         head = None if weight is None else Head(weight, parameters.tensors["head.bias"], class_names, facts["pool"])
-        statistics = {key: facts[key] and tuple(facts[key]) for key in ("mean", "std")}
-        return Adapter(pairs, head, base_model=facts["base_model"], name=parameters.name, **statistics)
+        mean, std = (facts[key] and tuple(facts[key]) for key in ("mean", "std"))
+        return Adapter(pairs, head, base_model=facts["base_model"], mean=mean, std=std, name=parameters.name)
     config = dict(facts["config"])
     if pairs:
         made = make_config(pairs, base_model="", model_class="", library="", modules_to_save=None)

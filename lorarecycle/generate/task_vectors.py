@@ -30,7 +30,7 @@ def task_vector(backbone: Backbone, images: ImageInput, *, batch_size: int = 64)
     Returns:
         float32 [D], on the CPU.
     """
-    pixels = to_uint8(images, backbone.image_size)
+    pixels = to_uint8(images, backbone.fit)
     with torch.no_grad():
         return extract_features(backbone, pixels, batch_size=batch_size).mean(dim=0)
 

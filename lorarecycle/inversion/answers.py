@@ -48,9 +48,11 @@ def teacher_answers(
     """
     found: dict[str, list[Tensor]] = {"teacher_logits": [], "scores": [], "kept": []}
     wanted = head is not None or scores or prune
-    for x in normalized_batches(teacher, images, size=size, batch_size=batch_size) if wanted else ():
+    for x in (
+        normalized_batches(teacher, images, size=size or teacher.image_size, batch_size=batch_size) if wanted else ()
+    ):
         if head is not None or scores:
-            narrow = head is None or head.pool == "token"
+            narrow = head is None or teacher.reads_class_token(head.pool)
             encoding = teacher.encode(x, scores=scores, class_token_only=narrow)
             if head is not None:
                 found["teacher_logits"].append(head(teacher.pool(encoding.tokens, head.pool)).cpu())

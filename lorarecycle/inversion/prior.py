@@ -83,7 +83,7 @@ class BatchNormPrior(nn.Module):
             return cls(source, size=size, dtype=dtype)
         import timm
 
-        path = Path(source)
+        path = Path(source).expanduser()
         state = None
         if path.suffix == ".safetensors":
             state, meta = load_tensors(path)

@@ -110,12 +110,20 @@ class Surrogate:
             ValueError: truncated, corrupt, or no surrogate of this version.
         """
         tensors, raw = load_tensors(path)
-        meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
+        try:
+            meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} must have metadata in JSON, got {str(error)[:80]}; make it again.") from error
         if meta.get("surrogate_format") not in READABLE:
             raise ValueError(
                 f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')}; make it "
                 "again."
             )
+        facts = ("class_names", "patch_size", "adapter", "adapter_digest", "config")
+        missing = sorted({*facts} - set(meta)) + ([] if "images" in tensors else ["images"])
+        if missing or not isinstance(meta["class_names"], list):
+            found = f"none of {', '.join(missing)}" if missing else f"`class_names` {meta['class_names']!r}"
+            raise ValueError(f"{path} must hold `images`, {', '.join(facts)}, got {found}; make it again.")
         return cls(
             images=tensors["images"],
             labels=tensors.get("labels"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, LoRAFactors
-from ..adapters.load_many import AdapterLike, HubOptions, load_adapters
+from ..adapters.dead import leave_out_dead
+from ..adapters.load_many import AdapterLike, HubOptions, load_all
 from ..vit.backbone import Backbone
-from ..vit.base import BaseLike, find_base
+from ..vit.base import BaseLike, doubts, find_base
 from ..vit.lora import LoRA
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
 
 GAIN, SHARED, LENGTH = 4.5, 0.5, 0.04
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
@@ -32,6 +36,7 @@ def warm_start(
     layers: Sequence[int] | None = None,
     gain: float | None = None,
     name: str = "warm-start",
+    strict: bool | None = None,
     **hub: Unpack[HubOptions],
 ) -> Adapter:
     """One adapter with what many have in common, found in their weights alone: no images, no training, seconds.
@@ -50,6 +55,7 @@ def warm_start(
         layers: blocks of the result; all when None.
         gain: factor on the mean of the updates; `common_gain` when None.
         name: of the result.
+        strict: what becomes of adapters that are left out, as in `recycle`.
         hub: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only` for Hub ids among `adapters`, as in
             `Adapter.from_pretrained`.
 
@@ -60,8 +66,13 @@ def warm_start(
         ValueError, FileNotFoundError: no adapters, adapters that do not fit, no base that can be found, `gain` not
             positive.
     """
-    found = load_adapters(adapters, **hub)
+    loaded = load_all(adapters, strict=strict, **hub)
+    found, dead = leave_out_dead(loaded.adapters)
+    if strict and dead:
+        raise ValueError(f"`strict` allows nothing to be left out, got: {dead[0]}. Remove these, or pass strict=None.")
     backbone = find_base(base, found)
+    for line in (*dead, *doubts(backbone, found)):
+        logger.warning(line)
     for adapter in found:
         backbone.check(adapter)
     generator = torch.Generator().manual_seed(0)  # of ranks that stay empty

@@ -86,7 +86,7 @@ def label_by_teacher(
     Args:
         backbone: that the adapter is for.
         adapter: with a head over the images' classes.
-        images: resized to `backbone.image_size`.
+        images: resized as `backbone.fit` says.
         dtype: precision of the teacher; the backbone's when None.
 
     Raises:
@@ -99,7 +99,7 @@ def label_by_teacher(
             f"adapter {adapter.name!r} must have a head over the images' classes ({', '.join(images.class_names)}), "
             f"got {found}."
         )
-    images = images.resize(backbone.image_size)
+    images = images.resize(backbone.fit)
     teacher = backbone.merge(adapter).to(dtype=dtype)
     return Surrogate(
         images.images,

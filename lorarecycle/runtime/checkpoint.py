@@ -50,7 +50,7 @@ class Checkpoint:
         histories: dict[str, Tensor],
         steps: int,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         if self.path is not None:
             _require_place(self.path)
         self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # the exported session writes files without torch
 
 LEFTOVER = ".partly-written-"
 """How the names of hidden folders start: `.partly-written-HOST-PID-...`."""
+MAX_JSON = 100_000_000
+"""Bytes of a JSON file that is read."""
+_POINTER = b"version https://git-lfs.github.com"
 _NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?[^-.]+")
 
 
@@ -32,7 +35,7 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
     Raises:
         OSError: writing failed; the message names the file. Nothing is left then, folders made here included.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         with hidden_folder(path.parent) as folder:
             temporary = folder / path.name
@@ -144,15 +147,47 @@ def read_json(path: str | PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON; the message names the file and the place.
+        ValueError: not JSON, nested too deep or too large; the message names the file and the place.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise ValueError(f"{path} must be JSON of at most {MAX_JSON} bytes, got {size}; fetch the file again.")
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_integer)
+    except RecursionError:
+        raise ValueError(f"{path} must be JSON, got brackets nested too deep; fetch the file again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OverflowError) as error:
+        refuse_pointer(path)
         raise ValueError(
             f"{path} must be JSON, got text that does not parse ({error}); fetch the file again."
         ) from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 1000:
+        raise OverflowError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def read_object(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or another value; the message names the file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
+    return content
+
+
+def refuse_pointer(path: str | PathLike[str]) -> None:
+    """Raises ValueError where a file is what a clone without Git LFS holds in the place of a large one."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} must be the file itself, got a Git LFS pointer; fetch it with `git lfs pull`.")
 
 
 def save_tensors(
@@ -179,17 +214,18 @@ def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, corrupt or no safetensors file.
+        ValueError: truncated, corrupt or no safetensors file; a Git LFS pointer.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise ValueError(
             f"{path} must be a whole safetensors file, got one that does not read ({error}); fetch or make it again."
         ) from error

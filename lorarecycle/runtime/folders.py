@@ -40,7 +40,7 @@ def atomic_folder(
     for name in stale:
         if name in ("", ".", "..") or Path(name).name != name:
             raise ValueError(f"`stale` must be names of files in the folder, got {name!r}.")
-    real = Path(os.path.realpath(target))
+    real = Path(os.path.realpath(os.path.expanduser(target)))
     remove_leftovers(real)
     remove_leftovers(real.parent)
     with ExitStack() as stack:

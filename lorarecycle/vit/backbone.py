@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..adapters.adapter import SITE_PATTERN, Adapter
+from ..data.images import Fit
 from .attention import AttentionKind
 from .forward import Encoder
 from .support import share
@@ -18,21 +19,27 @@ from .support import share
 class Backbone(Encoder):
     """A frozen `timm.models.VisionTransformer` with a class token.
 
-    The features are the class token after the final norm. Images are float [B, 3, H, W] normalised with `mean` and
-    `std`; any height and width that the patch size divides (the position embedding is resampled). The weights never
-    train; `merge` gives a copy that shares every tensor it does not change.
+    The features are what the model itself pools: the class token after the final norm or, with timm's
+    `global_pool="avg"`, the mean patch token. A model of one channel reads the luminance of RGB. Images are float
+    [B, 3, H, W] normalised with `mean` and `std`; any height and width that the patch size divides (the position
+    embedding is resampled). The weights never train; `merge` gives a copy that shares every tensor it does not change.
 
     Args:
         vit: the module; its tensors are shared, not copied, and it is left as it is.
         name: what to call it; adapters name it as their base model.
         image_size: side in pixels that preprocessing resizes to; the module's own when None.
-        mean, std: input normalisation per RGB channel for pixels in [0, 1].
+        mean, std: input normalisation per RGB channel for pixels in [0, 1]; one number stands for all three.
+        resize, crop_pct: how images of other sizes are brought to `image_size`, see `Fit`; what timm's `pretrained_cfg`
+            says when None.
+        family: "vit", "deit", "dinov2" or "clip" for a checkpoint of transformers; "" when unknown.
         attention: "sdpa" (PyTorch's `scaled_dot_product_attention`) or "xformers" (its
             `memory_efficient_attention`; an extra, CUDA only).
 
     Raises:
         TypeError: not a timm VisionTransformer.
-        ValueError: a variant whose forward pass this class does not know, named; unknown `attention`.
+        ValueError: a variant whose forward pass this class does not know, named: other patches or blocks, other
+            channels than 1 or 3, pooling by attention; images that are not square, unless `image_size` is given;
+            unknown `attention`.
         ImportError: xformers is asked for and not installed.
     """
 
@@ -47,6 +54,8 @@ class Backbone(Encoder):
         image_size: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        resize: Literal["crop", "squash"] | None = None,
+        crop_pct: float | None = None,
         attention: AttentionKind = "sdpa",
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -55,13 +64,16 @@ class Backbone(Encoder):
 
         Args:
             base: a timm model name; a Hub id ("google/vit-base-patch16-224"); a directory of a transformers
-                checkpoint (ViT, DeiT, DINOv2, CLIP vision); a safetensors file whose metadata names its timm
-                `architecture`; "demo", the small ViT that comes with the package; or a module.
+                checkpoint (ViT, DeiT, DINOv2, CLIP vision) or of a timm one, as snapshots of the Hub are; a
+                safetensors file whose metadata names its timm `architecture`; "demo", the small ViT that comes with
+                the package; or a module of timm or transformers.
             weights: local safetensors file for the architecture that `base` names, under timm's or transformers'
                 keys; a classifier in it is left out. Fetched from the Hub when None. Not for "demo", a directory or a
                 safetensors file, which have their own.
             image_size: side in pixels that images are resized to; the pre-training size when None.
             mean, std: input normalisation; the checkpoint's own when None.
+            resize, crop_pct: how images come to that size, see `Fit`; what the checkpoint's own processor does when
+                None: transformers' ViT squashes, timm crops.
             attention: see the class.
             device, dtype: where and in which precision it runs.
 
@@ -71,12 +83,14 @@ class Backbone(Encoder):
         from .sources import find_vit
 
         vit, facts = find_vit(base, weights)
-        facts = {**facts, **{k: v for k, v in (("mean", mean), ("std", std)) if v is not None}}
+        given = {"mean": mean, "std": std, "resize": resize, "crop_pct": crop_pct}
+        facts = {**facts, **{key: value for key, value in given.items() if value is not None}}
         return cls(vit, image_size=image_size, attention=attention, **facts).to(device=device, dtype=dtype)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over weights, image size and normalisation."""
-        sha = hashlib.sha256(f"{self.image_size} {self.mean} {self.std}".encode())
+        """SHA-256 (hex) over weights and the preparation of images."""
+        fit = "" if self.fit == Fit(self.image_size) else f" {self.fit.resize} {self.fit.crop_pct}"
+        sha = hashlib.sha256(f"{self.image_size} {self.mean} {self.std}{fit}".encode())
         for name, tensor in sorted(self.vit.state_dict().items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -121,7 +135,7 @@ class Backbone(Encoder):
                     f"was tuned on ({adapter.base_model or 'unknown'})."
                 )
         if adapter.head is not None:
-            width = self.embed_dim * (2 if adapter.head.pool == "token+mean" else 1)
+            width = self.feature_width(adapter.head.pool)
             if adapter.head.weight.shape[1] != width:
                 raise ValueError(
                     f"the head of adapter {adapter.name!r} must read {width} features of backbone {self.name!r}, "

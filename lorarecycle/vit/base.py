@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.peft.names import find_family
 from .backbone import Backbone
 
 logger = logging.getLogger(__name__)
@@ -28,27 +30,66 @@ def find_base(base: BaseLike | None, adapters: Sequence[Adapter]) -> Backbone:
         ValueError: no base given, and none named or several; see `Backbone.load` for the rest.
     """
     if isinstance(base, Backbone):
-        _name_others(base, adapters)
         return base.clone().float()
     if base is None:
-        named = {a.base_model: a.name for a in adapters if a.base_model}
-        if not named:
+        named = common_base(adapters)
+        if named is None:
             raise ValueError("`base` must be given, for the adapters do not name the model they were tuned on.")
-        if len(named) > 1:
-            raise ValueError(
-                f"`adapters` must be tuned on one base, got {len(named)}: "
-                + ", ".join(f"{one!r} (adapter {name!r})" for one, name in sorted(named.items()))
-                + "; recycle them apart, or give `base` where these are names of one model."
-            )
-        return Backbone.load(next(iter(named))).float()
-    backbone = Backbone.load(base).float()
-    _name_others(backbone, adapters)
-    return backbone
+        return Backbone.load(named.base_model).float()
+    return Backbone.load(base).float()
 
 
-def _name_others(backbone: Backbone, adapters: Sequence[Adapter]) -> None:
-    """One line in the log where adapters name another model than the one that is given."""
-    others = {a.base_model: a.name for a in adapters if a.base_model and a.base_model != backbone.name}
-    if others:
-        names = ", ".join(f"{base!r} ({name})" for base, name in sorted(others.items()))
-        logger.warning("base given counts, though adapters name others: %s", names)
+def common_base(adapters: Sequence[Adapter]) -> Adapter | None:
+    """One of the adapters that name the base, which is the same for all; None where none does.
+
+    Raises:
+        ValueError: they name several.
+    """
+    named = {_place(adapter.base_model): adapter for adapter in adapters if adapter.base_model}
+    if len(named) > 1:
+        raise ValueError(
+            f"`adapters` must be tuned on one base, got {len(named)}: "
+            + ", ".join(f"{one!r} (adapter {adapter.name!r})" for one, adapter in sorted(named.items()))
+            + "; recycle them apart, or give `base` where these are names of one model."
+        )
+    return next(iter(named.values()), None)
+
+
+def doubts(backbone: Backbone, adapters: Sequence[Adapter]) -> list[str]:
+    """What the files of adapters say of their base that the backbone is not, though shapes fit: a line for each kind.
+
+    Another name may be of the same model; another family of transformers, an architecture that is not known here or
+    another way of resizing images hardly is. The base that is given counts in any case.
+    """
+    kinds: dict[str, list[str]] = {}
+    for adapter in adapters:
+        family = find_family(adapter.base_class)
+        if adapter.base_model and _place(adapter.base_model) != _place(backbone.name):
+            kinds.setdefault(f"another base, {adapter.base_model!r}", []).append(adapter.name)
+        if family and backbone.family and family != backbone.family:
+            kinds.setdefault(f"another family, {adapter.base_class}", []).append(adapter.name)
+        elif adapter.base_class and not adapter.base_class.startswith(("timm.", "transformers.", "torch.")):
+            kinds.setdefault(f"an architecture not known here, {adapter.base_class}", []).append(adapter.name)
+        if adapter.resize and adapter.resize != backbone.fit.resize:
+            kinds.setdefault(f"images prepared by resize={adapter.resize!r}", []).append(adapter.name)
+    if not kinds:
+        return []
+    shown = "; ".join(f"{kind} ({_some(names)})" for kind, names in sorted(kinds.items()))
+    own = ", ".join(filter(None, (backbone.family, f"resize={backbone.fit.resize!r}")))
+    return [f"the base {backbone.name!r} ({own}) counts, though files of adapters say otherwise: {shown}"]
+
+
+def warn_of_doubts(backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+    """`doubts` in the log."""
+    for line in doubts(backbone, adapters):
+        logger.warning(line)
+
+
+def _place(name: str) -> str:
+    """A folder's absolute path, any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -7,13 +7,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..runtime.files import read_json
+from ..data.processor import read_processor
+from ..runtime.files import read_object
 
 
 class Facts(TypedDict, total=False):
     """Facts of a checkpoint that its tensors do not show; absent where unknown."""
 
     model_type: str
+    family: str
     layer_norm_eps: float
     hidden_act: str
     num_heads: int
@@ -23,30 +25,30 @@ class Facts(TypedDict, total=False):
     image_size: int | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: str
+    crop_pct: float
 
 
+_IMAGENET: Facts = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DEFAULTS: dict[str, Facts] = {
-    "vit": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    "deit": {
+    "vit": {
         "layer_norm_eps": 1e-12,
         "hidden_act": "gelu",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "resize": "squash",
     },
-    "dinov2": {
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-    },
+    "deit": {"layer_norm_eps": 1e-12, "hidden_act": "gelu", **_IMAGENET, "resize": "squash", "crop_pct": 0.875},
+    "dinov2": {"layer_norm_eps": 1e-6, "hidden_act": "gelu", **_IMAGENET, "resize": "crop", "crop_pct": 0.875},
     "clip": {
         "layer_norm_eps": 1e-5,
         "hidden_act": "quick_gelu",
         "mean": (0.48145466, 0.4578275, 0.40821073),
         "std": (0.26862954, 0.26130258, 0.27577711),
+        "resize": "crop",
     },
 }
-"""Per family: the defaults of transformers' configuration, and the released weights' normalisation."""
+"""Per family: the defaults of transformers' configuration, and how images were prepared for the released weights."""
 
 _KEYS = {
     "layer_norm_eps": ("layer_norm_eps",),
@@ -70,7 +72,22 @@ def read_config(directory: str | PathLike[str]) -> Facts:
         ValueError: a file is no JSON object.
     """
     folder = Path(directory)
-    content = _read_object(folder / "config.json")
+    facts: dict[str, Any] = dict(find_facts(_read_object(folder / "config.json"), folder / "config.json"))
+    found = read_processor(folder)
+    facts |= {key: value for key, value in found._asdict().items() if value is not None}
+    return facts  # type: ignore[return-value]
+
+
+def find_facts(content: Mapping[str, Any], path: Path) -> Facts:
+    """The facts in the content of a config.json.
+
+    Args:
+        content: the JSON object.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: a value of the wrong kind.
+    """
     vision: Mapping[str, Any] = content
     if isinstance(content.get("vision_config"), dict):
         vision = content["vision_config"]
@@ -80,37 +97,35 @@ def read_config(directory: str | PathLike[str]) -> Facts:
     for fact, keys in _KEYS.items():
         for key in keys:
             if vision.get(key) is not None:
-                facts[fact] = vision[key]
+                facts[fact] = _checked(vision[key], key, path)
     if "num_heads" not in facts and content:
         facts["num_heads"] = 12  # the default of every family's configuration class
     if isinstance(facts.get("patch_size"), list):
-        facts["patch_size"] = _one(facts["patch_size"], folder)
+        facts["patch_size"] = _one(facts["patch_size"], path)
     if isinstance(facts.get("image_size"), list):
         facts["image_size"] = tuple(facts["image_size"])
-    processor = _read_object(folder / "preprocessor_config.json")
-    if not processor:
-        processor = _read_object(folder / "processor_config.json").get("image_processor") or {}
-    if processor.get("do_normalize", True) is False:
-        facts |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    elif processor.get("image_mean") and processor.get("image_std"):
-        facts |= {"mean": _triple(processor["image_mean"]), "std": _triple(processor["image_std"])}
     return facts  # type: ignore[return-value]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
-def _one(sides: list[int], folder: Path) -> int:
+def _checked(value: Any, key: str, path: Path) -> Any:
+    """A number above 0 (or a list of two for a size), or the name of an activation."""
+    if key == "hidden_act":
+        fits, rule = isinstance(value, str), "a name"
+    else:
+        sides = value if key in ("image_size", "patch_size") and isinstance(value, list) else [value]
+        kinds = (int, float) if key == "layer_norm_eps" else (int,)
+        fits = bool(sides) and all(type(side) in kinds and 0 < side < 1e6 for side in sides)
+        rule = "a number above 0"
+    if not fits:
+        raise ValueError(f"`{key}` in {path} must be {rule}, got {str(value)[:60]}; fetch the file again.")
+    return value
+
+
+def _one(sides: list[int], path: Path) -> int:
     if len(set(sides)) != 1:
-        raise ValueError(f"`patch_size` in {folder / 'config.json'} must be square, got {sides}.")
+        raise ValueError(f"`patch_size` in {path} must be square, got {sides}.")
     return sides[0]
-
-
-def _triple(values: list[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

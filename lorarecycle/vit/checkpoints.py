@@ -148,7 +148,7 @@ def build_vit(state_dict: Mapping[str, Tensor], facts: Facts | None = None) -> V
         )
     facts = {**DEFAULTS[family], **(facts or {})}  # type: ignore[typeddict-item]
     weights = convert_state_dict(state_dict)
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     hidden, reads = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
@@ -156,6 +156,7 @@ def build_vit(state_dict: Mapping[str, Tensor], facts: Facts | None = None) -> V
     arguments: dict[str, Any] = {
         "img_size": _image_size(weights["pos_embed"].shape[1] - prefix, patch, facts.get("image_size")),
         "patch_size": patch,
+        "in_chans": channels,
         "embed_dim": width,
         "depth": depth,
         "num_heads": _num_heads(width, facts.get("num_heads")),
@@ -199,8 +200,8 @@ def load_vit(path: str | PathLike[str]) -> tuple[VisionTransformer, Facts]:
     facts = read_config(folder)
     if not facts:
         logger.warning("%s has no config.json; the defaults of the model's family count.", folder)
-    vit = build_vit(tensors, facts)
-    return vit, {**DEFAULTS[find_family(tensors)], **facts}  # type: ignore[typeddict-item]
+    vit, family = build_vit(tensors, facts), find_family(tensors)
+    return vit, {**DEFAULTS[family], **facts, "family": family}  # type: ignore[typeddict-item]
 
 
 def _prefix(state_dict: Mapping[str, Tensor]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..data.images import ImageInput, count_images, normalize, to_batches
+from ..data.images import Fit, ImageInput, count_images, normalize, to_batches
 from ..runtime.progress import track
 from .backbone import Backbone
 from .lora import LoRA
@@ -18,7 +18,7 @@ def normalized_batches(
     backbone: Backbone,
     images: ImageInput,
     *,
-    size: int | None = None,
+    size: int | Fit | None = None,
     batch_size: int = 64,
     name: str = "images",
     workers: int | None = None,
@@ -30,7 +30,7 @@ def normalized_batches(
     Args:
         backbone: gives device, dtype, normalisation and size.
         images: whatever `to_batches` takes; files are read when their batch is due.
-        size: side in pixels that they are resized to; `backbone.image_size` when None.
+        size: side in pixels that they are resized to, or a `Fit`; `backbone.fit` when None.
         batch_size: images of a batch.
         name: what error messages call `images`.
         workers: threads that read files, see `to_batches`.
@@ -44,7 +44,7 @@ def normalized_batches(
     Raises:
         TypeError, ValueError, FileNotFoundError: see `to_batches`.
     """
-    batches = to_batches(images, size or backbone.image_size, batch_size, name=name, workers=workers)
+    batches = to_batches(images, size or backbone.fit, batch_size, name=name, workers=workers)
     with track(range(count_images(images)), title, unit="images", quiet=quiet) as bar:
         for pixels in batches:
             yield normalize(pixels.to(backbone.device), backbone.mean, backbone.std, backbone.dtype)
@@ -56,9 +56,9 @@ def extract_features(
     backbone: Backbone,
     images: ImageInput,
     *,
-    size: int | None = None,
+    size: int | Fit | None = None,
     lora: LoRA | None = None,
-    pool: str = "token",
+    pool: str = "pooled",
     batch_size: int = 64,
     name: str = "images",
     workers: int | None = None,
@@ -70,7 +70,7 @@ def extract_features(
     Args:
         backbone: the frozen model; its device and dtype are used.
         images: whatever `to_batches` takes, such as uint8 [n, 3, H, W].
-        size: side in pixels that they are resized to; `backbone.image_size` when None.
+        size: side in pixels that they are resized to, or a `Fit`; `backbone.fit` when None.
         lora: trainable factors, applied beside the weights.
         pool: which feature, see `Head.pool`.
         batch_size: images per forward pass.
@@ -84,7 +84,7 @@ def extract_features(
         float32 [n, D] on the CPU ([n, 2 D] with `pool="token+mean"`); [0, D] for a tensor without images.
     """
     if isinstance(images, Tensor) and images.ndim == 4 and not len(images):
-        return torch.empty(0, backbone.embed_dim * (2 if pool == "token+mean" else 1))
+        return torch.empty(0, backbone.feature_width(pool))
     batches = normalized_batches(
         backbone, images, size=size, batch_size=batch_size, name=name, workers=workers, quiet=quiet
     )

@@ -10,11 +10,12 @@ import torch
 from timm.layers import Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from ..data.images import Fit
 from ..kernels import cls_topk_gather, reference, select_tokens
 from .attention import AttentionKind, check_attention
 from .block import attend_and_mix, queries_keys_values
 from .lora import NO_FACTORS, BlockFactors, LoRA
-from .support import require_plain_vit, share
+from .support import own_pool, require_plain_vit, share, square_size, with_rgb
 
 
 class Encoding(NamedTuple):
@@ -39,26 +40,41 @@ class Encoder(nn.Module):
         image_size: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        resize: str | None = None,
+        crop_pct: float | None = None,
+        family: str = "",
         attention: AttentionKind = "sdpa",
     ) -> None:
         super().__init__()
         self.attention = check_attention(attention)
         require_plain_vit(vit)
-        self.vit: Any = share(vit).requires_grad_(False)
+        self.vit: Any = with_rgb(share(vit)).requires_grad_(False)
         cfg = getattr(vit, "pretrained_cfg", None) or {}
+        self.family = family
+        self.own_pool = own_pool(vit)
         self.name = name
         self.embed_dim: int = self.vit.embed_dim
         self.num_blocks: int = len(self.vit.blocks)
         self.num_heads: int = self.vit.blocks[0].attn.num_heads
         self.num_prefix_tokens: int = self.vit.num_prefix_tokens
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
-        self.image_size: int = image_size or self.vit.patch_embed.img_size[0]
-        self.mean: tuple[float, ...] = tuple(mean or cfg.get("mean") or (0.5, 0.5, 0.5))
-        self.std: tuple[float, ...] = tuple(std or cfg.get("std") or (0.5, 0.5, 0.5))
+        self.image_size: int = image_size or square_size(vit)
+        self.mean: tuple[float, ...] = _triple(mean or cfg.get("mean") or (0.5, 0.5, 0.5), "mean")
+        self.std: tuple[float, ...] = _triple(std or cfg.get("std") or (0.5, 0.5, 0.5), "std")
+        resize = resize or ("squash" if cfg.get("crop_mode") == "squash" else "crop")
+        self.fit = Fit.of(Fit(self.image_size, resize, crop_pct or cfg.get("crop_pct") or 1.0))
         self.num_patches(self.image_size)
         side = self.image_size // self.patch_size
         self.register_buffer("_patch_positions", self._resampled_positions((side, side)), persistent=False)
         self.eval()
+
+    def reads_class_token(self, pool: str) -> bool:
+        """Whether a feature needs no other token of the last block."""
+        return self._pool_name(pool) == "token"
+
+    def feature_width(self, pool: str = "pooled") -> int:
+        """Numbers of a feature: D, or 2 D with "token+mean"."""
+        return self.embed_dim * (2 if pool == "token+mean" else 1)
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +131,7 @@ class Encoder(nn.Module):
         lora: LoRA | None = None,
         prune: Mapping[int, float] | None = None,
         kept: Tensor | None = None,
-        pool: str = "token",
+        pool: str = "pooled",
     ) -> Tensor:
         """Features of images.
 
@@ -124,16 +140,19 @@ class Encoder(nn.Module):
             lora: trainable factors, applied beside the weights.
             prune: `{layer: ratio}`, patch tokens dropped on the way (Sec. 4.3).
             kept: int64 [B, N'], patches to read; the others are never embedded.
-            pool: which feature, see `Head.pool`.
+            pool: which feature, see `Head.pool`; by default the one that the ViT itself pools.
 
         Returns:
             [B, D], or [B, 2 D] with `pool="token+mean"`.
         """
-        encoding = self.encode(images, lora=lora, prune=prune, kept=kept, class_token_only=pool == "token")
+        encoding = self.encode(images, lora=lora, prune=prune, kept=kept, class_token_only=self.reads_class_token(pool))
         return self.pool(encoding.tokens, pool)
 
-    def pool(self, tokens: Tensor, pool: str = "token") -> Tensor:
+    def pool(self, tokens: Tensor, pool: str = "pooled") -> Tensor:
         """Feature of a token stream [B, M, D] before the final norm; see `Head.pool`."""
+        pool = self._pool_name(pool)
+        if pool == "avg":
+            return self.vit.fc_norm(self.vit.norm(tokens)[:, self.num_prefix_tokens :].mean(dim=1))
         if pool == "token":
             return self.vit.fc_norm(self.vit.norm(tokens[:, 0]))
         if pool == "mean":
@@ -141,7 +160,10 @@ class Encoder(nn.Module):
         if pool == "token+mean":
             tokens = self.vit.norm(tokens)
             return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=-1)
-        raise ValueError(f"`pool` must be 'token', 'token+mean' or 'mean', got {pool!r}.")
+        raise ValueError(f"`pool` must be 'token', 'token+mean', 'mean', 'avg' or 'pooled', got {pool!r}.")
+
+    def _pool_name(self, pool: str) -> str:
+        return self.own_pool if pool == "pooled" else pool
 
     def encode(
         self,
@@ -231,6 +253,15 @@ class Encoder(nn.Module):
             old_size=list(vit.patch_embed.grid_size),
             num_prefix_tokens=0,
         )
+
+
+def _triple(values: Any, name: str) -> tuple[float, ...]:
+    """One number for all channels, or three."""
+    numbers = tuple(float(value) for value in values) if isinstance(values, (tuple, list)) else (float(values),)
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
+        rule = "one finite number or three" + (", above 0" if name == "std" else "")
+        raise ValueError(f"`{name}` must be {rule}, got {values}.")
+    return (numbers * 3)[:3]
 
 
 def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:

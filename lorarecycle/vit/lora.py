@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Head, LoRAFactors
+from ..data.images import Fit
 from ..kernels import lora_qkv, reference
 from ..kernels.lora_qkv import MAX_RANK
 
@@ -42,6 +43,7 @@ class Sites(Protocol):
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: Fit
     num_blocks: int
 
     @property
@@ -112,7 +114,15 @@ class LoRA(nn.Module):
 
     def to_adapter(self, *, name: str, like: Sites, head: Head | None = None) -> Adapter:
         """An `Adapter` that holds copies of the factors, for the model `like`."""
-        return Adapter(self.factors(), head, base_model=like.name, mean=like.mean, std=like.std, name=name)
+        return Adapter(
+            self.factors(),
+            head,
+            base_model=like.name,
+            mean=like.mean,
+            std=like.std,
+            name=name,
+            resize=like.fit.resize,
+        )
 
     def adapts(self, prefix: str) -> bool:
         """Whether any site whose name starts so carries factors."""

@@ -35,7 +35,7 @@ class ReplayedForward:
         self._steps: dict[Hashable, tuple[Tensor, Tensor, Step]] = {}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, pool: str = "token") -> Tensor:
+    def __call__(self, images: Tensor, pool: str = "pooled") -> Tensor:
         """Features [B, D] of images [B, 3, H, W]; they are the caller's own."""
         key = (tuple(images.shape), images.dtype, pool)
         again = key in self._seen

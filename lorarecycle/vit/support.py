@@ -9,17 +9,24 @@ from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+_POOLS = {"token": "token", "avg": "avg", "": "token"}
+"""timm's `global_pool` -> our name; without pooling the class token counts."""
+_LUMINANCE = (0.299, 0.587, 0.114)
+
 
 def require_plain_vit(vit: nn.Module) -> None:
     """Make sure that `Backbone` knows a module's forward pass.
 
     Raises:
         TypeError: not a timm VisionTransformer.
-        ValueError: a variant with other patches, blocks or pooling, named.
+        ValueError: a variant with other patches, channels, blocks or pooling, named.
     """
     kind = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
-        raise TypeError(f"`base` must be a timm VisionTransformer, got a {kind}; load it by name with `Backbone.load`.")
+        raise TypeError(
+            f"`base` must be a timm VisionTransformer, got a {kind}; choose a plain ViT, such as one of "
+            "`timm.list_models('vit_*_patch*')`."
+        )
     if vit.cls_token is None:
         raise ValueError(f"the backbone must have a class token, got a {kind} without one; choose another model.")
     patches: Any = vit.patch_embed
@@ -28,8 +35,18 @@ def require_plain_vit(vit: nn.Module) -> None:
             f"the backbone must cut images into square patches by one convolution, got {type(patches).__name__} with "
             f"patches {getattr(patches, 'patch_size', None)}."
         )
-    if vit.global_pool not in ("token", "avg", ""):
-        raise ValueError(f"the backbone must pool by class token, got global_pool={vit.global_pool!r}.")
+    if vit.global_pool not in _POOLS or getattr(vit, "pool_include_prefix", False):
+        prefix = " with pool_include_prefix" if getattr(vit, "pool_include_prefix", False) else ""
+        raise ValueError(
+            f"the backbone must pool by class token or by the mean of its patch tokens, got "
+            f"global_pool={vit.global_pool!r}{prefix}; choose a model with global_pool 'token' or 'avg'."
+        )
+    channels = patches.proj.in_channels
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the backbone must read colour or grey images, 3 channels or 1, got in_chans={channels}; photographs have "
+            "no others: create the model with in_chans=3, to which timm adapts pre-trained weights."
+        )
     for i, block in enumerate(vit.blocks):
         attn = getattr(block, "attn", None)
         if type(block) is not Block or type(attn) is not Attention or getattr(attn, "gate", None) is not None:
@@ -37,6 +54,38 @@ def require_plain_vit(vit: nn.Module) -> None:
                 f"the backbone must be built of plain timm blocks, got {type(block).__name__} with "
                 f"{type(attn).__name__} at blocks.{i}."
             )
+
+
+def own_pool(vit: Any) -> str:
+    """The feature that a ViT's own head reads, see `Head.pool`."""
+    return _POOLS[vit.global_pool]
+
+
+def square_size(vit: Any) -> int:
+    """Side in pixels of the images that a ViT was built for.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    height, width = vit.patch_embed.img_size
+    if height != width:
+        raise ValueError(
+            f"`image_size` must be given for a model of images that are not square, got {height} x {width}: images are "
+            f"brought to squares here; `Backbone.load(..., image_size={min(height, width)})` resamples its positions."
+        )
+    return int(height)
+
+
+def with_rgb(vit: Any) -> Any:
+    """The same module; one that reads grey gets filters that read the luminance of RGB (ITU-R 601, as Pillow's "L")."""
+    proj = vit.patch_embed.proj
+    if proj.in_channels == 1:
+        wide = nn.utils.skip_init(nn.Conv2d, 3, proj.out_channels, proj.kernel_size, proj.stride, bias=False)
+        luminance = proj.weight.new_tensor(_LUMINANCE).view(1, 3, 1, 1)
+        wide.weight = nn.Parameter(proj.weight.data * luminance, requires_grad=False)
+        wide.bias = proj.bias
+        vit.patch_embed.proj = wide
+    return vit
 
 
 def share(module: nn.Module) -> Any:

@@ -57,5 +57,7 @@ def test_a_folder_with_none(folders):
 
 
 def test_something_else():
-    with pytest.raises(TypeError, match=r"`adapters` must hold Adapter objects, folders or Hub ids, got int"):
+    with pytest.raises(
+        TypeError, match=r"`adapters` must hold Adapter objects, PEFT models, folders or Hub ids, got int"
+    ):
         load_adapters([1])

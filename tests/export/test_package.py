@@ -13,7 +13,7 @@ import torch
 from lorarecycle.export import ExportConfig, export_aoti
 from PIL import Image
 
-from lorarecycle import FewShotClassifier
+from lorarecycle import Backbone, FewShotClassifier
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -101,6 +101,27 @@ def test_the_runner_answers_as_python_does(package, runner, model, photos):
         (expected,) = classifier.predict_proba(query)
         assert label == classifier.classes_[expected.argmax()], query.name
         assert abs(float(probability) - expected.max()) < 2e-3, query.name
+
+
+@needs_compiler
+def test_the_runner_prepares_images_as_the_base_does(runner, model, photos, tmp_path):
+    """The package says how; hidden files and folders are no input."""
+    plain = model.backbone
+    base = Backbone(plain.vit, name="tiny", mean=plain.mean, std=plain.std, resize="squash", crop_pct=0.9)
+    export_aoti(base, tmp_path / "encoder.pt2", model.meta_lora)
+    shutil.copytree(photos[0] / "support", tmp_path / "support")
+    for hidden in ("a/._0.png", ".hidden/0.png", "__MACOSX/a/._0.jpg"):
+        (tmp_path / "support" / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "support" / hidden).write_bytes(b"\0\5\x16\7Mac OS X")
+    query = photos[0] / "turned.jpeg"
+    done = predict(runner, tmp_path / "encoder.pt2", "--support", tmp_path / "support", "--query", query)
+    assert done.returncode == 0, done.stderr
+    _, label, probability = done.stdout.strip().split("\t")
+    support = sorted((photos[0] / "support").glob("*/*"))
+    classifier = FewShotClassifier(base, model.meta_lora).fit(support, [file.parent.name for file in support])
+    (expected,) = classifier.predict_proba(query)
+    assert label == classifier.classes_[expected.argmax()]
+    assert abs(float(probability) - expected.max()) < 2e-3
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def write_card(
     tags = ["lora", "peft", "vision-transformer", "lorarecycle", *(["few-shot"] if sources else [])]
     base_model = adapter.base_model if is_hub_id(adapter.base_model) else None
     data = ModelCardData(library_name="peft", base_model=base_model, tags=tags)
-    lines = [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(layout, model_class), ""]
+    lines = [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(adapter, layout, model_class), ""]
     lines += ["## Contents", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in _facts(adapter, layout, model_class).items()]
     if sources:
@@ -60,16 +60,35 @@ def _summary(adapter: AdapterValue, sources: Sequence[AdapterValue]) -> str:
     return f"LoRA factors for a Vision Transformer ({adapter.base_model or 'base unknown'}), {head}{origin}."
 
 
-def _usage(layout: str, model_class: str) -> list[str]:
-    model = "timm model" if layout == "timm" else f"transformers `{model_class}`"
+def _usage(adapter: AdapterValue, layout: str, model_class: str) -> list[str]:
     return [
         "```python",
         "import lorarecycle",
         'adapter = lorarecycle.Adapter.from_pretrained("path/to/this/folder")  # or this repository\'s id on the Hub',
         "```",
         "",
-        f"or, onto the matching {model}, `peft.PeftModel.from_pretrained(model, 'path/to/this/folder')`.",
+        f"or with PEFT, onto a `{model_class}` (the names inside the file are of that class; on any other PEFT applies "
+        "nothing and only warns, so save again with the `layout` of the class that you load):",
+        "",
+        "```python",
+        *_loading(adapter, layout, model_class),
+        "```",
     ]
+
+
+def _loading(adapter: AdapterValue, layout: str, model_class: str) -> list[str]:
+    base = adapter.base_model or "the base model"
+    classes = len(adapter.head.class_names) if adapter.head is not None else 0
+    labels = f", num_labels={classes}" if classes and "Classification" in model_class else ""
+    if layout == "timm":
+        name = base if not is_hub_id(base) else f"hf_hub:{base}"
+        load = ["import timm", f"base = timm.create_model({name!r}, pretrained=True, num_classes={classes})"]
+    else:
+        load = [
+            f"from transformers import {model_class}",
+            f"base = {model_class}.from_pretrained({base!r}{labels})",
+        ]
+    return ["from peft import PeftModel", *load, 'model = PeftModel.from_pretrained(base, "path/to/this/folder")']
 
 
 def _facts(adapter: AdapterValue, layout: str, model_class: str) -> dict[str, str]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...runtime.files import read_json
+from ...runtime.files import read_object
 from ..value import LoRAFactors
+from .names import is_plain_vit
 from .scaling import Sizes
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,10 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"an adapter directory must hold {CONFIG_FILE}, got none in {path.parent}; give the "
             "directory that PEFT's `save_pretrained` wrote."
         )
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
-    return content
+    return read_object(path)
 
 
 class AdapterConfig:
@@ -77,7 +75,8 @@ class AdapterConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or not plain LoRA; the message names the reason and what to do.
+        ValueError: not JSON, not plain LoRA, or of another architecture than a plain ViT; the message names the
+            reason and what to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,8 +93,19 @@ class AdapterConfig:
     @property
     def model_class(self) -> str:
         """Class of the model it was tuned on; "" when unknown."""
+        return str(self._mapping.get("base_model_class") or "")
+
+    @property
+    def base_class(self) -> str:
+        """The same with its Python module, "transformers.models.vit.modeling_vit.ViTModel"; "" when unknown."""
+        return ".".join(filter(None, (str(self._mapping.get("parent_library") or ""), self.model_class)))
+
+    @property
+    def _mapping(self) -> dict[str, Any]:
         mapping = self.content.get("auto_mapping") or {}
-        return str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
+        if not isinstance(mapping, dict):
+            raise ValueError(f"`auto_mapping` in {self.path} must be a JSON object, got {mapping!r}; save it again.")
+        return mapping
 
     def _require_plain_lora(self) -> None:
         kind = self.content.get("peft_type")
@@ -123,9 +133,16 @@ class AdapterConfig:
         for key, value in self.content.items():
             if key not in _HARMLESS and _is_set(value):
                 raise ValueError(
-                    f"`{key}` in {self.path} must be off or known, got {value!r}: a newer PEFT wrote it and "
-                    "it may change what the factors mean; save the adapter as plain LoRA."
+                    f"`{key}` in {self.path} must be off or known, got {str(value)[:80]}: no PEFT known here has it, "
+                    "so it may change what the factors mean; remove the key if you know that it does not, else save "
+                    "the adapter as plain LoRA."
                 )
+        if not is_plain_vit(self.base_class):
+            raise ValueError(
+                f"`auto_mapping` in {self.path} must name a plain ViT (ViT, DeiT, DINOv2, CLIP; timm's "
+                f"VisionTransformer), got {self.base_class}, whose blocks are others; choose an adapter of one of "
+                "those."
+            )
 
 
 def make_config(

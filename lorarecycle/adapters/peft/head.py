@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...runtime.files import load_tensors, read_json
+from ...runtime.files import load_tensors, read_object
 from ..value import Head, LoRAFactors
 from .config import AdapterConfig
 from .keys import FoundKeys
@@ -32,9 +32,10 @@ def find_head(
 ) -> Head | None:
     """The head that goes with an adapter; None when there is none.
 
-    `head=` comes first, then `modules_to_save`, then a file beside the adapter. Its pool is what
-    lorarecycle.json says, else "token+mean" for 2 * width features, "mean" for transformers' CLIP classifier
-    and "token" otherwise. Class names come from lorarecycle.json, else from `id2label` in a config.json.
+    `head=` comes first, then `modules_to_save`, then a file beside the adapter. Its pool is what lorarecycle.json says,
+    else "token+mean" for 2 * width features, "mean" for transformers' CLIP classifier, "pooled" (whatever the base
+    pools) for timm's head and "token" otherwise. Class names come from lorarecycle.json, else from `id2label` in a
+    config.json.
 
     Raises:
         FileNotFoundError: `head=` names no file.
@@ -52,9 +53,9 @@ def find_head(
     for tensors in keys.heads.values():
         if "weight" not in tensors:
             raise ValueError(f"{keys.path} must hold the weight of its head, got its bias only; give `head=`.")
-        clip = any(layer.stack == "encoder.layers" for layer in map(find_layer, keys.pairs) if layer)
-        mean = clip and config.model_class in ("", "CLIPForImageClassification")
-        pool = metadata.head.get("pool") or ("mean" if mean else None)
+        stacks = {layer.stack for layer in map(find_layer, keys.pairs) if layer}
+        mean = "encoder.layers" in stacks and config.model_class in ("", "CLIPForImageClassification")
+        pool = metadata.head.get("pool") or ("mean" if mean else "pooled" if "blocks" in stacks else None)
         return _make_head(tensors, pool, _class_names(metadata, folder), width, f"the head in {keys.path}")
     for name in dict.fromkeys((metadata.head_file, *HEAD_FILES)):
         if name and (folder / name).is_file():
@@ -86,8 +87,10 @@ def place_head(head: Head | None, layout: str, width: int) -> PlacedHead:
     _require_width(head, width, "the head of the adapter")
     assert head.bias is not None
     weight = head.weight
+    layout = layout.removesuffix("-classifier")
     native = {"dinov2": "token+mean", "dinov2_with_registers": "token+mean", "clip_vision_model": "mean"}
-    if head.pool == native.get(layout, "token"):
+    own = (native.get(layout, "token"),) if layout != "timm" else ("token", "avg", "pooled")
+    if layout != "clip" and head.pool in own:
         return PlacedHead({"weight": weight, "bias": head.bias})
     if native.get(layout) == "token+mean" and head.pool == "token":
         return PlacedHead({"weight": torch.cat([weight, torch.zeros_like(weight)], dim=1), "bias": head.bias})
@@ -120,12 +123,12 @@ def _head_of_file(path: Path, width: int, metadata: Metadata, folder: Path) -> H
     pool = notes.get("pool", "").strip('"') or metadata.head.get("pool")
     names = _class_names(metadata, folder)
     if "class_names" in notes:
-        names = tuple(json.loads(notes["class_names"]))
+        names = _noted_names(notes["class_names"], path)
     return _make_head(tensors, pool, names, width, f"the head in {path}")
 
 
 def _make_head(tensors: Mapping[str, Tensor], pool: str | None, names: tuple[str, ...], width: int, what: str) -> Head:
-    weight, bias = tensors["weight"].float(), tensors.get("bias")
+    weight, bias = tensors["weight"], tensors.get("bias")
     if weight.ndim == 2 and weight.shape[1] == 2 * width:
         if pool == "token" and not weight[:, width:].any():
             weight = weight[:, :width]  # the zeros that saving for DINOv2 added
@@ -133,7 +136,7 @@ def _make_head(tensors: Mapping[str, Tensor], pool: str | None, names: tuple[str
             pool = "token+mean"
     elif pool == "token+mean":
         pool = None
-    if len(names) != len(weight):
+    if weight.ndim and len(names) != len(weight):
         names = ()
     try:
         head = Head(weight, bias, names, pool or "token")
@@ -157,10 +160,25 @@ def _class_names(metadata: Metadata, folder: Path) -> tuple[str, ...]:
     if isinstance(names, list):
         return tuple(map(str, names))
     path = folder / "config.json"
-    labels = read_json(path).get("id2label") if path.is_file() else None
+    labels = read_object(path).get("id2label") if path.is_file() else None
     if not isinstance(labels, dict):
         return ()
     try:
         return tuple(str(labels[key]) for key in sorted(labels, key=int))
     except ValueError:
         return ()
+
+
+def _noted_names(text: str, path: Path) -> tuple[str, ...]:
+    """The class names in a file's metadata.
+
+    Raises:
+        ValueError: no JSON list.
+    """
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list):
+        raise ValueError(f"`class_names` in the metadata of {path} must be a JSON list, got {text[:60]!r}.")
+    return tuple(map(str, names))

@@ -1,9 +1,9 @@
-"""The keys of adapter_model.safetensors: factor pairs, a head, and nothing that is not understood."""
+"""The keys of adapter_model.safetensors: factor pairs, a head, what is left out, and nothing that is not understood."""
 
 from __future__ import annotations
 
-import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,24 +11,26 @@ from torch import Tensor
 
 from ...runtime.files import load_tensors
 from .config import AdapterConfig
-from .names import find_layer
-
-logger = logging.getLogger(__name__)
+from .names import find_layer, split_block, strip_wrappers
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD_NAMES = ("classifier", "head", "score")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_HEAD = re.compile(rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save\.[^.]+)?\.(?P<key>weight|bias)")
-_TEXT = re.compile(r"(?:.*\.)?(?:text_model|text_projection|logit_scale)(?:\..*)?")
+_HEAD = re.compile(
+    rf"(?:.*\.)?(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save\.[^.]+|\.base_layer)?\.(?P<key>weight|bias)"
+)
+_TEXT = re.compile(
+    r"(?:.*\.)?(?:text_model|text_projection|text_encoder|logit_scale|bert|roberta|distilbert|electra|deberta)(?:\..*)?"
+)
 
 
 class FactorKey(NamedTuple):
     """What the key of a LoRA factor says."""
 
     module: str
-    """module name, PEFT's own prefix removed"""
+    """module name, without PEFT's own prefix and other wrappers"""
     side: str
     """"A" or "B\""""
     adapter: str | None
@@ -39,15 +41,19 @@ class FoundKeys(NamedTuple):
     """What an adapter's file holds."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
-    """module name (PEFT's own prefix removed) -> lora_A [r, in], lora_B [out, r]"""
+    """module name (without wrappers) -> lora_A [r, in], lora_B [out, r]"""
     heads: dict[str, dict[str, Tensor]]
     """"classifier", "head" or "score" -> weight and bias"""
     path: Path
+    names: dict[str, str]
+    """module name without wrappers -> the name that the file has, PEFT's own prefix removed"""
+    notes: tuple[str, ...] = ()
+    """what is left out, a line each"""
 
 
 def find_factor(key: str) -> FactorKey | None:
     """The factor that a key of a PEFT file means; None for any other tensor (a head, a bias, an embedding's factor)."""
-    match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+    match = _FACTOR.fullmatch(strip_wrappers(key))
     return None if match is None else FactorKey(match["module"], match["side"], match["adapter"])
 
 
@@ -77,7 +83,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
     """Read and sort the weights of an adapter.
 
-    Factors of a CLIP text tower are left out, with one warning in the log.
+    Left out, and counted in `notes`: factors of a text tower, and those on layers outside the blocks (pooler,
+    projection, patch embedding). A head under LoRA is merged where its own weight is in the file, else left out.
 
     Raises:
         FileNotFoundError: no weights.
@@ -90,31 +97,73 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
         raise ValueError(f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half.")
     sides: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
     adapters, text, unknown = set(), [], []
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = strip_wrappers(key)
         factor, head = find_factor(key), _HEAD.fullmatch(name)
         if _TEXT.fullmatch(name):
             text.append(name)
         elif factor:
             adapters.add(factor.adapter)
-            sides.setdefault(factor.module, {})[factor.side] = tensor
+            pair = sides.setdefault(factor.module, {})
+            if factor.side in pair and len(adapters) == 1:
+                raise ValueError(
+                    f"each factor in {path} must come once, got lora_{factor.side} of {factor.module!r} twice; it "
+                    "holds several models' adapters: save them apart."
+                )
+            pair[factor.side] = tensor
+            original = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+            names[factor.module] = factor.module if original is None else original["module"]
         elif head:
             heads.setdefault(head["name"], {})[head["key"]] = tensor
         elif ".original_module." not in name:
             unknown.append(name)
     _require_known(path, unknown)
     if len(adapters) > 1:
-        raise ValueError(f"{path} must hold one adapter, got {sorted(map(str, adapters))}; save them apart.")
+        raise _several(path, adapters)
+    notes = [f"{len(text)} tensors of the text tower are left out; only the vision model counts"] if text else []
     pairs = {module: _pair(path, module, side) for module, side in sides.items()}
-    if text:
-        logger.warning("%s: %d tensors of the text tower are left out; only the vision model counts.", path, len(text))
+    outside = {module: pairs.pop(module) for module in list(pairs) if find_layer(module) is None}
     if not pairs:
-        raise ValueError(
-            f"{path} must hold LoRA factors (lora_A, lora_B) of a vision model, got none among its "
-            f"{len(tensors)} tensors; give the directory of a LoRA adapter."
+        found = (
+            f"only LoRA on {', '.join(sorted(outside)[:3])}" if outside else f"none among its {len(tensors)} tensors"
         )
-    return FoundKeys(pairs, heads, path)
+        raise ValueError(
+            f"{path} must hold LoRA factors (lora_A, lora_B) of a ViT's blocks, got {found}; give the directory of "
+            "a LoRA adapter of q, k, v, attention output, fc1 or fc2."
+        )
+    notes += _place_outside(outside, heads, config)
+    return FoundKeys(pairs, heads, path, names, tuple(notes))
+
+
+def _place_outside(
+    outside: Mapping[str, tuple[Tensor, Tensor]], heads: dict[str, dict[str, Tensor]], config: AdapterConfig
+) -> list[str]:
+    """Merge LoRA on heads whose weight is known, in place; notes on what is left out."""
+    notes, others = [], []
+    for module, (lora_A, lora_B) in outside.items():
+        name = module.rpartition(".")[2]
+        weight = heads.get(name, {}).get("weight")
+        if name not in HEAD_NAMES:
+            others.append(module)
+        elif weight is not None and tuple(weight.shape) == (lora_B.shape[0], lora_A.shape[1]):
+            scaling = config.sizes.scaling(module, lora_A.shape[0])
+            heads[name]["weight"] = weight.float() + scaling * (lora_B.float() @ lora_A.float())
+        else:
+            heads.pop(name, None)
+            notes.append(
+                f"the head is left out: {module!r} is under LoRA and its own weight is not in the file; give the "
+                "merged head as `head=`, or load the PEFT model and use `Adapter.from_peft`"
+            )
+    if others:
+        shown = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
+        notes.append(f"LoRA outside the blocks is left out, {len(others)} of {len(outside)}: {shown}")
+    return notes
+
+
+def _several(path: Path, adapters: set[str | None]) -> ValueError:
+    return ValueError(f"{path} must hold one adapter, got {sorted(map(str, adapters))}; save them apart.")
 
 
 def _require_known(path: Path, unknown: list[str]) -> None:
@@ -141,10 +190,11 @@ def _require_known(path: Path, unknown: list[str]) -> None:
 
 
 def _pair(path: Path, module: str, sides: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    if find_layer(module) is None:
+    if find_layer(module) is None and split_block(module) is not None:
         raise ValueError(
             f"{path} must adapt q, k, v, attention output, fc1 or fc2 of a ViT's blocks, got LoRA on "
-            f"{module!r}; tune again with target_modules that name those layers only."
+            f"{module!r}, which a plain ViT's blocks do not have; choose an adapter of a plain ViT, or tune again with "
+            "target_modules that name those layers only."
         )
     if set(sides) != {"A", "B"}:
         (side,) = sides
@@ -154,6 +204,8 @@ def _pair(path: Path, module: str, sides: dict[str, Tensor]) -> tuple[Tensor, Te
             "or fetch the adapter again."
         )
     lora_A, lora_B = sides["A"], sides["B"]
+    if find_layer(module) is None and lora_A.ndim == lora_B.ndim == 4:  # a convolution, such as the patch embedding
+        return lora_A, lora_B
     if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1] or not lora_A.shape[0]:
         raise ValueError(
             f"{path} must hold lora_A [r, in] and lora_B [out, r] of one rank, got {list(lora_A.shape)} and "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.processor import Preparation, read_channels, read_processor
 from ...runtime.files import read_json
 from ...runtime.version import __version__
 from ..algebra import Columns
@@ -70,6 +71,8 @@ class Metadata:
             "base_model": adapter.base_model,
             "mean": adapter.mean and list(adapter.mean),
             "std": adapter.std and list(adapter.std),
+            "resize": adapter.resize,
+            "base_class": adapter.base_class,
             "layout": layout,
             "head": head and {"class_names": list(head.class_names), "pool": head.pool, "file": head_file},
             "fused": {module: dict(parts) for module, parts in columns.items()},
@@ -88,6 +91,11 @@ class Metadata:
         return str(self.content.get("base_model") or "")
 
     @property
+    def base_class(self) -> str:
+        """Class of the model that it was tuned on, with its module; "" when unknown."""
+        return str(self.content.get("base_class") or "")
+
+    @property
     def head(self) -> dict[str, Any]:
         """`class_names`, `pool` and `file` of the head; {} without one."""
         return self.content.get("head") or {}
@@ -98,16 +106,18 @@ class Metadata:
         name = self.head.get("file")
         return name if isinstance(name, str) and Path(name).name == name else None
 
-    def normalisation(self, folder: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-        """Mean and std of the input, from here or from a preprocessor_config.json beside it."""
-        found: Mapping[str, Any] = self.content
-        if not found.get("mean") and (folder / "preprocessor_config.json").is_file():
-            content = read_json(folder / "preprocessor_config.json")
-            found = {"mean": content.get("image_mean"), "std": content.get("image_std")}
-        mean, std = found.get("mean"), found.get("std")
+    def preparation(self, folder: Path) -> Preparation:
+        """How images were prepared: from here, else from a preprocessor_config.json beside it.
+
+        Raises:
+            ValueError: numbers that cannot be; the message names the file.
+        """
+        mean, std, resize = (self.content.get(key) for key in ("mean", "std", "resize"))
         if not mean or not std:
-            return None, None
-        return _triple(mean, "mean", self.path), _triple(std, "std", self.path)
+            return read_processor(folder)
+        if resize not in (None, "crop", "squash"):
+            raise ValueError(f"`resize` in {self.path} must be 'crop' or 'squash', got {resize!r}; save again.")
+        return Preparation(read_channels(mean, "mean", self.path), read_channels(std, "std", self.path), resize)
 
     def columns(self, module: str, parts: Sequence[str]) -> list[Columns] | None:
         """The columns that each part of a qkv module owns; None when that was not written down."""
@@ -121,9 +131,3 @@ class Metadata:
                 return None
             columns.append(None if own is None else (own[0], own[1]))
         return columns
-
-
-def _triple(values: object, key: str, path: Path) -> tuple[float, ...]:
-    if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
-        raise ValueError(f"`{key}` beside {path} must be three numbers, got {values!r}.")
-    return tuple(float(value) for value in values)

@@ -18,6 +18,10 @@ LAYOUTS = {
 }
 """transformers model type -> config class, headless model, image classifier."""
 
+ALL_LAYOUTS = ("timm", *LAYOUTS, *(f"{model_type}-classifier" for model_type in LAYOUTS), "clip")
+"""What an adapter can be written for: timm's model, the headless model of a type (the classifier where the adapter has
+a head), "vit-classifier" and the like (the image classifier in any case), "clip" (CLIPModel with both towers)."""
+
 _ATTENTION_4 = {
     "attention.attention.query": "attn.q",
     "attention.attention.key": "attn.k",
@@ -59,7 +63,27 @@ _LAYERS = {
 }
 """Name of the list of blocks -> name inside a block -> our layer name."""
 
-_MODULE = re.compile(r"(?P<prefix>(?:.*?\.)??)(?P<stack>blocks|encoder\.layers?|layers)\.(?P<block>\d+)\.(?P<rest>.+)")
+_MODULE = re.compile(
+    r"(?P<prefix>(?:.*?\.)??)(?P<stack>blocks|encoder\.layers?|layers)\.(?P<block>\d{1,5})\.(?P<rest>.+)"
+)
+
+_WRAPPERS = {
+    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_wrapped_module"),
+    *("_flat_param", "_fpw_module", "module", "_module"),
+}
+"""Parts of names that torch.compile, FSDP, DDP, activation checkpointing and DeepSpeed put in."""
+_STAGES = re.compile(r"(?:.*\.)?(?:stages|layers|levels|stages_\d+)\.(?:\d+\.)?")
+"""Prefix of blocks in models whose stages have widths of their own (Swin, ConvNeXt, MaxViT, PVT)."""
+
+_PLAIN_TIMM = {"vision_transformer", "deit", "vision_transformer_hybrid"}
+_PLAIN_TRANSFORMERS = {
+    **dict.fromkeys(("vit", "vit_mae", "vit_msn", "ijepa"), "vit"),
+    "deit": "deit",
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "dinov2"),
+    "clip": "clip",
+    **dict.fromkeys(("auto", "timm_wrapper", "timm_backbone", "encoder_decoder", "vision_encoder_decoder"), ""),
+}
+"""Module of `transformers.models` whose blocks are a plain ViT's -> family; "" where that depends."""
 
 PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
 """Layer of timm -> the layers of transformers that it holds, in row order."""
@@ -89,10 +113,22 @@ class Names(NamedTuple):
     """Python module of `model_class`"""
 
 
+def strip_wrappers(name: str) -> str:
+    """A module or tensor name without what wrapping the model put into it: `base_model.model.` (PEFT's own, once or
+    several times), `module.`, `_orig_mod.` and the like, wherever they stand."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    return ".".join(parts)
+
+
 def find_layer(module: str) -> Layer | None:
-    """The layer that a module name means, under any prefix; None when it is no adaptable layer of a ViT."""
+    """The layer that a module name means, under any prefix; None when it is no adaptable layer of a ViT.
+
+    Blocks in stages, as hierarchical and convolutional networks have them, are none of a ViT's.
+    """
     match = _MODULE.fullmatch(module)
-    if match is None:
+    if match is None or _STAGES.fullmatch(match["prefix"]):
         return None
     name = _LAYERS[match["stack"]].get(match["rest"])
     return None if name is None else Layer(match["stack"], int(match["block"]), name)
@@ -104,29 +140,69 @@ def split_block(name: str) -> tuple[int, str] | None:
     return None if match is None else (int(match["block"]), match["rest"])
 
 
+def is_plain_vit(base_class: str) -> bool:
+    """Whether a class of timm or transformers (with its module) has a plain ViT's blocks; True for classes of others,
+    which are not known here, and for ""."""
+    library, _, rest = base_class.partition(".models.")
+    if library not in ("timm", "transformers") or not rest:
+        return True
+    return rest.partition(".")[0] in (_PLAIN_TIMM if library == "timm" else _PLAIN_TRANSFORMERS)
+
+
+def find_family(base_class: str) -> str:
+    """The family of a class of transformers: "vit", "deit", "dinov2", "clip"; "" for any other class."""
+    library, _, rest = base_class.partition("transformers.models.")
+    return _PLAIN_TRANSFORMERS.get(rest.partition(".")[0], "") if not library else ""
+
+
 def timm_names() -> Names:
     """The names of a timm VisionTransformer."""
     modules = {layer: f"blocks.{{}}.{layer}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     return Names(modules, "head", "VisionTransformer", "timm.models.vision_transformer")
 
 
-def transformers_names(model_type: str, *, classifier: bool) -> Names:
+def check_layout(layout: str) -> None:
+    """Raises ValueError for a layout that there is none of."""
+    if layout not in ALL_LAYOUTS:
+        raise ValueError(f"`layout` must be one of {ALL_LAYOUTS}, got {layout!r}.")
+
+
+def find_names(layout: str, *, classifier: bool) -> Names:
+    """The names of a layout, see `ALL_LAYOUTS`.
+
+    Args:
+        layout: "timm", a model type, "MODEL_TYPE-classifier" or "clip".
+        classifier: names inside the image classifier, where the layout leaves that open.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    if layout == "timm":
+        return timm_names()
+    if layout == "clip":
+        return transformers_names("clip_vision_model", "CLIPModel")
+    model_type = layout.removesuffix("-classifier")
+    _, base_class, classifier_class = LAYOUTS[model_type]
+    return transformers_names(model_type, classifier_class if classifier or layout != model_type else base_class)
+
+
+def transformers_names(model_type: str, model_class: str) -> Names:
     """The names that the installed transformers uses, read off a one-block model on the meta device.
 
     Args:
         model_type: a key of `LAYOUTS`.
-        classifier: names inside the image classifier instead of the headless model.
+        model_class: the headless model, the image classifier, or CLIPModel.
 
     Raises:
         ImportError: transformers is not installed.
     """
     import torch
 
-    config_class, base_class, classifier_class = LAYOUTS[model_type]
+    config_class = LAYOUTS[model_type][0]
     try:
         import transformers
 
-        model_class = getattr(transformers, classifier_class if classifier else base_class)
+        found_class = getattr(transformers, model_class)
     except ImportError as error:
         raise ImportError(
             f"`layout` {model_type!r} must have transformers for its names, which did not import ({error}); "
@@ -140,10 +216,10 @@ def transformers_names(model_type: str, *, classifier: bool) -> Names:
         "patch_size": 8,
     }
     config = getattr(transformers, config_class)(**tiny)
-    if classifier and model_type == "clip_vision_model":
+    if model_class in ("CLIPModel", "CLIPForImageClassification"):
         config = transformers.CLIPConfig(vision_config=config.to_dict(), text_config={"num_hidden_layers": 1})
     with torch.device("meta"):
-        model = model_class(config)
+        model = found_class(config)
     modules = {}
     for name, module in model.named_modules():
         layer = find_layer(name)
@@ -155,4 +231,4 @@ def transformers_names(model_type: str, *, classifier: bool) -> Names:
             f"`layout` must be a model type whose layers are known, got {model_type!r}: transformers "
             f"{transformers.__version__} has no {sorted(missing)} under a known name; use layout='timm'."
         )
-    return Names(modules, "classifier", model_class.__name__, model_class.__module__)
+    return Names(modules, "classifier", found_class.__name__, found_class.__module__)

@@ -32,6 +32,8 @@ def read_peft(
 ) -> AnyValue:
     """Read a PEFT adapter; see `Adapter.from_pretrained`.
 
+    What is left out stands in the result's `notes`, and in one line of the log.
+
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         kind: class of the result.
@@ -43,19 +45,24 @@ def read_peft(
     keys = sort_keys(folder, config)
     factors = _site_factors(keys, config, metadata)
     name = metadata.name or name
-    mean, std = metadata.normalisation(folder)
+    preparation = metadata.preparation(folder)
     found = find_head(folder, keys, config, metadata, model_width(factors), head=head)
     if class_names is not None:
         if found is None:
             raise ValueError(f"`class_names` must come with a head, and {name!r} has none; give `head=` too.")
         found = replace(found, class_names=tuple(class_names))
+    if keys.notes:
+        logger.warning("%s: %s.", keys.path, "; ".join(keys.notes))
     return kind(
         factors,
         head=found,
         base_model=metadata.base_model or config.base_model,
-        mean=mean,
-        std=std,
+        mean=preparation.mean,
+        std=preparation.std,
         name=name,
+        base_class=metadata.base_class or config.base_class,
+        resize=preparation.resize,
+        notes=keys.notes,
     )
 
 
@@ -65,18 +72,18 @@ def _site_factors(keys: FoundKeys, config: AdapterConfig, metadata: Metadata) ->
     for module, (lora_A, lora_B) in keys.pairs.items():
         layer = find_layer(module)
         assert layer is not None, "sort_keys lets no other module through"
-        r = lora_A.shape[0]
-        if config.sizes.rank(module) != r:
+        r, name = lora_A.shape[0], keys.names[module]
+        if config.sizes.rank(name) != r:
             logger.warning(
                 "%s gives %s rank %d, its tensors have rank %d; the tensors count.",
-                config.path, module, config.sizes.rank(module), r,
+                config.path, module, config.sizes.rank(name), r,
             )  # fmt: skip
         if (layer.block, layer.name) in layers:
             raise ValueError(
                 f"each site in {keys.path} must come once, got {layer.name} of block {layer.block} twice "
                 f"(again as {module!r}); it holds several models' adapters: save them apart."
             )
-        layers[layer.block, layer.name] = LoRAFactors(lora_A, lora_B, config.sizes.scaling(module, r))
+        layers[layer.block, layer.name] = LoRAFactors(lora_A, lora_B, config.sizes.scaling(name, r))
     factors = {}
     for (block, name), pair in layers.items():
         if name == "attn.qkv":

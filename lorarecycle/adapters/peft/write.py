@@ -19,7 +19,7 @@ from .config import CONFIG_FILE, make_config
 from .head import HEAD_FILES, model_width, place_head
 from .keys import PREFIX, WEIGHTS_FILE
 from .metadata import METADATA_FILE, Metadata
-from .names import LAYOUTS, PARTS, Names, timm_names, transformers_names
+from .names import PARTS, Names, check_layout, find_names
 
 OWN_HEAD_FILES = HEAD_FILES[:1]
 """Where a head goes that the layout's classifier cannot hold."""
@@ -35,17 +35,17 @@ def write_peft(
 ) -> Path:
     """Write a PEFT directory; see `Adapter.save`.
 
-    Without a head the names are those of the headless model, with one those of the image classifier. A head
+    Without a head the names are those of the headless model, with one (or in a layout such as "vit-classifier") those
+    of the image classifier. PEFT finds nothing to adapt where names are of another class, and only warns. A head
     that the classifier cannot hold (it reads another feature) goes into head.safetensors beside the adapter.
 
     Raises:
         ValueError: unknown layout, or factors that the layout has no place for.
         OSError: writing failed; earlier files in `directory` are whole.
     """
-    if layout != "timm" and layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {('timm', *LAYOUTS)}, got {layout!r}.")
+    check_layout(layout)
     placed = place_head(adapter.head, layout, model_width(adapter.factors))
-    names = timm_names() if layout == "timm" else transformers_names(layout, classifier=bool(placed.inside))
+    names = find_names(layout, classifier=bool(placed.inside))
     modules, columns = _modules(adapter, names)
     tensors = {}
     for module, pair in modules.items():
@@ -69,7 +69,7 @@ def write_peft(
         sources=sources,
     )
 
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
     earlier = _head_file(directory)
