@@ -68,6 +68,14 @@ def unwritten_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch) -> None:
+    """References on a GPU multiply and convolve in float32, not in TF32."""
+    if _CUDA:
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[[torch.Tensor, torch.Tensor, float, str], None]:
     """`assert_close(actual, expected, tolerance, what)`: error relative to the largest expected value."""
