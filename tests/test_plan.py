@@ -117,6 +117,7 @@ def test_arguments_of_recycle(tiny_backbone, adapters, prior, build_vit, tmp_pat
         "inversion": ({"steps": 5}, True),
         "meta": ({"steps": 5}, True),
         "seed": (3, True),
+        "strict": (True, False),
         "prior": (None, True),
         "device": ("cpu", False),
         "dtype": ("bfloat16", True),
