@@ -59,6 +59,7 @@ def tables(results: list[dict[str, Any]]) -> str:
     machine = ""
     for group in dict.fromkeys(result["group"] for result in results):
         rows = [result for result in results if result["group"] == group]
+        more = {row["form"]: _more(row) for row in rows}
         own = _machine(rows)
         if own is not None and own != machine:
             lines += [f"## {own}", ""]
@@ -75,8 +76,15 @@ def tables(results: list[dict[str, Any]]) -> str:
         for name, ms in forms.items():
             own = f" | {_rounded(1000 * called[name]) if called[name] else ''}" if both else ""
             lines.append(f"| {name} | {_rounded(ms)}{own} | {forms[plain] / ms:.2f} |")
+        lines += ["", *(f"{name}: {words}." for name, words in more.items() if words)] if any(more.values()) else []
         lines.append("")
     return "\n".join(lines)
+
+
+def _more(row: dict[str, Any]) -> str:
+    """What was noted of a step on a GPU, in words."""
+    noted = {"peak_memory_GB": "peak memory {:.2f} GB", "first_step_s": "first step after {:.1f} s"}
+    return ", ".join(words.format(row[key]) for key, words in noted.items() if key in row and "ceiling_GB_per_s" in row)
 
 
 def _machine(rows: list[dict[str, Any]]) -> str | None:

@@ -189,3 +189,14 @@ def test_the_two_losses_mix(tiny_backbone, tiny_data):
     rows = draws.rows[0]
     features = tiny_backbone(normalize(bank.images[rows], tiny_backbone.mean, tiny_backbone.std))
     assert losses[2] == pytest.approx(F.mse_loss(features, bank.targets[rows]).item(), rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_change_nothing(tiny_backbone, tiny_data):
+    backbone = tiny_backbone.clone().to("cuda")
+    config = replace(CONFIG, steps=20, flip=True, interpolation=0.5)
+    losses = [
+        meta_train(backbone, surrogates(tiny_data), config=config, compile=False, graphs=graphs, quiet=True).losses
+        for graphs in (False, True)
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
