@@ -5,10 +5,9 @@
 First: the error of the LoRA part alone (output minus bare product, both from the same 16-bit weight and input) against
 float64, for updates of 1e-4 to 1e-1 of the weight's length, at qkv of ViT-B/16. "Kept" is how much of the true LoRA
 part the output holds: its projection on it. Second: 200 meta-steps of the demo's ViT in bfloat16 from random factors
-with the paper's rank and rate, plain and folded, on the demo's digits 0 to 5, and the accuracy on the digits 6 to 9 that
-follow. The folded
-form is written here in plain PyTorch, with the roundings of the GPU's; products add up in float32, as there. Writes
-benchmarks/results/lora_fold_error.md and .json.
+with the paper's rank and rate, plain and folded, on the demo's digits 0 to 5, and the accuracy on the digits 6 to 9.
+The folded form is written here in plain PyTorch, with the roundings of the GPU's; products add up in float32, as there.
+Writes benchmarks/results/lora_fold_error.md and .json.
 """
 
 from __future__ import annotations
