@@ -32,14 +32,15 @@ DEFAULT = [
     "batch_norm_prior/nchw_deep_relu+:float32:80",
 ]
 # tf32: float32 where the user allowed tensor cores for it; the ops that multiply no matrices do not ask
-DTYPES = ("bfloat16", "float16", "float32", "tf32")
+# float16 has the tiles of bfloat16; like tf32 it is compiled for one chip only
+DTYPES = {80: ("bfloat16", "float32"), 90: ("bfloat16", "float16", "float32", "tf32")}
 
 
 def _all_cases(cases: Iterable[str], arch: int) -> list[str]:
     return [
         f"{case}:{dtype}:{arch}"
         for case in cases
-        for dtype in DTYPES
+        for dtype in DTYPES[arch]
         if dtype != "tf32" or case.startswith(("lora_qkv", "select_tokens"))
     ]
 
