@@ -110,5 +110,5 @@ def test_episode_of_vit_tiny_equals_the_classifier_on_100_random_tasks(real_data
         feeds = {"support_images": pixels[:5], "support_labels": labels.numpy(), "query_images": pixels[5:]}
         expected = classifier.fit(data.images[support], labels).logits(data.images[query])
         (logits,) = session.run(None, feeds)
-        np.testing.assert_allclose(logits, expected, rtol=1e-5)  # of distances from 30 to 80
+        np.testing.assert_allclose(logits, expected, rtol=5e-5)  # of distances from 30 to 80
         assert (logits.argmax(1) == expected.argmax(1)).all()
