@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import read_json
+from ..runtime.files import hash_file, read_json
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1
@@ -99,12 +99,3 @@ def model_hash(content: dict[str, Any]) -> str:
     if (content["resize"], content["crop_pct"]) != ("crop", 1):  # so that hashes from before hold
         pixels += [content["resize"], content["crop_pct"]]
     return hashlib.sha256(json.dumps([files, pixels]).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
