@@ -20,7 +20,7 @@ from ..adapters.peft.scaling import Sizes
 from ..adapters.peft.seal import SEAL, make_seal
 from ..runtime.files import save_tensors, write_json
 from ..runtime.folders import atomic_folder
-from ..runtime.settled import read_settled
+from ..runtime.settled import TornFolderError, read_settled
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
         raise TypeError(f"`adapters` must hold Adapter or PeftAdapter objects or folders, got {type(source).__name__}.")
     try:
         return Adapter.load(source)
+    except TornFolderError:
+        raise
     except ValueError as error:
         if not Path(source).is_dir() or _is_vit(Path(source)):
             raise
