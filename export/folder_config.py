@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.files import hash_file, read_json
+from ..runtime.settled import TornFolderError
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is not the file that config.json describes.
+        TornFolderError: it is not the file that config.json describes.
     """
     for file in (name, f"{name}.data"):
         expected = content["sha256"].get(file)
@@ -86,7 +87,7 @@ def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; export the model again.")
         if hash_file(path) != expected:
-            raise ValueError(
+            raise TornFolderError(
                 f"{path} must be the file that {CONFIG} describes, got another content (truncated, damaged or "
                 "replaced); fetch it or export the model again."
             )
