@@ -126,14 +126,16 @@ def campaign(case: str, kills: int, seed: int) -> Counter[str]:
             saver: Any = multiprocessing.get_context("fork").Process(target=save, args=(folder,), daemon=True)
             saver.start()
             moments = sorted(draw.uniform(0, 0.3) for _ in range(READS + 1))
-            if case != "run":  # whose folder goes and comes
-                for moment in moments[:-1]:
-                    time.sleep(moment / READS)
-                    counts[f"while saving: {outcome(read, folder)}"] += 1
-            time.sleep(moments[-1])
-            assert saver.is_alive(), f"the saver ended by itself with {saver.exitcode}"
-            saver.kill()
-            saver.join()
+            try:
+                if case != "run":  # whose folder goes and comes
+                    for moment in moments[:-1]:
+                        time.sleep(moment / READS)
+                        counts[f"while saving: {outcome(read, folder)}"] += 1
+                time.sleep(moments[-1])
+                assert saver.is_alive(), f"the saver ended by itself with {saver.exitcode}"
+            finally:
+                saver.kill()
+                saver.join()
             counts[f"after the kill: {outcome(read, folder)}"] += 1
         save(folder, 1)
         read(folder)
