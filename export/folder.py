@@ -12,13 +12,13 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..data.dataset import LabelledImages
-from ..runtime.files import LEFTOVER
+from ..runtime.files import LEFTOVER, hash_file
 from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
 from .accuracy import compare_accuracy
 from .check import Parity, References, check_head
 from .config import ExportConfig
-from .folder_config import CONFIG, FORMAT_VERSION, hash_file
+from .folder_config import CONFIG, FORMAT_VERSION
 from .graphs import EncoderGraph, prepare_backbone
 from .onnx_files import write_dynamic_episode, write_encoder, write_episode, write_head
 
@@ -83,7 +83,7 @@ def export_onnx(
     require_free(directory, force)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     graph, embed_dim = references.graph, backbone.embed_dim
-    with atomic_folder(directory, last=CONFIG, stale=OWN_FILES) as folder:
+    with atomic_folder(directory, last=(CONFIG,), stale=OWN_FILES) as folder:
         encoder, head, episode = (folder / f"{name}.onnx" for name in ("encoder", "head", "episode"))
         write_head(head, config, embed_dim)  # small, and so first: it shows what the exporter cannot write
         head_parity = check_head(head, config, embed_dim, device)

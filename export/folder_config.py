@@ -9,7 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import read_json
+from ..runtime.files import hash_file, read_json
+from ..runtime.settled import TornFolderError
 
 CONFIG = "config.json"
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is not the file that config.json describes.
+        TornFolderError: it is not the file that config.json describes.
     """
     for file in (name, f"{name}.data"):
         expected = content["sha256"].get(file)
@@ -86,7 +87,7 @@ def check_hash(directory: Path, name: str, content: dict[str, Any]) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; export the model again.")
         if hash_file(path) != expected:
-            raise ValueError(
+            raise TornFolderError(
                 f"{path} must be the file that {CONFIG} describes, got another content (truncated, damaged or "
                 "replaced); fetch it or export the model again."
             )
@@ -99,12 +100,3 @@ def model_hash(content: dict[str, Any]) -> str:
     if (content["resize"], content["crop_pct"]) != ("crop", 1):  # so that hashes from before hold
         pixels += [content["resize"], content["crop_pct"]]
     return hashlib.sha256(json.dumps([files, pixels]).encode()).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

@@ -13,7 +13,8 @@ import numpy as np
 from ..data.decode import count_images, list_images
 from ..fewshot.labels import NotFittedError, class_array, label_list, match_labels, require_same_length, sort_classes
 from ..fewshot.prototype_files import read_prototypes, write_prototypes
-from .folder_config import check_hash, model_hash, read_config
+from ..runtime.settled import read_settled
+from .folder_config import CONFIG, check_hash, model_hash, read_config
 from .pixels import normalize, to_batches
 from .runtime import Graph
 
@@ -58,11 +59,24 @@ class FewShotSession:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.directory = Path(directory).expanduser()
-        self.config: dict[str, Any] = read_config(self.directory)
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._verify = verify
+
+        def read() -> tuple[dict[str, Any], Graph, Graph]:
+            self.config: dict[str, Any] = read_config(self.directory)
+            return self.config, self._open("encoder.onnx"), self._open("head.onnx")
+
+        names = (CONFIG, "encoder.onnx", "encoder.onnx.data", "head.onnx")
+        self.config, self._encoder, self._head = read_settled(self.directory, names, read)
         fixed = self.config["batch_size"]
         self.batch_size = batch_size if fixed == "dynamic" else int(fixed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the sessions of ONNX Runtime, for `pickle`: a process that is spawned opens the files anew."""
+        return {key: value for key, value in self.__dict__.items() if not isinstance(value, Graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._encoder, self._head = self._open("encoder.onnx"), self._open("head.onnx")
 
     def fit(self, support_images: Any, support_labels: Iterable[Hashable]) -> FewShotSession:

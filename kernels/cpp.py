@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -36,13 +40,57 @@ def _build() -> None:
         raise FileNotFoundError("the folder csrc/ is not part of this installation")
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in _FLAGS else "DEFAULT"
-    cpp_extension.load(
-        name=f"lorarecycle_cpu_{capability.lower()}",
-        sources=sources,
-        extra_cflags=["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *_FLAGS.get(capability, [])],
-        extra_ldflags=["-fopenmp"],
-        is_python_module=False,
-    )
+    name = f"lorarecycle_cpu_{capability.lower()}"
+    folder = Path(cpp_extension._get_build_directory(name, False))
+    with _whole_library(folder, folder / f"{name}.so"):
+        cpp_extension.load(
+            name=name,
+            sources=sources,
+            extra_cflags=["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *_FLAGS.get(capability, [])],
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+
+
+@contextmanager
+def _whole_library(folder: Path, library: Path) -> Iterator[None]:
+    """While one process builds and loads, alone, a library that is not a damaged one of an earlier build.
+
+    Loading a truncated library ends the process; PyTorch builds anew by the age of files alone. Its hash lies beside
+    it: without, or with another one, it is removed first. So is the lock file of a builder that was killed, for which
+    earlier releases of PyTorch wait for ever.
+    """
+    record = library.with_suffix(".sha256")
+    with _alone(folder):
+        (folder / "lock").unlink(missing_ok=True)
+        if library.is_file() and not (record.is_file() and record.read_text() == _hash(library)):
+            library.unlink()
+        yield
+        if library.is_file() and not (record.is_file() and record.read_text() == _hash(library)):
+            temporary = record.with_suffix(f".{os.getpid()}")
+            temporary.write_text(_hash(library))
+            os.replace(temporary, record)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other process holds the folder; the lock goes with the process. Without one where there are none."""
+    handle = None
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def available() -> bool:

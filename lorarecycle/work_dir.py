@@ -11,12 +11,13 @@ import torch
 from .adapters.adapter import Adapter
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
-from .runtime.files import read_json, remove_leftovers, write_json
+from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
 from .runtime.seeds import stream
 from .runtime.version import __version__
 from .vit.backbone import Backbone
 
 RECORD = "run.json"
+IMAGES = "surrogates"
 
 
 class WorkDir:
@@ -29,7 +30,7 @@ class WorkDir:
 
     def __init__(self, folder: Path, inverted: Sequence[Adapter] = ()) -> None:
         self.folder = folder
-        images = folder / "surrogates"
+        images = folder / IMAGES
         names = [f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors" for i, adapter in enumerate(inverted)]
         self.surrogates = [images / name for name in names]
         self.pictures = images / "pictures.safetensors"
@@ -60,14 +61,14 @@ class WorkDir:
                     f"`work_dir` {folder} must be of this run, got one that differs in {', '.join(keys)} (see "
                     f"{record}); choose another folder, or the settings of that run."
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif not _is_empty(folder):
             raise ValueError(f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it.")
         images = self.pictures.parent
-        images.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         remove_leftovers(images)
         if not record.exists():
-            write_json(record, run)
+            write_json(record, run)  # first: whatever else is there is of this run
+        images.mkdir(exist_ok=True)
 
 
 def describe_run(
@@ -105,6 +106,16 @@ def _signature(adapter: Adapter) -> float:
         weight = adapter.head.weight.double()
         total += float((torch.randn(weight.shape, generator=stream(0, "head"), dtype=torch.float64) * weight).sum())
     return total
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder is absent, or holds nothing but what a run that was stopped before its record left."""
+    found = [path for path in folder.iterdir() if not path.name.startswith(LEFTOVER)] if folder.exists() else []
+    return all(path.name == IMAGES and path.is_dir() and _is_bare(path) for path in found)
+
+
+def _is_bare(folder: Path) -> bool:
+    return all(path.name.startswith(LEFTOVER) for path in folder.iterdir())
 
 
 def _without_names(run: Any) -> dict[str, Any]:

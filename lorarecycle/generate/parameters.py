@@ -17,8 +17,10 @@ from ..adapters.adapter import Adapter, Head, LoRAFactors
 from ..adapters.peft.config import CONFIG_FILE, AdapterConfig, make_config, read_config
 from ..adapters.peft.keys import WEIGHTS_FILE, find_factor, read_weights, sort_keys
 from ..adapters.peft.scaling import Sizes
+from ..adapters.peft.seal import SEAL, make_seal
 from ..runtime.files import save_tensors, write_json
 from ..runtime.folders import atomic_folder
+from ..runtime.settled import TornFolderError, read_settled
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +50,21 @@ class PeftAdapter:
 
         Raises:
             FileNotFoundError: no such folder, or a file is missing.
-            ValueError: damaged files.
+            ValueError: damaged files, or (`TornFolderError`) files that were not saved together.
         """
         folder = Path(folder)
-        config = read_config(folder / CONFIG_FILE)
-        return cls(read_weights(folder), config, folder.resolve().name)
+
+        def read() -> PeftAdapter:
+            config = read_config(folder / CONFIG_FILE)
+            return cls(read_weights(folder), config, folder.resolve().name)
+
+        return read_settled(folder, (CONFIG_FILE, WEIGHTS_FILE), read)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the two files, put in place together; the folder."""
-        with atomic_folder(folder, last=CONFIG_FILE) as new:
-            save_tensors(new / WEIGHTS_FILE, self.tensors)
+        with atomic_folder(folder, first=WEIGHTS_FILE, last=(CONFIG_FILE,)) as new:
             write_json(new / CONFIG_FILE, dict(self.config))
+            save_tensors(new / WEIGHTS_FILE, self.tensors, {SEAL: make_seal(new, [CONFIG_FILE], self.tensors)})
         return Path(folder)
 
 
@@ -92,6 +98,8 @@ def load_adapter(source: AnyAdapter | str | PathLike[str]) -> AnyAdapter:
         raise TypeError(f"`adapters` must hold Adapter or PeftAdapter objects or folders, got {type(source).__name__}.")
     try:
         return Adapter.load(source)
+    except TornFolderError:
+        raise
     except ValueError as error:
         if not Path(source).is_dir() or _is_vit(Path(source)):
             raise

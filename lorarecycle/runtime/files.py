@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -21,6 +23,8 @@ LEFTOVER = ".partly-written-"
 """How the names of hidden folders start: `.partly-written-HOST-PID-...`."""
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that is read."""
+OLD = 7 * 24 * 3600.0
+"""Seconds without a change after which a leftover is nobody's, whoever wrote it."""
 _POINTER = b"version https://git-lfs.github.com"
 _NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?[^-.]+")
 
@@ -71,10 +75,12 @@ def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
 def remove_leftovers(folder: str | PathLike[str]) -> None:
     """Remove what writers left in a folder when they were killed: processes of this host that are gone.
 
-    What living processes, other hosts or other containers may be writing stays.
+    What living processes, other hosts or other containers may be writing stays, unless that is `OLD` and not of a
+    living process of this host.
     """
     for path in Path(folder).glob(f"{LEFTOVER}*"):
-        if not _is_abandoned(path.name):
+        abandoned = _is_abandoned(path.name)
+        if not (_age(path) > OLD if abandoned is None else abandoned):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -107,10 +113,19 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _is_abandoned(name: str) -> bool:
+def _age(path: Path) -> float:
+    """Seconds since anything in a leftover changed; 0 where that cannot be told."""
+    try:
+        return time.time() - max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
+    except OSError:
+        return 0.0
+
+
+def _is_abandoned(name: str) -> bool | None:
+    """Whether the process that a leftover is of is gone; None where that cannot be told."""
     found = _NAME.fullmatch(name)
     if found is None or found["host"] != _host() or found["space"] not in (None, _pid_space()) or os.name != "posix":
-        return False
+        return None
     try:
         os.kill(int(found["pid"]), 0)  # sends nothing: asks whether there is such a process
     except (ProcessLookupError, OverflowError):
@@ -183,6 +198,15 @@ def read_object(path: str | PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
 def refuse_pointer(path: str | PathLike[str]) -> None:
     """Raises ValueError where a file is what a clone without Git LFS holds in the place of a large one."""
     with suppress(OSError), open(path, "rb") as file:
@@ -203,10 +227,23 @@ def save_tensors(
     def write(temporary: Path) -> None:
         try:
             save_file(plain, str(temporary), metadata=meta)
+            _sort_header(temporary)
         except SafetensorError as error:  # disk full arrives as one of these
             raise OSError(None, str(error)) from error
 
     return write_atomic(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """Bring the metadata of a safetensors file into one order: the library's differs from call to call."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

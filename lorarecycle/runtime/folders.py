@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,11 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 @contextmanager
 def atomic_folder(
-    target: str | PathLike[str], *, last: str | None = None, stale: Collection[str] = ()
+    target: str | PathLike[str],
+    *,
+    first: str | None = None,
+    last: Sequence[str] = (),
+    stale: Collection[str] = (),
 ) -> Iterator[Path]:
     """A hidden folder to write files into, which are put into `target` when the block ends without an error.
 
@@ -26,8 +31,9 @@ def atomic_folder(
 
     Args:
         target: the folder, made with its parents where it is absent.
-        last: name of the file that is replaced after all others, such as the one that lists them.
-        stale: names of files of an earlier writer, removed at the end unless this one wrote them too.
+        first: name of the file that is replaced before all others, such as one that says what the others must be.
+        last: names of files that are replaced after all others, in this order, such as one that lists them.
+        stale: names of files of an earlier writer, removed before the `last` unless this one wrote them too.
 
     Yields:
         the hidden folder; files only, no folders in it.
@@ -58,13 +64,22 @@ def atomic_folder(
             raise OSError(
                 error.errno, f"cannot write {target}: {reason(error)}; earlier files are unchanged"
             ) from error
-        _put_in_place(folder, real, target, last, stale)
+        names = sorted(path.name for path in folder.iterdir())
+        early = [first] if first in names else []
+        final = [name for name in last if name in names]
+        middle = [name for name in names if name not in (*early, *final)]
+        _put_in_place(folder, real, target, [*early, *middle], final, set(stale) - set(names))
 
 
 def _put_in_place(
-    folder: Path, real: Path, target: str | PathLike[str], last: str | None, stale: Collection[str]
+    folder: Path,
+    real: Path,
+    target: str | PathLike[str],
+    before: Sequence[str],
+    last: Sequence[str],
+    stale: Collection[str],
 ) -> None:
-    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == last, name))
+    names = [*before, *last]
     placed: list[str] = []
     made = not real.exists()
     try:
@@ -76,11 +91,15 @@ def _put_in_place(
             for name in names:
                 if (real / name).is_dir():
                     raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
-            for name in names:
-                os.replace(folder / name, real / name)
-                placed.append(name)
-            for name in set(stale) - set(names):
-                (real / name).unlink(missing_ok=True)
+            with _alone(real):
+                for name in before:
+                    os.replace(folder / name, real / name)
+                    placed.append(name)
+                for name in stale:
+                    (real / name).unlink(missing_ok=True)
+                for name in last:
+                    os.replace(folder / name, real / name)
+                    placed.append(name)
     except OSError as error:
         if made:
             with suppress(OSError):  # holds something
@@ -91,6 +110,29 @@ def _put_in_place(
         raise OSError(error.errno, f"cannot write {target}: {reason(error)}; {state}") from error
     flush_folder(real)
     flush_folder(real.parent)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other writer of this kind puts files into a folder, where the system can tell.
+
+    The lock goes with the process. A writer that does not come to its end is waited for 5 s.
+    """
+    handle = None
+    try:
+        with suppress(ImportError, OSError):  # no such locks on this system, or on this file system
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            for _ in range(500):
+                with suppress(BlockingIOError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.01)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _renamed(folder: Path, real: Path) -> bool:

@@ -20,6 +20,8 @@ QKV = "base_model.model.blocks.0.attn.qkv"
 def folder(tmp_path):
     pair = LoRAFactors(torch.randn(2, D), torch.randn(D, 2), 1.0)
     Adapter({f"blocks.0.attn.{part}": pair for part in "qkv"}).save(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / WEIGHTS
+    save_tensors(weights, load_tensors(weights)[0])  # without its seal, as PEFT writes it
     return tmp_path / "adapter"
 
 

@@ -20,6 +20,8 @@ def folder(tmp_path):
     pair = LoRAFactors(torch.randn(2, D), torch.randn(D, 2), 1.0)
     head = Head(torch.randn(3, D), torch.randn(3))
     Adapter({f"blocks.0.attn.{part}": pair for part in "qkv"}, head).save(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / WEIGHTS
+    save_tensors(weights, load_tensors(weights)[0])  # without its seal, as PEFT writes it
     return tmp_path / "adapter"
 
 

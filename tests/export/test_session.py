@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from lorarecycle import FewShotClassifier
 from lorarecycle.data.images import normalize, to_uint8
 from lorarecycle.fewshot import prototype_files
 from lorarecycle.fewshot.labels import NotFittedError
+from lorarecycle.runtime import settled
+from lorarecycle.runtime.settled import TornFolderError
 
 pytestmark = pytest.mark.medium
 
@@ -444,3 +448,35 @@ def test_it_runs_where_torch_cannot_be_imported(exported, pictures, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_session_can_be_pickled(exported, pictures):
+    session = FewShotSession(exported, threads=1).fit(pictures.images[::3].numpy(), pictures.labels[::3].tolist())
+    query, expected = pictures.images[1::3].numpy(), session.predict(pictures.images[1::3])
+    again = pickle.loads(pickle.dumps(session))
+    assert again.predict(query).tolist() == expected.tolist()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(session.predict, (query,)).tolist() == expected.tolist()
+
+
+def test_an_export_that_is_replaced_while_it_is_opened(exported, tmp_path, monkeypatch):
+    """The second look finds the new files together; files that stay mixed are refused."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    config = (folder / "config.json").read_text()
+    torn = json.loads(config)
+    torn["sha256"]["head.onnx"] = "0"
+    (folder / "config.json").write_text(json.dumps(torn))
+    waited = []
+
+    def arrive(seconds):
+        waited.append(seconds)
+        (folder / "config.json").write_text(config)
+
+    monkeypatch.setattr(settled.time, "sleep", arrive)
+    FewShotSession(folder, threads=1)
+    assert len(waited) == 1
+    monkeypatch.setattr(settled.time, "sleep", waited.append)
+    (folder / "config.json").write_text(json.dumps(torn))
+    with pytest.raises(TornFolderError, match=r"head\.onnx must be the file that config\.json describes"):
+        FewShotSession(folder, threads=1)

@@ -174,6 +174,8 @@ def test_a_damaged_adapter_of_a_vit_is_not_taken_for_bare_parameters(pool, tmp_p
     (folders[1] / "lorarecycle.json").write_text("[]")
     with pytest.raises(ValueError, match="lorarecycle.json must be a JSON object"):
         load_adapter(folders[1])
+    weights = folders[0] / "adapter_model.safetensors"
+    save_tensors(weights, load_tensors(weights)[0])  # without its seal
     config = folders[0] / "adapter_config.json"
     write_json(config, {**read_json(config), "use_dora": True})
     assert isinstance(load_adapter(folders[0]), PeftAdapter)  # whole, and no plain LoRA

@@ -126,3 +126,37 @@ def test_compiles_without_a_graph_break(cpp_backend):
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")), reason="no C++ compiler or ninja here")
 def test_the_cpp_twins_build_where_a_compiler_is():
     assert cpp.available(), "a build that fails would turn every test of a C++ twin into a skip"
+
+
+def test_a_damaged_library_is_never_loaded(tmp_path):
+    """A truncated one, one without its hash, and the lock of a builder that was killed go; a whole one stays."""
+    library = tmp_path / "x.so"
+
+    def load():
+        (tmp_path / "lock").write_text("of a process that is gone")
+        with cpp._whole_library(tmp_path, library):
+            assert not (tmp_path / "lock").exists()
+            built = not library.exists()
+            if built:
+                library.write_bytes(b"library" * 100)
+        return built
+
+    assert load()
+    assert not load()
+    library.write_bytes(library.read_bytes()[:-300])
+    assert load()
+    assert not load()
+    (tmp_path / "x.sha256").unlink()
+    assert load()
+    assert not load()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.so", "x.sha256"}
+
+
+def test_a_build_that_fails_leaves_no_hash(tmp_path):
+    def fail():
+        with cpp._whole_library(tmp_path, tmp_path / "x.so"):
+            raise RuntimeError("no compiler")
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        fail()
+    assert not list(tmp_path.iterdir())

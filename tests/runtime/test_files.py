@@ -111,6 +111,21 @@ def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path):
     files.remove_leftovers(kept)
 
 
+def test_very_old_leftovers_go_whoever_wrote_them(tmp_path):
+    names = {
+        key: leftover(pid, host=host) for key, pid, host in (("other", 1, "another-host"), ("own", os.getpid(), None))
+    }
+    for name in (*names.values(), leftover(2, host="another-host")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inner").write_text("half")
+    for path in [*tmp_path.rglob("*")]:
+        if path.parent.name == names["other"] or path.parent == tmp_path:
+            os.utime(path, (0, 0))
+    os.utime(tmp_path / names["own"] / "inner", (0, 0))
+    files.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names["own"], leftover(2, host="another-host")}
+
+
 def test_a_killed_writer_is_swept_and_a_living_one_is_not(tmp_path):
     script = """
 import sys, time
@@ -142,6 +157,19 @@ def test_tensors_and_metadata_come_back(tmp_path):
     assert meta["step"] == "3"
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    """The safetensors library writes metadata in an order that differs from call to call."""
+    facts = dict.fromkeys("bacdef", "é\n\x7f")
+    contents = set()
+    for _ in range(3):
+        path = files.save_tensors(tmp_path / "t.safetensors", {"é": torch.ones(3), "e": torch.ones(0)}, facts)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    tensors, found = files.load_tensors(path)
+    assert tensors["é"].tolist() == [1, 1, 1]
+    assert sorted(found) == [*"abcdef", "format"]
 
 
 def test_missing_truncated_and_foreign_files(tmp_path):

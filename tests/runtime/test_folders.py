@@ -6,6 +6,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def test_a_new_folder_appears_in_one_step(tmp_path, monkeypatch):
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
-def test_in_a_folder_that_is_there_the_named_file_comes_last(tmp_path, monkeypatch):
+def test_in_a_folder_that_is_there_files_come_in_the_order_asked_for(tmp_path, monkeypatch):
     (tmp_path / "config").write_text("old")
     (tmp_path / "stale").write_text("old")
     (tmp_path / "notes").write_text("mine")
@@ -41,17 +43,19 @@ def test_in_a_folder_that_is_there_the_named_file_comes_last(tmp_path, monkeypat
 
     def replace(source, destination):
         order.append(Path(destination).name)
-        assert (tmp_path / "stale").exists(), "removed before the new files were there"
+        assert (tmp_path / "stale").exists() == (order[-1] not in ("list", "config")), "removed too early or too late"
         original(source, destination)
 
     monkeypatch.setattr(os, "replace", replace)
-    with atomic_folder(tmp_path, last="config", stale=["stale", "config", "never-there"]) as folder:
+    with atomic_folder(
+        tmp_path, first="z", last=("list", "config", "absent"), stale=["stale", "config", "never-there"]
+    ) as folder:
         assert folder.parent == tmp_path
-        for name in ("config", "a", "z"):
+        for name in ("config", "list", "a", "z"):
             (folder / name).write_text("new")
         assert (tmp_path / "config").read_text() == "old"
-    assert order == ["a", "z", "config"]
-    assert content(tmp_path) == {"notes": "mine", "config": "new", "a": "new", "z": "new"}
+    assert order == ["z", "a", "list", "config"]
+    assert content(tmp_path) == {"notes": "mine", "config": "new", "list": "new", "a": "new", "z": "new"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("too far off"), OSError(errno.ENOSPC, "full")])
@@ -242,3 +246,31 @@ with atomic_folder(sys.argv[1]) as folder:
         (folder / "b").write_text("new")
     assert content(target) == ({"a": "old", "b": "new"} if there else {"b": "new"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_writers_of_one_folder_take_turns(tmp_path, monkeypatch):
+    """Each puts all its files in place before the next one starts."""
+    pytest.importorskip("fcntl")
+    target, order, original = tmp_path / "out", [], os.replace
+    target.mkdir()
+
+    def slow(source, destination):
+        order.append(threading.get_ident())
+        time.sleep(0.03)
+        original(source, destination)
+
+    monkeypatch.setattr(os, "replace", slow)
+
+    def write():
+        with atomic_folder(target) as folder:
+            for name in "abc":
+                (folder / name).write_text(str(threading.get_ident()))
+
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(order) == 9
+    assert len(set(content(target).values())) == 1
+    assert all(len(set(order[i : i + 3])) == 1 for i in (0, 3, 6))

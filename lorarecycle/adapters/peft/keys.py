@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...runtime.files import load_tensors
 from .config import AdapterConfig
 from .names import find_layer, split_block, strip_wrappers
+from .seal import check_seal
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -57,12 +58,16 @@ def find_factor(key: str) -> FactorKey | None:
     return None if match is None else FactorKey(match["module"], match["side"], match["adapter"])
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder.
+def read_weights(folder: Path, *, skip: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder, whose seal is checked where it has one.
+
+    Args:
+        folder: the folder.
+        skip: names of files beside that are not read, and need not belong to the weights.
 
     Raises:
         FileNotFoundError: no weights.
-        ValueError: pickle files only, or a damaged file.
+        ValueError: pickle files only, or a damaged file; as `TornFolderError`, files that were not saved together.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -77,14 +82,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             f"an adapter directory must hold {WEIGHTS_FILE}, got none in {folder}; fetch the adapter again, "
             "or save it with `safe_serialization=True`."
         )
-    return load_tensors(path)[0]
+    tensors, metadata = load_tensors(path)
+    check_seal(path, tensors, metadata, skip=skip)
+    return tensors
 
 
-def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
+def sort_keys(folder: Path, config: AdapterConfig, *, skip: Collection[str] = ()) -> FoundKeys:
     """Read and sort the weights of an adapter.
 
     Left out, and counted in `notes`: factors of a text tower, and those on layers outside the blocks (pooler,
     projection, patch embedding). A head under LoRA is merged where its own weight is in the file, else left out.
+
+    Args:
+        folder, skip: as in `read_weights`.
+        config: of the folder.
 
     Raises:
         FileNotFoundError: no weights.
@@ -92,7 +103,7 @@ def sort_keys(folder: Path, config: AdapterConfig) -> FoundKeys:
             message names the key and what to do.
     """
     path = folder / WEIGHTS_FILE
-    tensors = read_weights(folder)
+    tensors = read_weights(folder, skip=skip)
     if "Text" in config.model_class:
         raise ValueError(f"{path} must adapt a vision model, got one of {config.model_class}; use its vision half.")
     sides: dict[str, dict[str, Tensor]] = {}

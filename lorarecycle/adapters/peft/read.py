@@ -8,6 +8,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from ...runtime.settled import read_settled
 from ..algebra import split_factors, stack_factors
 from ..value import AnyValue, Head, LoRAFactors
 from .config import CONFIG_FILE, AdapterConfig
@@ -39,10 +40,23 @@ def read_peft(
         kind: class of the result.
         name: of the adapter, where its own files do not name it.
         head, class_names: in place of those in the files.
+
+    Raises:
+        TornFolderError: files that were not saved together.
     """
+    return read_settled(folder, FILES, lambda: _read(folder, kind, name, head, class_names))
+
+
+def _read(
+    folder: Path,
+    kind: type[AnyValue],
+    name: str,
+    head: Head | str | PathLike[str] | None,
+    class_names: Sequence[str] | None,
+) -> AnyValue:
     config = AdapterConfig(folder / CONFIG_FILE)
     metadata = Metadata.read(folder)
-    keys = sort_keys(folder, config)
+    keys = sort_keys(folder, config, skip=() if head is None else HEAD_FILES)
     factors = _site_factors(keys, config, metadata)
     name = metadata.name or name
     preparation = metadata.preparation(folder)

@@ -20,6 +20,7 @@ from .head import HEAD_FILES, model_width, place_head
 from .keys import PREFIX, WEIGHTS_FILE
 from .metadata import METADATA_FILE, Metadata
 from .names import PARTS, Names, check_layout, find_names
+from .seal import SEAL, make_seal
 
 OWN_HEAD_FILES = HEAD_FILES[:1]
 """Where a head goes that the layout's classifier cannot hold."""
@@ -73,12 +74,15 @@ def write_peft(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
     earlier = _head_file(directory)
-    with atomic_folder(directory, last=CONFIG_FILE, stale=[earlier] if earlier else []) as folder:
-        save_tensors(folder / WEIGHTS_FILE, tensors)
+    stale = [earlier] if earlier else []
+    with atomic_folder(directory, first=WEIGHTS_FILE, last=(METADATA_FILE, CONFIG_FILE), stale=stale) as folder:
         if placed.beside_file:
             save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
         write_json(folder / CONFIG_FILE, peft_config)
         write_json(folder / METADATA_FILE, metadata.content)
+        save_tensors(
+            folder / WEIGHTS_FILE, tensors, {SEAL: make_seal(folder, [f.name for f in folder.iterdir()], tensors)}
+        )
         write_text(folder / "README.md", card)
     return directory
 
