@@ -153,6 +153,7 @@ def test_fp16_keeps_layer_norm_and_softmax_in_float32(model, tmp_path):
     assert {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.output)} == {full}
 
 
+@pytest.mark.slow
 def test_int8_of_vit_tiny_with_real_weights(real_data, tmp_path, monkeypatch):
     """By accuracy: photos of CIFAR-FS's validation classes, 112 x 112."""
     weights = real_data / "vit_tiny_patch16_224.safetensors"
@@ -168,6 +169,7 @@ def test_int8_of_vit_tiny_with_real_weights(real_data, tmp_path, monkeypatch):
     assert report.accuracy["int8"] > report.accuracy["float32"] - 3
 
 
+@pytest.mark.slow
 def test_fp16_of_vit_tiny_pruned(real_data, tmp_path):
     """Rounding keeps another token at the limit in some of the 64 images."""
     backbone = Backbone.load("vit_tiny_patch16_224", weights=real_data / "vit_tiny_patch16_224.safetensors")
