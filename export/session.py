@@ -62,12 +62,12 @@ class FewShotSession:
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._verify = verify
 
-        def read() -> tuple[dict[str, Any], Graph, Graph]:
+        def read() -> tuple[Graph, Graph]:
             self.config: dict[str, Any] = read_config(self.directory)
-            return self.config, self._open("encoder.onnx"), self._open("head.onnx")
+            return self._open("encoder.onnx"), self._open("head.onnx")
 
         names = (CONFIG, "encoder.onnx", "encoder.onnx.data", "head.onnx")
-        self.config, self._encoder, self._head = read_settled(self.directory, names, read)
+        self._encoder, self._head = read_settled(self.directory, names, read)
         fixed = self.config["batch_size"]
         self.batch_size = batch_size if fixed == "dynamic" else int(fixed)
 

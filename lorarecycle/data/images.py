@@ -121,7 +121,7 @@ def normalize(
             f"`images` must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}; use `to_uint8`."
         )
     scaled = tvf.to_dtype(images, torch.float32, scale=True)
-    return scaled.sub_(_of_channels(mean, images.device)).div_(_of_channels(std, images.device)).to(dtype)
+    return scaled.sub_(of_channels(mean, images.device)).div_(of_channels(std, images.device)).to(dtype)
 
 
 def enlarge(images: Tensor, size: int) -> Tensor:
@@ -139,7 +139,7 @@ def enlarge(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
 
 
-def _of_channels(values: Sequence[float], device: torch.device) -> Tensor:
+def of_channels(values: Sequence[float], device: torch.device) -> Tensor:
     """float32 [3, 1, 1], made on the device: copying it there would wait for the host."""
     return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 

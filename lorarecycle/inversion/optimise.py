@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..adapters.adapter import Head
 from ..config import InversionConfig
-from ..runtime.graphs import Graphs, Step, adam, reset, state_of
+from ..data.images import of_channels
+from ..runtime.graphs import Graphs, Step, adam, reset, set_rate, state_of
 from ..runtime.progress import Progress
 from ..vit.backbone import Backbone
 from .objective import inversion_loss
@@ -48,7 +49,7 @@ class BatchOptimiser:
         self.teacher, self.head, self.config, self.prior = teacher, head, config, prior
         self.size = config.image_size or teacher.image_size
         side = config.latent_size or self.size
-        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+        mean, std = (of_channels(v, device) for v in (teacher.mean, teacher.std))
         self.low, self.high = -mean / std, (1 - mean) / std
         self.images = torch.zeros(batch_size, 3, side, side, device=device).requires_grad_()
         self.best = torch.zeros_like(self.images)
@@ -110,8 +111,7 @@ class BatchOptimiser:
             self.best_loss.copy_(torch.where(better, loss, self.best_loss))
             self.best.copy_(torch.where(better, self.images, self.best))
             self.lowest.index_copy_(0, self.count, self.best_loss.view(1))
-            rate: Tensor = self.optimizer.param_groups[0]["lr"]  # type: ignore[assignment]
-            rate.copy_(self.rates.index_select(0, self.count)[0])
+            set_rate(self.optimizer, self.rates.index_select(0, self.count)[0])
             self.optimizer.step()
             self.images.clamp_(self.low, self.high)
             self.count.add_(1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Head
 from ..config import InversionConfig
-from ..data.images import enlarge
+from ..data.images import enlarge, of_channels
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
 from .painted import paint_pictures
@@ -39,14 +39,14 @@ def start_images(
     pictures = paint_pictures(len(labels) * config.candidates, size, generator, teacher.device)
     if config.candidates > 1:
         pictures = pictures[_likeliest(teacher, head, pictures, labels, image_size)]
-    mean, std = (torch.tensor(v, device=teacher.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+    mean, std = (of_channels(v, teacher.device) for v in (teacher.mean, teacher.std))
     return (pictures - mean) / std
 
 
 def finished_pixels(images: Tensor, teacher: Backbone, config: InversionConfig) -> Tensor:
     """Normalised images, float [n, 3, s, s], as uint8 [n, 3, H, W] on the CPU, at the size that is asked for."""
     size = config.image_size or teacher.image_size
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+    mean, std = (of_channels(v, images.device) for v in (teacher.mean, teacher.std))
     within = enlarge(images, size).clamp(-mean / std, (1 - mean) / std)
     return to_pixels(within * std + mean, size).cpu()
 

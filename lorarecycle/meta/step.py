@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import MetaConfig
-from ..runtime.graphs import Graphs, Step, state_of
+from ..runtime.graphs import Graphs, Step, set_rate, state_of
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from .bank import Bank
@@ -57,8 +57,7 @@ class EpisodeStep:
         loss = episode_loss(self.backbone, self.lora, self.bank, self.draws.at(self.count), self.config)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        rate: Tensor = self.optimizer.param_groups[0]["lr"]
-        rate.copy_(self.rates.index_select(0, self.count)[0])
+        set_rate(self.optimizer, self.rates.index_select(0, self.count)[0])
         self.optimizer.step()
         self.losses.index_copy_(0, self.count, loss.detach().view(1))
         self.count.add_(1)

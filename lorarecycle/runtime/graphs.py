@@ -85,7 +85,7 @@ def adam(parameters: Iterable[Tensor], device: torch.device, **settings: Any) ->
     Args:
         parameters: leaves that want gradients, on `device`.
         device: on a GPU one fused kernel takes the step, and counts steps there.
-        settings: of `torch.optim.Adam`, without `lr`, which is set in place: `param_groups[0]["lr"].copy_(...)`.
+        settings: of `torch.optim.Adam`, without `lr`, see `set_rate`.
     """
     found = list(parameters)
     cuda = device.type == "cuda"
@@ -96,6 +96,11 @@ def adam(parameters: Iterable[Tensor], device: torch.device, **settings: Any) ->
     optimizer.step()  # of length zero: it makes the state
     reset(optimizer)
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
+    """Give an optimiser of `adam` a learning rate, a scalar on its device: nothing is copied from the host."""
+    optimizer.param_groups[0]["lr"].copy_(rate)
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Head, LoRAFactors
+from ..adapters.base_model import BaseModel
 from ..data.images import Fit
 from ..kernels import lora_qkv, reference
 from ..kernels.lora_qkv import MAX_RANK
@@ -37,19 +38,13 @@ class BlockFactors(NamedTuple):
 NO_FACTORS = BlockFactors()
 
 
-class Sites(Protocol):
+class Sites(BaseModel, Protocol):
     """What factors ask of the model that they are for, such as a `Backbone`."""
 
-    name: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     fit: Fit
-    num_blocks: int
 
     @property
     def device(self) -> torch.device: ...
-
-    def site_shape(self, site: str) -> tuple[int, int]: ...
 
 
 class LoRA(nn.Module):
