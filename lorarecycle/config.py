@@ -36,8 +36,13 @@ class InversionConfig:
     patience: int | None = None
     """Stop optimising a batch once its lowest loss has fallen by less than 1 % in so many steps (pruned ones, where
     tokens are pruned), which is looked at every 50 steps; never when None."""
+    parametrization: Literal["normalized", "pixels", "fourier"] = "normalized"
+    """What Adam changes: the images as the backbone reads them (the paper's), their pixels in [0, 1], or Fourier
+    coefficients of decorrelated colours, with which images are smooth by construction (Olah et al. 2017)."""
     lr: float = 0.25
-    """Learning rate of Adam on the pixels (normalised space)."""
+    """Highest learning rate of Adam, in units of the parametrization."""
+    warm_up: float = 0.0
+    """Share of the steps over which the learning rate rises to `lr`."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's betas."""
     image_size: int | None = None
@@ -55,6 +60,8 @@ class InversionConfig:
     """Batch-norm network of the prior: a timm model name, a safetensors file of one, or None for no prior."""
     prior_weight: float = 0.01
     """alpha_R of Eq. 1."""
+    prior_relative: bool = False
+    """Measure each layer of the prior against the length of its own statistics, so that no layer has more say."""
     prior_size: int | None = None
     """Side in pixels at which the prior sees the images; their own when None."""
     prune: dict[int, float] = field(default_factory=dict)
@@ -89,7 +96,9 @@ class InversionConfig:
             _at_least("latent_size", self.latent_size, 1)
         _at_least("candidates", self.candidates, 1)
         _one_of("schedule", self.schedule, ("constant", "cosine"))
+        _one_of("parametrization", self.parametrization, ("normalized", "pixels", "fourier"))
         _between("prune_from", self.prune_from, 0, 1)
+        _between("warm_up", self.warm_up, 0, 0.9)
         _between("roll", self.roll, 0, 0.5)
         for name, beta in zip(("betas[0]", "betas[1]"), self.betas, strict=True):
             _between(name, beta, 0, 1)

@@ -321,7 +321,8 @@ def prepare(
         notes.append("`prior` has no effect: no image is optimised, or `prior_weight` is 0")
         prior = None
     if prior is not None and not isinstance(prior, BatchNormPrior):
-        prior = BatchNormPrior(prior, size=settings.inversion.prior_size, dtype=precision)
+        size, relative = settings.inversion.prior_size, settings.inversion.prior_relative
+        prior = BatchNormPrior(prior, size=size, dtype=precision, relative=relative)
     network = None if prior is None else prior.to(where)
     return Job(found, inverted, backbone, settings, network, precision, tuple(notes), len(loaded.notes))
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass, fields
 from .config import InversionConfig, MetaConfig, RecycleConfig
 from .stages import Needs, Stage
 
+OPTIMISER = ("patience", "parametrization", "lr", "warm_up", "betas", "schedule", "prior", "prior_weight", "prior_size")
+OPTIMISER += ("prior_relative",)
+"""Settings of the optimisation of images."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,14 +79,13 @@ def unused_settings(config: RecycleConfig) -> dict[str, str]:
     elif needs.images:
         mark("each adapter has images of its own", "inversion", "pictures")
     if inversion.steps == 0:
-        optimiser = ("patience", "lr", "betas", "schedule", "prior", "prior_weight", "prior_size")
-        mark("no image is optimised", "inversion", *optimiser, "prune_from", "roll", "flip")
+        mark("no image is optimised", "inversion", *OPTIMISER, "prune_from", "roll", "flip")
     if inversion.steps > 0 and inversion.init == "noise":
         mark("images start from noise", "inversion", "candidates")
     if inversion.prior is None:
-        mark("there is no prior", "inversion", "prior_weight", "prior_size")
+        mark("there is no prior", "inversion", "prior_weight", "prior_size", "prior_relative")
     if inversion.prior_weight == 0:
-        mark("the prior has no weight", "inversion", "prior", "prior_size")
+        mark("the prior has no weight", "inversion", "prior", "prior_size", "prior_relative")
     if not inversion.prune:
         mark("no token is pruned", "inversion", "prune_from")
     if inversion.steps == 0 and meta.sparsity is not None:

@@ -204,4 +204,5 @@ def load_prior(backbone: Backbone, config: InversionConfig, dtype: torch.dtype |
     """The prior that the settings name, on the backbone's device; None where they name none."""
     if config.prior is None or config.prior_weight == 0 or config.steps == 0:
         return None
-    return BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype).to(backbone.device)
+    prior = BatchNormPrior.load(config.prior, size=config.prior_size, dtype=dtype, relative=config.prior_relative)
+    return prior.to(backbone.device)

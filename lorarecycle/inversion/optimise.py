@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..adapters.adapter import Head
 from ..config import InversionConfig
-from ..data.images import of_channels
 from ..runtime.graphs import Graphs, Step, adam, reset, set_rate, state_of
 from ..runtime.progress import Progress
 from ..vit.backbone import Backbone
 from .objective import inversion_loss
+from .parametrization import PARAMETRIZATIONS
 from .prior import BatchNormPrior
 from .start import finished_pixels
 from .views import seen_as
@@ -25,7 +25,7 @@ READ_EVERY = 50
 
 
 class BatchOptimiser:
-    """Adam on the pixels of a batch (Eq. 1), with what a step needs kept on the device.
+    """Adam on the images of a batch (Eq. 1), with what a step needs kept on the device.
 
     Args:
         teacher: with an adapter merged; its weights may be written anew between batches.
@@ -49,17 +49,15 @@ class BatchOptimiser:
         self.teacher, self.head, self.config, self.prior = teacher, head, config, prior
         self.size = config.image_size or teacher.image_size
         side = config.latent_size or self.size
-        mean, std = (of_channels(v, device) for v in (teacher.mean, teacher.std))
-        self.low, self.high = -mean / std, (1 - mean) / std
-        self.images = torch.zeros(batch_size, 3, side, side, device=device).requires_grad_()
-        self.best = torch.zeros_like(self.images)
+        self.parameters = PARAMETRIZATIONS[config.parametrization](teacher, batch_size, side)
+        self.best = torch.zeros(batch_size, 3, side, side, device=device)
         self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.views = torch.zeros(config.steps, 3, dtype=torch.long, device=device)
         self.rates = torch.tensor([step_size(step, config) for step in range(config.steps)], device=device)
         self.lowest = torch.zeros(config.steps, device=device)  # loss up to each step
         self.best_loss = torch.zeros((), device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.optimizer = adam([self.images], device, betas=config.betas)
+        self.optimizer = adam([self.parameters.variable], device, betas=config.betas)
         self.dense, self.pruned = (
             Step(partial(self._step, prune), self._state, device, graphs) for prune in (None, config.prune)
         )
@@ -80,11 +78,10 @@ class BatchOptimiser:
             FloatingPointError: the loss was never finite.
         """
         config = self.config
-        with torch.no_grad():
-            self.images.copy_(start)
-            self.best.copy_(start)
-            self.best_loss.fill_(torch.inf)
-            self.count.zero_()
+        self.parameters.set(start)
+        self.best.copy_(start)
+        self.best_loss.fill_(torch.inf)
+        self.count.zero_()
         self.labels.copy_(labels)
         self.views.copy_(views)
         reset(self.optimizer)
@@ -101,7 +98,8 @@ class BatchOptimiser:
         return finished_pixels(self.best, self.teacher, config)
 
     def _step(self, prune: Mapping[int, float] | None) -> None:
-        seen = seen_as(self.images, self.views.index_select(0, self.count)[0])
+        images = self.parameters.images()
+        seen = seen_as(images, self.views.index_select(0, self.count)[0])
         weight = self.config.prior_weight
         loss = inversion_loss(self.teacher, self.head, seen, self.labels, prune, self.prior, weight, self.size)
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,15 +107,15 @@ class BatchOptimiser:
         with torch.no_grad():
             better = loss < self.best_loss
             self.best_loss.copy_(torch.where(better, loss, self.best_loss))
-            self.best.copy_(torch.where(better, self.images, self.best))
+            self.best.copy_(torch.where(better, images, self.best))
             self.lowest.index_copy_(0, self.count, self.best_loss.view(1))
             set_rate(self.optimizer, self.rates.index_select(0, self.count)[0])
             self.optimizer.step()
-            self.images.clamp_(self.low, self.high)
+            self.parameters.clip()
             self.count.add_(1)
 
     def _state(self) -> list[Tensor]:
-        return [self.images, self.best, self.best_loss, self.lowest, self.count, *state_of(self.optimizer)]
+        return [self.parameters.variable, self.best, self.best_loss, self.lowest, self.count, *state_of(self.optimizer)]
 
     def _settled(self, step: int, prune_from: int) -> bool:
         """Whether the lowest loss fell by less than 1 % in the last `patience` steps, pruned ones where tokens are."""
@@ -128,7 +126,10 @@ class BatchOptimiser:
 
 
 def step_size(step: int, config: InversionConfig) -> float:
-    """Learning rate of a step: constant, or falling to zero along half a cosine."""
+    """Learning rate of a step: rises linearly over `warm_up`, then stays, or falls to zero along half a cosine."""
+    rise = round(config.warm_up * config.steps)
+    if step < rise:
+        return config.lr * (step + 1) / rise
     if config.schedule == "constant":
         return config.lr
-    return config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
+    return config.lr * (1 + math.cos(math.pi * (step - rise) / (config.steps - rise))) / 2

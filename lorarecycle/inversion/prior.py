@@ -27,6 +27,7 @@ class BatchNormPrior(nn.Module):
         mean, std: its input normalisation per RGB channel for pixels in [0, 1].
         size: side in pixels at which it sees the images; their own when None.
         dtype: precision of its convolutions; batch norm and statistics stay in the network's own.
+        relative: divide each layer's term by `||running_mean||_2 + ||running_var||_2` of that layer.
 
     Raises:
         ValueError: the network has no batch-norm layer with running statistics.
@@ -40,10 +41,11 @@ class BatchNormPrior(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
         size: int | None = None,
         dtype: torch.dtype | None = None,
+        relative: bool = False,
     ) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.mean, self.std, self.size = mean, std, size
+        self.mean, self.std, self.size, self.relative = mean, std, size, relative
         layers = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         if not layers:
             raise ValueError(
@@ -53,6 +55,10 @@ class BatchNormPrior(nn.Module):
         for module in self.network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
+        lengths = [m.running_mean.norm() + m.running_var.norm() for m in layers if m.running_var is not None]
+        weights = 1 / torch.stack(lengths).float() if relative else torch.ones(len(layers))
+        self.weights: Tensor
+        self.register_buffer("weights", weights, persistent=False)
         graph = losses_graph(self.network, layers)
         self._graph = None if graph is None else (graph,)  # no child: its modules are the network's
         self._layers: list[Any] = layers
@@ -68,19 +74,20 @@ class BatchNormPrior(nn.Module):
         weights: str | PathLike[str] | None = None,
         size: int | None = None,
         dtype: torch.dtype | None = None,
+        relative: bool = False,
     ) -> BatchNormPrior:
         """Build the prior from a timm model name, a safetensors file that names its `architecture`, or a module.
 
         Args:
             source: e.g. "resnet50"; its weights come from the Hub unless `weights` is given.
             weights: local safetensors file with the weights of the timm model `source`.
-            size, dtype: see the class.
+            size, dtype, relative: see the class.
 
         Raises:
             ValueError: unknown model, or its weights cannot be had; the message says how to give them.
         """
         if isinstance(source, nn.Module):
-            return cls(source, size=size, dtype=dtype)
+            return cls(source, size=size, dtype=dtype, relative=relative)
         import timm
 
         path = Path(source).expanduser()
@@ -111,11 +118,13 @@ class BatchNormPrior(nn.Module):
             except RuntimeError as error:
                 raise ValueError(f"`weights` must fit {name}: {error}") from error
         cfg: Any = network.pretrained_cfg
-        return cls(network, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), size=size, dtype=dtype)
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        return cls(network, mean=mean, std=std, size=size, dtype=dtype, relative=relative)
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the network's weights, normalisation and size."""
-        sha = hashlib.sha256(f"{self.mean} {self.std} {self.size}".encode())
+        """SHA-256 (hex) over the network's weights, normalisation, size and measure."""
+        measure = " relative" if self.relative else ""
+        sha = hashlib.sha256(f"{self.mean} {self.std} {self.size}{measure}".encode())
         for name, tensor in self.network.state_dict().items():
             sha.update(name.encode())
             sha.update(tensor.cpu().float().contiguous().numpy().tobytes())
@@ -137,9 +146,9 @@ class BatchNormPrior(nn.Module):
             x = nn.functional.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
         x = x.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last)
         if self._graph is not None:
-            return torch.stack(self._graph[0](x)).sum()
+            return (torch.stack(self._graph[0](x)) * self.weights).sum()
         self.network(x)
-        loss = torch.stack([layer.prior_loss for layer in self._layers]).sum()
+        loss = (torch.stack([layer.prior_loss for layer in self._layers]) * self.weights).sum()
         for layer in self._layers:
             layer.prior_loss = None
         return loss

@@ -22,7 +22,7 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def losses_graph(network: nn.Module, layers: list[nn.BatchNorm2d]) -> fx.GraphModule | None:
-    """`network` as a function from images to a tuple of the prior's losses, one of each layer, in order of use.
+    """`network` as a function from images to a tuple of the prior's losses, one of each layer, in their order.
 
     The graph shares the network's modules. None where the network has batch-norm layers of an unknown kind, a `forward`
     that cannot be followed (values decide what it does) or does not use each layer once, or weights of its own beside
@@ -46,6 +46,8 @@ def losses_graph(network: nn.Module, layers: list[nn.BatchNorm2d]) -> fx.GraphMo
     measured = [node for node in graph.nodes if node.op == "call_module" and modules[node.target] in layers]
     if sorted(id(modules[node.target]) for node in measured) != sorted(id(layer) for layer in layers):
         return None
+    places = {id(layer): i for i, layer in enumerate(layers)}
+    measured.sort(key=lambda node: places[id(modules[str(node.target)])])
     return _fused(network, graph, measured, modules)
 
 

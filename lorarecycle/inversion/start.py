@@ -11,6 +11,10 @@ from ..data.images import enlarge, of_channels
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
 from .painted import paint_pictures
+from .parametrization import Fourier
+
+FAINT = 0.2
+"""Of the noise that images of a Fourier parametrization start from: size of the sigmoid's argument."""
 
 
 def start_images(
@@ -18,8 +22,9 @@ def start_images(
 ) -> Tensor:
     """Where the images of a batch start.
 
-    With `init="painted"` the teacher looks at `config.candidates` pictures for every one that is needed, and each
-    class takes those that it finds most likely; it is not asked where there is no choice.
+    Noise is that of the parametrization: of pixels, or, for Fourier coefficients, smooth. With `init="painted"` the
+    teacher looks at `config.candidates` pictures for every one that is needed, and each class takes those that it finds
+    most likely; it is not asked where there is no choice.
 
     Args:
         teacher: with the adapter merged; its device is used.
@@ -34,6 +39,11 @@ def start_images(
     """
     image_size = config.image_size or teacher.image_size
     size = config.latent_size or image_size
+    if config.init == "noise" and config.parametrization == "fourier":
+        smooth = Fourier(teacher, len(labels), size)
+        with torch.no_grad():
+            smooth.variable.copy_(FAINT * torch.randn(smooth.variable.shape, generator=generator))
+            return smooth.images()
     if config.init == "noise":
         return torch.randn(len(labels), 3, size, size, generator=generator).to(teacher.device)
     pictures = paint_pictures(len(labels) * config.candidates, size, generator, teacher.device)

@@ -228,3 +228,23 @@ def test_no_network_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="could not be fetched .*; give a local safetensors file, or None"):
         BatchNormPrior.load("resnet50")
+
+
+def test_a_relative_prior_weighs_layers_by_their_own_statistics():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4)
+    ).eval()
+    network[1].running_var.fill_(9.0)
+    images, shown = torch.rand(2, 3, 8, 8), ((0.0,) * 3, (1.0,) * 3)
+    priors = {relative: BatchNormPrior(network, mean=shown[0], std=shown[1], relative=relative) for relative in (0, 1)}
+    x, parts = images, []
+    for convolution, norm in ((network[0], network[1]), (network[2], network[3])):
+        x = convolution(x)
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        lengths = norm.running_mean.norm() + norm.running_var.norm()
+        parts.append((((mean - norm.running_mean).norm() + (var - norm.running_var).norm()), lengths))
+        x = norm(x)
+    torch.testing.assert_close(priors[1](images, *shown), sum(part / length for part, length in parts))
+    torch.testing.assert_close(priors[0](images, *shown), sum(part for part, _ in parts))
+    assert priors[0].digest() != priors[1].digest()
