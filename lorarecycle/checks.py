@@ -20,8 +20,7 @@ def leave_out_unfit(backbone: Backbone, adapters: Sequence[Adapter]) -> tuple[li
     fitting, notes = [], []
     for adapter in adapters:
         try:
-            backbone.check(adapter)
-            _check_normalisation(backbone, adapter)
+            _check_fit(backbone, adapter)
             fitting.append(adapter)
         except ValueError as error:
             notes.append(f"left out, as it does not fit: {error}")
@@ -67,8 +66,7 @@ def check_adapters(
     """
     needs = Needs.of(config)
     for adapter in adapters:
-        backbone.check(adapter)
-        _check_normalisation(backbone, adapter)
+        _check_fit(backbone, adapter)
     if needs.images:
         patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
         backbone.kept_per_layer(config.inversion.prune, patches)
@@ -83,7 +81,9 @@ def check_adapters(
             )
 
 
-def _check_normalisation(backbone: Backbone, adapter: Adapter) -> None:
+def _check_fit(backbone: Backbone, adapter: Adapter) -> None:
+    """Sites, shapes and input normalisation."""
+    backbone.check(adapter)
     for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
         if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
             raise ValueError(

@@ -30,6 +30,7 @@ from .runtime.graphs import Graphs
 from .runtime.progress import Stopwatch, track
 from .runtime.seeds import derive
 from .runtime.steps import Compile
+from .runtime.strict import left_out_error
 from .stages import Needs, StageMaker
 from .vit.backbone import Backbone
 from .vit.base import BaseLike, doubts, find_base
@@ -308,9 +309,7 @@ def prepare(
     inverted, headless = choose_inverted(found, settings)
     left_out = [*dead, *unfit, *headless]
     if strict and left_out:
-        raise ValueError(
-            f"`strict` allows nothing to be left out, got: {'; '.join(left_out)}. Remove these, or pass strict=None."
-        )
+        raise left_out_error("; ".join(left_out))
     check_adapters(backbone, found, inverted, settings)
     random_factors(backbone, settings.meta, settings.seed)
     notes = [*loaded.notes, *left_out, *doubts(backbone, found)]

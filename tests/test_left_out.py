@@ -185,7 +185,7 @@ def test_strict_data_sets(photos, name):
     (photos / name).write_bytes(b"\0\5\x16\7")
     assert load_dataset(photos, quiet=True).counts == (2, 2)
     with pytest.raises(
-        ValueError, match=r"`strict` allows nothing to be left out, got .*4 images of 2 classes; left out: 1"
+        ValueError, match=r"`strict` allows nothing to be left out, got: .*4 images of 2 classes; left out: 1"
     ):
         load_dataset(photos, strict=True, quiet=True)
 

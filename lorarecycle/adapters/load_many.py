@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
+from ..runtime.strict import left_out_error
 from .adapter import Adapter
 from .find import find_folders
 from .peft.in_memory import adapter_names, is_peft_model
@@ -138,10 +139,7 @@ def load_all(
         raise ValueError(f"`adapters` must hold at least one that can be read, got {len(errors)} bad: {errors[0]}")
     own = [f"{adapter.name}: {note}" for adapter in loaded for note in adapter.notes]
     if strict and (notes or own):
-        raise ValueError(
-            f"`strict` allows nothing to be left out, got: {'; '.join([*notes, *own])}. Remove or convert these, or "
-            "pass strict=None."
-        )
+        raise left_out_error("; ".join([*notes, *own]))
     if notes:
         logger.warning("%d adapters read; %s.", len(loaded), "; ".join(notes))
     return Loaded(loaded, (*notes, *own))

@@ -35,6 +35,7 @@ class Convert:
 
         from ..adapters.adapter import Adapter
         from ..adapters.peft.names import check_layout
+        from ..runtime.strict import left_out_error
 
         check_layout(self.layout)
         strict, done = self.care.level, 0
@@ -49,9 +50,7 @@ class Convert:
                     base = self.machine.backbone()
                     adapter = Adapter.from_lora_vit(path, base, sites=self.sites or None, scaling=self.scaling)
                 if strict and adapter.notes:
-                    raise ValueError(
-                        f"`--strict` allows nothing to be left out, got {path}: {'; '.join(adapter.notes)}."
-                    )
+                    raise left_out_error(f"{path}: {'; '.join(adapter.notes)}", argument="--strict")
             except (ValueError, OSError) as error:
                 if strict is not False:
                     raise

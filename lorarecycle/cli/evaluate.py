@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..config import EvaluateConfig
-from .common import Care, Flat, Machine, Manners, load_meta_lora
+from .common import Care, Flat, Machine, Manners, load_images, load_meta_lora
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,13 @@ class Evaluate:
     config: Annotated[EvaluateConfig, Flat] = field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
-        from ..data.dataset import load_dataset
         from ..fewshot.evaluate import evaluate
         from ..fewshot.tasks import Tasks
 
         quiet, meta_lora = self.manners.quiet, load_meta_lora(self.meta_lora)
         tasks = None if self.tasks is None else Tasks.load(self.tasks)
         backbone = self.machine.backbone(meta_lora)
-        data = load_dataset(
-            self.data,
-            self.split,
-            download=self.download,
-            mixed=backbone.fit,
-            strict=self.care.level,
-            quiet=quiet,
-        )
+        data = load_images(self.data, self.split, backbone, self.care, self.manners, download=self.download)
         print(evaluate(backbone, data, meta_lora, config=self.config, tasks=tasks, quiet=quiet))
 
 

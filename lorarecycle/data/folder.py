@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from ..runtime.strict import left_out_error
 from .decode import decode, image_suffixes
 
 _LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
@@ -67,10 +68,8 @@ class ClassFolders(ImageFolder):
         self._refuse_parts()
         self._drop_empty_classes()
         if self.skipped and strict:
-            raise ValueError(
-                f"`strict` allows nothing to be left out, got {path} with {len(self)} images of {len(self.classes)} "
-                f"classes; {self._left_out()} Remove these, or pass strict=None."
-            )
+            held = f"{path} with {len(self)} images of {len(self.classes)} classes"
+            raise left_out_error(f"{held}; {self._left_out().removesuffix('.')}")
         if self.skipped:
             getLogger(__name__).warning(
                 "%s: %d images of %d classes; %s", path, len(self), len(self.classes), self._left_out()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, LoRAFactors
 from ..adapters.dead import leave_out_dead
 from ..adapters.load_many import AdapterLike, HubOptions, load_all
+from ..runtime.strict import left_out_error
 from ..vit.backbone import Backbone
 from ..vit.base import BaseLike, doubts, find_base
 from ..vit.lora import LoRA
@@ -69,7 +70,7 @@ def warm_start(
     loaded = load_all(adapters, strict=strict, **hub)
     found, dead = leave_out_dead(loaded.adapters)
     if strict and dead:
-        raise ValueError(f"`strict` allows nothing to be left out, got: {dead[0]}. Remove these, or pass strict=None.")
+        raise left_out_error(dead[0])
     backbone = find_base(base, found)
     for line in (*dead, *doubts(backbone, found)):
         logger.warning(line)

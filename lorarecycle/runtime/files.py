@@ -214,6 +214,25 @@ def refuse_pointer(path: str | PathLike[str]) -> None:
             raise ValueError(f"{path} must be the file itself, got a Git LFS pointer; fetch it with `git lfs pull`.")
 
 
+def refuse_pickles(folder: Path, pattern: str, loader: str) -> None:
+    """Raise where a folder without safetensors holds pickle files.
+
+    Args:
+        folder: where the weights should be.
+        pattern: glob of the pickle files' names.
+        loader: what turns such a file into safetensors, and how.
+
+    Raises:
+        ValueError: a file matches; the message names it.
+    """
+    pickles = sorted(found.name for found in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"weights must be safetensors, got only the pickle file {pickles[0]} in {folder}, which can run code when "
+            f"it is read; where you trust it, load it with {loader}."
+        )
+
+
 def save_tensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None
 ) -> Path:

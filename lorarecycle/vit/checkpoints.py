@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.peft.names import PARTS, find_layer, split_block
-from ..runtime.files import load_tensors, read_json
+from ..runtime.files import load_tensors, read_json, refuse_pickles
 from .checkpoint_facts import DEFAULTS, Facts, read_config
 
 if TYPE_CHECKING:
@@ -287,13 +287,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if (path / "model.safetensors").is_file():
         return load_tensors(path / "model.safetensors")[0]
     if not index.is_file():
-        pickles = sorted(found.name for found in path.glob("pytorch_model*.bin"))
-        if pickles:
-            raise ValueError(
-                f"weights must be safetensors, got only the pickle file {pickles[0]} in {path}, which can "
-                "run code when it is read; where you trust it, load it with transformers and call "
-                "`save_pretrained`."
-            )
+        refuse_pickles(path, "pytorch_model*.bin", "transformers and call `save_pretrained`")
         raise FileNotFoundError(f"{path} must hold model.safetensors, got no such file; fetch the checkpoint again.")
     shards = (read_json(index) or {}).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...runtime.files import load_tensors
+from ...runtime.files import load_tensors, refuse_pickles
 from .config import AdapterConfig
 from .names import find_layer, split_block, strip_wrappers
 from .seal import check_seal
@@ -71,13 +71,7 @@ def read_weights(folder: Path, *, skip: Collection[str] = ()) -> dict[str, Tenso
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickles = sorted(found.name for found in folder.glob("adapter_model*.bin"))
-        if pickles:
-            raise ValueError(
-                f"weights must be safetensors, got only the pickle file {pickles[0]} in {folder}, which can "
-                "run code when it is read; where you trust it, load it with peft and call "
-                "`save_pretrained(..., safe_serialization=True)`."
-            )
+        refuse_pickles(folder, "adapter_model*.bin", "peft and call `save_pretrained(..., safe_serialization=True)`")
         raise FileNotFoundError(
             f"an adapter directory must hold {WEIGHTS_FILE}, got none in {folder}; fetch the adapter again, "
             "or save it with `safe_serialization=True`."
