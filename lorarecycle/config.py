@@ -151,6 +151,9 @@ class MetaConfig:
     is a cosine back."""
     flip: bool = True
     """Mirror each image with probability 1/2."""
+    resolutions: tuple[int, ...] = ()
+    """Sides in pixels: each image is reduced to one of them, drawn at random, and enlarged again before the student
+    sees it; the guide sees it whole. For adapters of small photographs (CIFAR's have 32 pixels). Whole when empty."""
     sparsity: float | None = None
     """Share of the patch tokens left out: from the kept tokens of the inversion when None, else from its scores. The
     guide reads the same parts of the images."""
@@ -177,6 +180,8 @@ class MetaConfig:
             _positive("lr", self.lr)
         _positive("lr_min", self.lr_min)
         _at_least("cycle", self.cycle, 4)
+        for side in self.resolutions:
+            _at_least("resolutions", side, 4)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}; no token would be left.")
 

@@ -33,6 +33,9 @@ OTHER = {
     "schedule": "cosine",
     "prior": None,
     "prior_weight": 3.0,
+    "prior_relative": True,
+    "parametrization": "fourier",
+    "warm_up": 0.5,
     "prior_size": 24,
     "prune": {2: 0.25},
     "prune_from": 0.9,
@@ -53,6 +56,7 @@ OTHER = {
     "lr_min": 1e-3,
     "cycle": 4,
     "sparsity": 0.75,
+    "resolutions": (8,),
 }
 """Another value for each setting; `init` apart."""
 

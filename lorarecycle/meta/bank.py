@@ -26,6 +26,8 @@ class Bank(NamedTuple):
     """patches in a row of the grid"""
     targets: Tensor | None = None
     """float32 [n, D], features to follow"""
+    resampling: Tensor | None = None
+    """float32 [resolutions, H, H], see `data.resolution.resampling`"""
 
 
 def fill_bank(backbone: Backbone, surrogates: Sequence[Surrogate], sparsity: float | None = None) -> Bank:

@@ -20,6 +20,8 @@ class Draw(NamedTuple):
     """int64 [n], images of the bank: the support, class after class, then the queries."""
     mirrored: Tensor
     """bool [n], images that are seen mirrored."""
+    resolution: Tensor
+    """int64 [n], which of `config.resolutions` each image is seen at; 0 where there are none."""
     teacher_classes: Tensor
     """int64 [n_way], columns of the teacher's logits; 0 where no teacher counts."""
     cross_task: Tensor
@@ -31,6 +33,7 @@ class Draws(NamedTuple):
 
     rows: Tensor
     mirrored: Tensor
+    resolution: Tensor
     teacher_classes: Tensor
     cross_task: Tensor
 
@@ -42,8 +45,8 @@ class Draws(NamedTuple):
 
         Args:
             draw: the episode of a step.
-            config: `steps`, `n_way`, `flip`.
-            seed: of the flips.
+            config: `steps`, `n_way`, `flip`, `resolutions`.
+            seed: of the flips and the resolutions.
             first: step to begin at; what comes before it is left zero.
             device: where the tables are wanted.
         """
@@ -53,14 +56,18 @@ class Draws(NamedTuple):
         classes = torch.zeros(config.steps, config.n_way, dtype=torch.int64)
         rows = torch.zeros(config.steps, width, dtype=torch.int64)
         mirrored = torch.zeros(config.steps, width, dtype=torch.bool)
+        resolution = torch.zeros_like(rows)
         cross_task = torch.zeros(config.steps, dtype=torch.bool)
         for step, episode in zip(steps, episodes, strict=True):
             rows[step], cross_task[step] = episode.images, episode.cross_task
             if config.flip:
                 mirrored[step] = torch.rand(width, generator=stream(seed, "flip", step)) < 0.5
+            if config.resolutions:
+                own = stream(seed, "resolution", step)
+                resolution[step] = torch.randint(len(config.resolutions), (width,), generator=own)
             if len(episode.teacher_classes) and not episode.cross_task:
                 classes[step] = episode.teacher_classes
-        return cls(*(table.to(device) for table in (rows, mirrored, classes, cross_task)))
+        return cls(*(table.to(device) for table in (rows, mirrored, resolution, classes, cross_task)))
 
     def at(self, step: Tensor) -> Draw:
         """The draw of a step, int64 [1] on the device: it is not read by the host."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import MetaConfig
 from ..data.images import normalize
+from ..data.resolution import resample
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from ..vit.positions import mirror
@@ -23,6 +24,8 @@ def episode_loss(backbone: Backbone, lora: LoRA, bank: Bank, draw: Draw, config:
     if config.flip:
         images = torch.where(draw.mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
         kept = None if kept is None else torch.where(draw.mirrored.view(-1, 1), mirror(kept, bank.columns), kept)
+    if bank.resampling is not None:
+        images = resample(images, bank.resampling.index_select(0, draw.resolution))
     targets = None
     if config.guide_weight < 1:
         targets = torch.eye(config.n_way, device=rows.device).repeat_interleave(config.n_query, dim=0)

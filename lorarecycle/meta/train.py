@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
+from ..data.resolution import resampling
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.graphs import Graphs, adam
@@ -104,6 +105,10 @@ def meta_train(
         targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet)
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
+    if config.resolutions:
+        side = bank.images.shape[-1]
+        seen = [resampling(side, lower, bank.images.device) for lower in config.resolutions]
+        bank = bank._replace(resampling=torch.stack(seen))
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     device = backbone.device
     optimizer = adam(lora.parameters(), device)

@@ -200,3 +200,26 @@ def test_graphs_change_nothing(tiny_backbone, tiny_data):
         for graphs in (False, True)
     ]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_the_student_sees_lower_resolutions_and_the_guide_the_whole(tiny_backbone, tiny_data):
+    settings = {"steps": 1, "guide_weight": 1.0, "resolutions": (8,)}
+    config = MetaConfig(**{**vars(CONFIG), **settings})
+    pools = surrogates(tiny_data)
+    result = meta_train(tiny_backbone, pools, config=config, quiet=True)
+
+    lora = module.random_factors(tiny_backbone, config, 0)  # an update of zero before the first step
+    whole = torch.cat([s.images for s in pools])
+    rows = module.ImageSampler(pools, config, 0)(0).images
+    less = F.interpolate(whole[rows].float(), size=(8, 8), mode="bicubic", antialias=True)
+    seen = F.interpolate(less, size=(32, 32), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    targets = module.feature_targets(tiny_backbone, None, whole, flip=False)[rows]
+    features = tiny_backbone(normalize(seen, tiny_backbone.mean, tiny_backbone.std), lora=lora)
+    torch.testing.assert_close(result.losses[0], F.mse_loss(features, targets), rtol=1e-3, atol=1e-5)
+
+
+def test_resolutions_are_drawn_image_by_image(tiny_backbone, tiny_data):
+    config = MetaConfig(**{**vars(CONFIG), "resolutions": (8, 16, 32)})
+    draws = Draws.of(EpisodeSampler(surrogates(tiny_data), config), config, 0, first=0, device=tiny_backbone.device)
+    assert draws.resolution.unique().tolist() == [0, 1, 2]
+    assert len(draws.resolution[0].unique()) > 1
