@@ -18,6 +18,7 @@ ROOMS = (
     "reproduce",
     "report",
     "pipeline",
+    "summary",
     "work_dir",
     "plan",
     "checks",
