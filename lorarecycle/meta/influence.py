@@ -15,9 +15,9 @@ class Influence(NamedTuple):
     """What one adapter counts among others."""
 
     moves_mean: float | None
-    """How far the mean of all updates moves when it is left out, as a share of the mean's length; None for one alone."""
+    """How far the mean of all updates moves without it, as a share of the mean's length; None for one alone."""
     likeness: float
-    """Cosine between its update and the meta-LoRA's, over the meta-LoRA's sites; 0 where one of them is zero."""
+    """Cosine between its update and the meta-LoRA's, at the meta-LoRA's sites; 0 where one is zero."""
 
 
 def leave_one_out(adapters: Sequence[Adapter], meta_lora: Adapter) -> list[Influence]:
