@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,13 @@ def data_address(image: Tensor, side: int = SIDE) -> str:
     """
     from PIL import Image
 
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return data_of_picture(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side)
+
+
+def data_of_picture(picture: Any, side: int, *, square: bool = False) -> str:
+    """A PIL image in RGB as a `data:` address of WebP, its longer side at most `side`; `square` stretches it."""
+    if square:
+        picture = picture.resize((side, side))
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=QUALITY)
