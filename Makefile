@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
 
-.PHONY: demo quick test test-avx2 ci gpu grid bench lint wheel clean
+.PHONY: demo docs quick test test-avx2 ci gpu grid bench lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
@@ -37,6 +37,10 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) benchmarks/gpu.py $(PARTS)
 
+# The site, into build/site; a warning is an error.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only
 
@@ -57,6 +61,10 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:
