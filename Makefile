@@ -24,8 +24,8 @@ test: $(VENV)/installed
 test-avx2: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST)
 
-# All that must pass: style, the wheel by itself, every test, every configuration of the GPU kernels.
-ci: lint wheel
+# All that must pass: style, the wheel by itself, the site, every test, every configuration of the GPU kernels.
+ci: lint wheel docs
 	$(PYTEST) -m ""
 
 # Compiles every kernel for GPUs in every configuration that can be launched; no GPU needed, minutes long.

@@ -1,5 +1,6 @@
 """Every snippet of README and docs that is marked `<!-- run -->` runs as it stands, in the order of its page."""
 
+import json
 import os
 import re
 import subprocess
@@ -36,6 +37,25 @@ def test_they_run(page, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip(), "it shows something"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(notebook, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), "results are not kept: whoever runs it sees their own"
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    share = re.search(r"([\d.]+)% of the answers are those of PyTorch", done.stdout)
+    assert share is not None
+    assert float(share[1]) > 98
+    assert (tmp_path / "report.html").is_file()
 
 
 def serve_something(folder: Path) -> None:

@@ -29,11 +29,8 @@ def contact_sheet(run: Run, prefix: str, most: int) -> str:
     if not files:
         return '<p class="quiet">This run made no images: it used weights alone.</p>'
     shown = files[:most]
-    each = max(1, most // len(shown)) if len(files) > 1 else min(most, 48)
-    rows = [
-        _adapter_row(run.surrogate(file), f"{prefix}-{i}", min(each, 12 if len(files) > 1 else 24))
-        for i, file in enumerate(shown)
-    ]
+    each = min(max(1, most // len(shown)), 12 if len(files) > 1 else 24)
+    rows = [_adapter_row(run.surrogate(file), f"{prefix}-{i}", each) for i, file in enumerate(shown)]
     folded = f"<details><summary>{len(rows) - OPEN} more adapters</summary>{''.join(rows[OPEN:])}</details>"
     left = f'<p class="quiet">{len(shown)} of {len(files)} adapters are shown.</p>' if len(shown) < len(files) else ""
     return "".join(rows[:OPEN]) + (folded if len(rows) > OPEN else "") + left
