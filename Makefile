@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
 
-.PHONY: demo quick test test-avx2 ci gpu grid bench lint wheel clean
+.PHONY: demo docs quick test test-avx2 ci gpu grid bench lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
@@ -24,8 +24,8 @@ test: $(VENV)/installed
 test-avx2: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST)
 
-# All that must pass: style, the wheel by itself, every test, every configuration of the GPU kernels.
-ci: lint wheel
+# All that must pass: style, the wheel by itself, the site, every test, every configuration of the GPU kernels.
+ci: lint wheel docs
 	$(PYTEST) -m ""
 
 # Compiles every kernel for GPUs in every configuration that can be launched; no GPU needed, minutes long.
@@ -36,6 +36,10 @@ grid: $(VENV)/installed
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) benchmarks/gpu.py $(PARTS)
+
+# The site, into build/site; a warning is an error.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/installed
 	$(BIN)/pytest benchmarks --benchmark-only
@@ -57,6 +61,10 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

@@ -125,9 +125,9 @@ class MetaConfig:
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
     """Distance of features to class centres (Eq. 3b)."""
     guide_weight: float = 1.0
-    """Weight of following a guide's features (see `feature_targets`) in the loss; the episodes' own loss (Eq. 3, 4)
-    has the rest, 1 - guide_weight. With 1 the labels, the teachers' logits, `distance` and `interpolation` play no
-    part: the images are all that counts."""
+    """w in `loss = w * guide_loss + (1 - w) * episode_loss`. `guide_loss` is the distance to the guide's features (see
+    `feature_targets`), `episode_loss` that of Eq. 3 and 4. With w = 1 labels, teachers' logits, `distance` and
+    `interpolation` are not used."""
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     init: Literal["adapters", "random"] = "adapters"
@@ -155,8 +155,9 @@ class MetaConfig:
     """Sides in pixels: each image is reduced to one of them, drawn at random, and enlarged again before the student
     sees it; the guide sees it whole. For adapters of small photographs (CIFAR's have 32 pixels). Whole when empty."""
     sparsity: float | None = None
-    """Share of the patch tokens left out: from the kept tokens of the inversion when None, else from its scores. The
-    guide reads the same parts of the images."""
+    """Share of the patches that meta-training leaves out of every image, those with the lowest scores (Eq. 5) first:
+    0.75 keeps a quarter. None: read the patches that inversion kept, all where it pruned none. The guide reads the same
+    patches."""
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 0)

@@ -25,13 +25,14 @@ from .inversion.surrogate import Surrogate
 from .meta.train import first_factors, meta_train, random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
-from .runtime.files import write_text
+from .runtime.files import write_json, write_text
 from .runtime.graphs import Graphs
 from .runtime.progress import Stopwatch, track
 from .runtime.seeds import derive
 from .runtime.steps import Compile
 from .runtime.strict import left_out_error
 from .stages import Needs, StageMaker
+from .summary import summarise
 from .vit.backbone import Backbone
 from .vit.base import BaseLike, doubts, find_base
 from .vit.lora import LoRA
@@ -180,7 +181,10 @@ class Job:
 
     def plan(self) -> Plan:
         """What the run does and about how long it takes."""
-        stages = StageMaker(self.backbone, self.config, self.dtype).all(self.adapters, self.inverted, self.prior)
+        return self._plan(self.prior)
+
+    def _plan(self, prior: BatchNormPrior | None) -> Plan:
+        stages = StageMaker(self.backbone, self.config, self.dtype).all(self.adapters, self.inverted, prior)
         model, precision = self.backbone, str(self.dtype).removeprefix("torch.")
         title = f"{len(self.adapters)} adapters of {model.name}, on {model.device} in {precision}"
         return Plan(stages, self.needs, unused_settings(self.config), self.notes, title)
@@ -197,12 +201,15 @@ class Job:
         """Do it; arguments and errors as in `recycle`."""
         for line in self.notes[self.said :]:
             logger.warning(line)
-        folder = None
+        folder, resumed = None, False
         if work_dir is not None:
             folder = WorkDir(Path(work_dir).expanduser(), self.inverted)
             if not folder.finished:
                 _ = self.prior  # not to be had: said before anything is written
-            folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
+            resumed = folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
+        plan = None  # where a summary is wanted: of the backbone as it is now
+        if folder is not None and not (resumed and folder.summary.exists()):
+            plan = self._plan(None if folder.finished else self.prior)
         clock = Stopwatch()
         start = first_factors(self.backbone, self.adapters, self.config.meta, self.config.seed)
         if self.needs.warm_start:
@@ -230,6 +237,9 @@ class Job:
         if folder is not None:
             rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
             write_text(folder.losses, "step,loss\n" + rows)
+            if plan is not None:
+                facts = summarise(plan, self.seconds, self.adapters, trained.meta_lora, resumed=resumed)
+                write_json(folder.summary, facts)
             trained.meta_lora.save(folder.meta_lora, config=as_plain(self.config), sources=self.adapters)
         return trained.meta_lora
 

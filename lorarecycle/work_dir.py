@@ -36,6 +36,7 @@ class WorkDir:
         self.pictures = images / "pictures.safetensors"
         self.checkpoint = folder / "meta_checkpoint.safetensors"
         self.losses = folder / "losses.csv"
+        self.summary = folder / "summary.json"
         self.meta_lora = folder / "meta_lora"
 
     @property
@@ -43,11 +44,14 @@ class WorkDir:
         """Whether the images of every adapter are there."""
         return all(path.exists() for path in self.surrogates)
 
-    def open(self, run: dict[str, Any]) -> None:
+    def open(self, run: dict[str, Any]) -> bool:
         """Make the folder, or make sure that it is of this run.
 
         Args:
             run: what makes it this one (see `describe_run`).
+
+        Returns:
+            whether the run has been here before.
 
         Raises:
             ValueError: a folder of another run, or with other files in it.
@@ -66,9 +70,11 @@ class WorkDir:
         images = self.pictures.parent
         remove_leftovers(folder)
         remove_leftovers(images)
-        if not record.exists():
+        known = record.exists()
+        if not known:
             write_json(record, run)  # first: whatever else is there is of this run
         images.mkdir(exist_ok=True)
+        return known
 
 
 def describe_run(

@@ -16,8 +16,10 @@ ROOMS = (
     "cli",
     "demo",
     "reproduce",
+    "serve",
     "report",
     "pipeline",
+    "summary",
     "work_dir",
     "plan",
     "checks",
@@ -109,7 +111,10 @@ def test_kernels_know_nothing_else_of_the_project():
 
 
 def test_the_library_does_not_import_the_export():
-    bad = [f"{n} -> {o}" for n, found in arrows().items() for o in found if room(o) == "export" != room(n)]
+    above = ("export", "serve")  # a server stands above both: it answers from whatever it is given
+    bad = [
+        f"{n} -> {o}" for n, found in arrows().items() for o in found if room(o) == "export" and room(n) not in above
+    ]
     assert not bad, bad
 
 

@@ -61,7 +61,17 @@ def test_adapters_in_every_form(tiny_backbone, adapters, tmp_path):
 def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, monkeypatch):
     work = tmp_path / "work"
     first = recycle(adapters, base=tiny_backbone, work_dir=work, **FAST)
-    assert sorted(p.name for p in work.iterdir()) == ["losses.csv", "meta_lora", "run.json", "surrogates"]
+    assert sorted(p.name for p in work.iterdir()) == [
+        "losses.csv",
+        "meta_lora",
+        "run.json",
+        "summary.json",
+        "surrogates",
+    ]
+    summary = files.read_json(work / "summary.json")
+    assert [row["name"] for row in summary["adapters"]] == [a.name for a in canonical_order(adapters)]
+    assert not summary["resumed"]
+    assert {"warm start", "images", "meta-training"} <= set(summary["took"])
     assert len(list((work / "surrogates").iterdir())) == 3
     assert Adapter.load(work / "meta_lora").digest() == first.digest()
     card = (work / "meta_lora" / "README.md").read_text()
@@ -72,6 +82,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     ]
     monkeypatch.setattr("lorarecycle.pipeline.Inverter", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
+    assert files.read_json(work / "summary.json") == summary, "the seconds of the work, not of reading it again"
 
 
 @pytest.mark.medium

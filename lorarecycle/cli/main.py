@@ -1,5 +1,5 @@
 """The command line: `lorarecycle tune | recycle | warm-start | convert | evaluate | predict | task-vector | generate |
-demo`."""
+report | serve | demo`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from .evaluate import Evaluate, Predict
 from .generate import Generate, TaskVector
 from .recycle import Preset, Recycle, WarmStart
 from .renamed import current_flags
+from .report import Report
+from .serve import Serve
 from .tune import Tune
 
 
@@ -55,6 +57,8 @@ def _parse(args: Sequence[str]) -> Any:
         | Annotated[Predict, subcommand("predict")]
         | Annotated[TaskVector, subcommand("task-vector")]
         | Annotated[Generate, subcommand("generate")]
+        | Annotated[Report, subcommand("report")]
+        | Annotated[Serve, subcommand("serve")]
         | Annotated[Demo, subcommand("demo")]
     )
     return tyro.cli(commands, prog="lorarecycle", args=args)

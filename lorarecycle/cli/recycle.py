@@ -28,6 +28,10 @@ class Recycle:
     (ViTForImageClassification), clip (CLIPModel) and so on, see `Adapter.save`."""
     work_dir: Path | None = None
     """Folder for images and checkpoints; a run stopped there goes on from it."""
+    report: bool = False
+    """Write report.html into --work-dir (OUTPUT-run when that is left out): a page about the run."""
+    report_data: str | None = None
+    """Labelled images of classes that no adapter has seen, as for `tune`: the report then has the accuracy."""
     plan: bool = False
     """Print what would be done and about how long it takes, and stop."""
     preset: Preset = "default"
@@ -70,9 +74,17 @@ class Recycle:
             return
         if not quiet:
             print(job.plan().describe(), file=sys.stderr)
-        meta_lora = job.run(self.work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
+        work_dir = self.work_dir
+        if work_dir is None and (self.report or self.report_data):
+            work_dir = self.output.with_name(f"{self.output.name}-run")
+        meta_lora = job.run(work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
         config = as_plain(self.config)
         print(meta_lora.save(self.output, layout=self.layout, config=config, sources=job.adapters))
+        if work_dir is not None and (self.report or self.report_data):
+            from .report import measured_run, write_page
+
+            run = measured_run(work_dir, self.report_data, job.backbone, job.adapters, quiet=quiet)
+            print(write_page([run], work_dir / "report.html", job.backbone))
 
 
 @dataclass(frozen=True)

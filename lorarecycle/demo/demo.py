@@ -15,7 +15,10 @@ from ..fewshot.methods.average import average
 from ..fewshot.tasks import sample_tasks
 from ..inversion.surrogate import Surrogate
 from ..pipeline import prepare
+from ..report.measure import measure_run
+from ..report.page import write_report
 from ..report.pictures import draw_losses, draw_surrogates
+from ..report.run import read_run
 from ..runtime.files import write_json, write_text
 from ..runtime.progress import Stopwatch
 from ..runtime.seeds import stream
@@ -83,6 +86,17 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
         features = extract_features(model, unseen.images)
         results[name] = [Evaluation(task_accuracies(features, tasks), tasks) for tasks in shots]
     clock.lap("evaluate 3 methods")
+    measure_run(
+        read_run(output / "work"),
+        backbone,
+        unseen,
+        adapters=adapters,
+        config={"n_way": len(UNSEEN), "n_tasks": TASKS_OF_EACH, "seed": seed},
+        name="digits over photographs",
+        quiet=True,
+    )
+    write_report([output / "work"], output / "report.html", backbone=backbone)
+    clock.lap("report")
     write_json(output / "accuracy.json", {name: [r.summary() for r in row] for name, row in results.items()})
     report = _report(results, clock.laps, output)
     write_text(output / "report.txt", report + "\n")
@@ -141,6 +155,7 @@ def _report(results: dict[str, list[Evaluation]], laps: dict[str, float], output
             f"meta-LoRA            {output / 'meta_lora'}",
             f"painted pictures     {output / 'surrogates.png'}",
             f"training curve       {output / 'training_curve.png'}",
+            f"report               {output / 'report.html'}   (open it in a browser)",
             "",
             "next, with your own adapters and photos:",
             "  lorarecycle recycle FOLDER_OF_ADAPTERS --base vit_base_patch16_224 --output my-meta-lora",

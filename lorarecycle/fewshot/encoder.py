@@ -35,7 +35,8 @@ class Encoder:
         backbone: without the meta-LoRA.
         meta_lora: None when there is none.
         model: the backbone with the meta-LoRA merged in.
-        plain: the encoder without the meta-LoRA, kept so that others find it too.
+        plain: the encoder of the backbone alone. This one keeps it alive, so that a classifier without a meta-LoRA
+            finds it in the cache and does not load the backbone again.
     """
 
     source: BackboneSource

@@ -110,7 +110,7 @@ class Inverter:
         teacher = self._merged(adapter)
         labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
         batches = labels.split(config.batch_size)
-        images = []
+        images, curves = [], []
         steps = range(len(batches) * config.steps)
         with (
             compiling(self._compile, teacher.device),
@@ -124,7 +124,9 @@ class Inverter:
                     continue
                 views = draw_views(config, start.shape[-1], generator)
                 try:
-                    images.append(self._optimiser(teacher, head, len(wanted)).run(start, wanted, views, bar))
+                    optimiser = self._optimiser(teacher, head, len(wanted))
+                    images.append(optimiser.run(start, wanted, views, bar))
+                    curves.append(optimiser.curves())
                 except FloatingPointError as error:
                     raise FloatingPointError(f"adapter {adapter.name!r}: {error}") from None
         pixels = torch.cat(images)
@@ -145,6 +147,7 @@ class Inverter:
             adapter=adapter.name,
             adapter_digest=adapter.weights_digest(),
             config=as_plain(config),
+            curves=torch.cat(curves) if curves else None,
             **answers._asdict(),
         )
 

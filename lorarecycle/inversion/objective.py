@@ -22,6 +22,7 @@ def inversion_loss(
     prior: BatchNormPrior | None,
     prior_weight: float,
     image_size: int,
+    terms: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1: `cross_entropy(head(teacher(x)), y) + prior_weight * prior(x)`.
 
@@ -36,10 +37,16 @@ def inversion_loss(
         prior: naturalness prior (Eq. 2); none when None.
         prior_weight: alpha_R.
         image_size: side in pixels.
+        terms: float32 [B + 1], into which the cross-entropy of each image and the prior of the batch are written.
 
     Returns:
         float32 scalar.
     """
     features = teacher(enlarge(images, image_size), prune=prune, pool=head.pool)
-    loss = cross_entropy(head(features), labels)
-    return loss if prior is None else loss + prior_weight * prior(images, teacher.mean, teacher.std)
+    doubts = cross_entropy(head(features), labels, reduction="none")
+    unnatural = None if prior is None else prior(images, teacher.mean, teacher.std)
+    if terms is not None:
+        terms[:-1].copy_(doubts.detach())
+        if unnatural is not None:
+            terms[-1:].copy_(unnatural.detach().view(1))
+    return doubts.mean() if unnatural is None else doubts.mean() + prior_weight * unnatural

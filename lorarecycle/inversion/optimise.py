@@ -20,6 +20,8 @@ from .prior import BatchNormPrior
 from .start import finished_pixels
 from .views import seen_as
 
+CURVE_POINTS = 100
+"""Steps at most, evenly spaced, of which `BatchOptimiser.curves` tells."""
 READ_EVERY = 50
 """Steps between looks at the loss where `patience` may end the optimisation: each look waits for the GPU."""
 
@@ -55,6 +57,8 @@ class BatchOptimiser:
         self.views = torch.zeros(config.steps, 3, dtype=torch.long, device=device)
         self.rates = torch.tensor([step_size(step, config) for step in range(config.steps)], device=device)
         self.lowest = torch.zeros(config.steps, device=device)  # loss up to each step
+        self.terms = torch.zeros(batch_size + 1, device=device)  # of Eq. 1: each image's, the batch's
+        self.history = torch.zeros(config.steps, batch_size + 1, device=device)  # the terms at each step
         self.best_loss = torch.zeros((), device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.optimizer = adam([self.parameters.variable], device, betas=config.betas)
@@ -82,6 +86,7 @@ class BatchOptimiser:
         self.best.copy_(start)
         self.best_loss.fill_(torch.inf)
         self.count.zero_()
+        self.history.fill_(torch.nan)
         self.labels.copy_(labels)
         self.views.copy_(views)
         reset(self.optimizer)
@@ -97,14 +102,24 @@ class BatchOptimiser:
             raise FloatingPointError(f"the loss was never finite in {config.steps} steps; lower `lr`.")
         return finished_pixels(self.best, self.teacher, config)
 
+    def curves(self) -> Tensor:
+        """What the last run went through, float32 [B, 2, T] on the CPU: cross-entropy of each image, and its batch's
+        prior (0 without one), at every `ceil(steps / 100)`-th step; NaN after an early end."""
+        every = math.ceil(self.config.steps / CURVE_POINTS)
+        doubts, unnatural = self.history[::every].cpu().T.split([len(self.best), 1])
+        return torch.stack([doubts, unnatural.expand_as(doubts)], dim=1)
+
     def _step(self, prune: Mapping[int, float] | None) -> None:
         images = self.parameters.images()
         seen = seen_as(images, self.views.index_select(0, self.count)[0])
         weight = self.config.prior_weight
-        loss = inversion_loss(self.teacher, self.head, seen, self.labels, prune, self.prior, weight, self.size)
+        loss = inversion_loss(
+            self.teacher, self.head, seen, self.labels, prune, self.prior, weight, self.size, self.terms
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         with torch.no_grad():
+            self.history.index_copy_(0, self.count, self.terms.view(1, -1))
             better = loss < self.best_loss
             self.best_loss.copy_(torch.where(better, loss, self.best_loss))
             self.best.copy_(torch.where(better, images, self.best))
@@ -115,7 +130,8 @@ class BatchOptimiser:
             self.count.add_(1)
 
     def _state(self) -> list[Tensor]:
-        return [self.parameters.variable, self.best, self.best_loss, self.lowest, self.count, *state_of(self.optimizer)]
+        kept = [self.parameters.variable, self.best, self.best_loss, self.lowest, self.history, self.count]
+        return [*kept, *state_of(self.optimizer)]
 
     def _settled(self, step: int, prune_from: int) -> bool:
         """Whether the lowest loss fell by less than 1 % in the last `patience` steps, pruned ones where tokens are."""

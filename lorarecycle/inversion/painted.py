@@ -1,4 +1,4 @@
-"""Random images of one thing on some ground, painted from shapes: where inversion can start from."""
+"""Random pictures of one object on a background, painted from shapes: to train on, or to start inversion from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ AXES = ((1.0, 1.0, 1.0), (0.4, 0.06, -0.46), (0.18, -0.22, 0.04))
 
 
 def paint_pictures(n: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """Paint images with the make-up of photographs: a thing of one palette and several shaded parts, on white, even,
-    or cluttered ground; shapes hide one another ("dead leaves", Lee, Mumford and Huang 2001) and have textures.
+    """Paint random images whose statistics are close to those of photographs.
+
+    Each shows one object on a background. The object has up to `PARTS` shaded parts of one palette. The background is
+    white, of one colour, or textured with `CLUTTER` shapes. Shapes cover one another, as in the "dead leaves" model of
+    natural images (Lee, Mumford and Huang 2001). No image is read, and nothing is learnt.
 
     Args:
         n: images.

@@ -35,6 +35,8 @@ class Surrogate:
         adapter: name of the adapter; "" for painted pictures.
         adapter_digest: its `Adapter.weights_digest()`.
         config: settings it was made with.
+        curves: float32 [n, 2, T], cross-entropy of each image and the prior of its batch on the way, at every
+            `ceil(steps / 100)`-th step of the optimisation, NaN after an early end; None where nothing was optimised.
 
     Raises:
         ValueError: lengths that do not fit together.
@@ -50,12 +52,13 @@ class Surrogate:
     adapter: str = ""
     adapter_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    curves: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}.")
-        for name in ("labels", "teacher_logits", "kept", "scores"):
+        for name in ("labels", "teacher_logits", "kept", "scores", "curves"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != n:
                 raise ValueError(f"`{name}` must have one row per image ({n}), got {len(rows)}.")
@@ -85,9 +88,14 @@ class Surrogate:
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one safetensors file atomically."""
-        dtypes = {"teacher_logits": torch.float32, "kept": torch.int32, "scores": torch.float32}
+        dtypes = {
+            "teacher_logits": torch.float32,
+            "kept": torch.int32,
+            "scores": torch.float32,
+            "curves": torch.float32,
+        }
         tensors = {}
-        for name in ("images", "labels", "teacher_logits", "kept", "scores"):
+        for name in ("images", "labels", "teacher_logits", "kept", "scores", "curves"):
             tensor = getattr(self, name)
             if tensor is not None:
                 tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
@@ -135,4 +143,5 @@ class Surrogate:
             adapter=meta["adapter"],
             adapter_digest=meta["adapter_digest"],
             config=meta["config"],
+            curves=tensors.get("curves"),
         )

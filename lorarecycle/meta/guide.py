@@ -26,12 +26,12 @@ def feature_targets(
     batch_size: int = 64,
     quiet: bool = True,
 ) -> Tensor:
-    """Features of surrogates under a guide that sees them larger than the student does.
+    """Features that the student is trained to give: those of the same images, enlarged, under a guide.
 
-    A Vision Transformer loses much when it reads images at a lower resolution than it was pre-trained with. The guide
-    does not: it enlarges them first. A student that follows it learns to give, at the lower resolution, the features of
-    the higher one; no labels are needed. All targets are scaled to their mean length, as nearest class centres compare
-    lengths too.
+    A Vision Transformer is worse at a lower resolution than it was pre-trained with. The guide sees the images at
+    `image_size`, the student at their own. So the student learns to give the features of the higher resolution at the
+    lower one. No labels are needed. Each target is scaled to the mean length of all, because the nearest class mean
+    depends on lengths too: `target_i = f_i / |f_i| * mean_j |f_j|`.
 
     Args:
         backbone: its device and dtype are used.

@@ -44,7 +44,15 @@ def check_compile(compile: Any, device: torch.device) -> bool:
 
 @contextmanager
 def compiling(compile: Compile, device: torch.device) -> Iterator[None]:
-    """Compile the `repeated` functions that are called inside the `with` block, or not; see `check_compile`."""
+    """A context in which `repeated` functions run through `torch.compile`, or do not.
+
+    Args:
+        compile: True, False, or None for on a GPU only.
+        device: where the steps run.
+
+    Raises:
+        ValueError: another value of `compile`.
+    """
     token = _compiling.set(check_compile(compile, device))
     try:
         yield
@@ -53,10 +61,11 @@ def compiling(compile: Compile, device: torch.device) -> Iterator[None]:
 
 
 def repeated(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator of what every layer of a model does with its own weights; inside `compiling` it runs compiled.
+    """Decorate a function that every layer calls with its own weights. Inside `compiling` it runs compiled.
 
-    The layer is an argument. `torch.compile` takes its weights as inputs, so that one graph, for static shapes and
-    without breaks, serves all layers; it is kept for later calls, and by PyTorch on disk for later processes.
+    The layer must be an argument: `torch.compile` then takes its weights as inputs, and one graph serves all layers.
+    There is one graph for each combination of shapes and dtypes, at most `LIMIT`. Graphs are kept for later calls, and
+    by PyTorch on disk for later processes.
     """
 
     @wraps(function)

@@ -33,6 +33,9 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
         assert str(tmp_path / "out" / picture) in report
         with Image.open(tmp_path / "out" / picture) as image:
             assert min(image.size) > 100
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "out" / "report.html") in report
+    assert f"{table['meta-LoRA (lorarecycle)'][0]['accuracy']:.1f} %" in page
     monkeypatch.setattr(demo, "tune", lambda *a, **k: pytest.fail("tuned again"))
     again = demo.run_demo(tmp_path / "out", quiet=True)
     assert without_seconds(again) == without_seconds(report)

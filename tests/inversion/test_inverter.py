@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorarecycle import InversionConfig, invert
+from lorarecycle import BatchNormPrior, InversionConfig, Surrogate, invert
 from lorarecycle.inversion.invert import Inverter
 
 CONFIG = InversionConfig(
@@ -37,3 +37,24 @@ def test_graphs_change_nothing(tiny_backbone, make_adapter):
         for graphs in (False, True)
     ]
     assert (images[0].int() - images[1].int()).abs().float().mean() < 0.5
+
+
+def test_curves_tell_what_the_optimisation_went_through(tiny_backbone, make_adapter, tmp_path):
+    torch.manual_seed(0)
+    prior = BatchNormPrior(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
+    config = InversionConfig(
+        init="noise", images_per_class=3, batch_size=6, steps=150, patience=50, lr=0.1, roll=0, flip=False
+    )
+    made = invert(tiny_backbone, make_adapter(tiny_backbone), config=config, prior=prior, quiet=True)
+    assert made.curves.shape == (9, 2, 75)  # every second step
+    doubts, unnatural = made.curves.unbind(1)
+    ended = doubts.isnan()
+    assert torch.equal(ended, unnatural.isnan())
+    assert not ended[:, 0].any()
+    last = [row[~row.isnan()][-1] for row in doubts]
+    assert torch.stack(last).mean() < doubts[:, 0].mean(), "the teacher doubts less at the end"
+    assert torch.equal(unnatural[:1].nan_to_num().expand(6, -1), unnatural[:6].nan_to_num()), "one prior for a batch"
+    assert torch.equal(
+        Surrogate.load(made.save(tmp_path / "s.safetensors")).curves.nan_to_num(), made.curves.nan_to_num()
+    )
+    assert invert(tiny_backbone, make_adapter(tiny_backbone), config={"steps": 0}, quiet=True).curves is None

@@ -1,0 +1,102 @@
+"""`lorarecycle report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from ..config import EvaluateConfig
+from .common import Flat, Machine, Manners
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+    from ..report.run import Run
+    from ..vit.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about a run of `recycle`, or about several side by side: accuracy, images with their masks,
+    training, which adapters matter, and the command to repeat it. The page needs no network."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders that `recycle --work-dir` filled."""
+    output: Path | None = None
+    """HTML file to write; report.html in the first run when left out."""
+    data: str | None = None
+    """Labelled images of classes that no adapter has seen, as for `tune`: accuracy on them is measured and kept."""
+    split: str | None = None
+    """Part of the data: train, val, test."""
+    download: bool = False
+    """Fetch a named data set when it is absent."""
+    adapters: tuple[str, ...] = ()
+    """The adapters that went in, to compare with their average; the baselines made of them are left out otherwise."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
+    manners: Annotated[Manners, Flat] = field(default_factory=Manners)
+    config: Annotated[EvaluateConfig, Flat] = field(default_factory=EvaluateConfig)
+
+    def run(self) -> None:
+        from ..adapters.load_many import load_all
+        from ..report.run import read_run
+
+        runs = [read_run(folder) for folder in self.runs]
+        if not runs:
+            raise ValueError("`runs` must hold at least one run, got none.")
+        backbone = self.machine.backbone() if self.machine.base else None
+        if self.data is not None:
+            one = self.adapters[0] if len(self.adapters) == 1 else self.adapters
+            adapters = load_all(one).adapters if self.adapters else []
+            runs = [
+                measured_run(
+                    folder,
+                    self.data,
+                    backbone or self._named(run),
+                    adapters,
+                    split=self.split,
+                    download=self.download,
+                    config=self.config,
+                    quiet=self.manners.quiet,
+                )
+                for folder, run in zip(self.runs, runs, strict=True)
+            ]
+        output = self.output or self.runs[0].expanduser() / "report.html"
+        print(write_page(runs, output, backbone))
+
+    def _named(self, run: Run) -> Backbone:
+        from dataclasses import replace
+
+        return replace(self.machine, base=str(run.record["base"]["name"])).backbone()
+
+
+def measured_run(
+    folder: Path,
+    data: str | None,
+    backbone: Backbone,
+    adapters: Sequence[Adapter] = (),
+    *,
+    split: str | None = None,
+    download: bool = False,
+    config: EvaluateConfig | None = None,
+    quiet: bool = False,
+) -> Run:
+    """A run with its accuracy on the data, where data is named; arguments as in `measure_run`."""
+    from ..data.dataset import load_dataset
+    from ..report.measure import measure_run
+    from ..report.run import read_run
+
+    if data is None:
+        return read_run(folder)
+    images = load_dataset(data, split, download=download, mixed=backbone.fit, quiet=quiet)
+    measure_run(read_run(folder), backbone, images, adapters=adapters, config=config, name=data, quiet=quiet)
+    return read_run(folder)
+
+
+def write_page(runs: Sequence[Run], output: Path, backbone: Backbone | None) -> Path:
+    """`write_report`; the file."""
+    from ..report.page import write_report
+
+    return write_report(runs, output, backbone=backbone)
