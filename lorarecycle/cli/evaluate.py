@@ -104,9 +104,13 @@ class Evaluate:
             return None
         if not self.surrogates.is_dir():
             raise FileNotFoundError(f"`--surrogates` must be a folder of surrogates, got {self.surrogates}.")
-        files = sorted(self.surrogates.rglob("surrogate*/*.safetensors")) or sorted(self.surrogates.glob("*.safetensors"))
+        files = sorted(self.surrogates.rglob("surrogate*/*.safetensors")) or sorted(
+            self.surrogates.glob("*.safetensors")
+        )
         if not files:
-            raise FileNotFoundError(f"`--surrogates` must hold surrogates (*.safetensors), got none in {self.surrogates}.")
+            raise FileNotFoundError(
+                f"`--surrogates` must hold surrogates (*.safetensors), got none in {self.surrogates}."
+            )
         return [Surrogate.load(file) for file in files]
 
     def _text_encoder(self, backbone: Backbone) -> TextEncoder | None:

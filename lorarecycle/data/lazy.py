@@ -26,24 +26,24 @@ class LazyImages(Sequence[Any]):
     """Each item is one image: they can be counted without being fetched."""
 
     def __init__(self, fetch: Callable[[int], Any], index: Tensor) -> None:
-        self.fetch, self.index = fetch, index
+        self.fetch, self.rows = fetch, index
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return self.select(torch.arange(len(self))[i])
         if not -len(self) <= i < len(self):
             raise IndexError(f"`i` must be below {len(self)}, got {i}.")
-        return self.fetch(int(self.index[i]))
+        return self.fetch(int(self.rows[i]))
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.fetch(i) for i in self.index.tolist())
+        return (self.fetch(i) for i in self.rows.tolist())
 
     def select(self, index: Tensor) -> LazyImages:
         """Some of them, int64 or bool, without fetching any."""
-        return LazyImages(self.fetch, self.index[index.cpu()])
+        return LazyImages(self.fetch, self.rows[index.cpu()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,8 +82,8 @@ def open_hub_dataset(name: str, split: str | None = None, *, download: bool = Fa
         found = datasets.load_dataset(name, split=split, download_config=config)
     except Exception as error:  # of many kinds, its own among them
         raise FileNotFoundError(
-            f"data set {name!r} must be in the cache of `datasets`, or fetched from https://huggingface.co/datasets/{name} "
-            f"with `download=True`, got {type(error).__name__}: {str(error)[:300]}"
+            f"data set {name!r} must be in the cache of `datasets`, or fetched with `download=True` from "
+            f"https://huggingface.co/datasets/{name}, got {type(error).__name__}: {str(error)[:300]}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

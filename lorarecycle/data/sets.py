@@ -68,19 +68,23 @@ def open_dataset(
         return _of_torchvision(name.partition("/")[2], split, cache, download)
     plain = name.lower().replace("-", "").replace("_", "")
     if plain in PLACES:
-        raise FileNotFoundError(f"`source` {name!r} is not fetched here; it is at {PLACES[plain]}: pass your folder of it.")
+        raise FileNotFoundError(
+            f"`source` {name!r} is not fetched here; it is at {PLACES[plain]}: pass your folder of it."
+        )
     if name.count("/") == 1 and path.suffix == "" and not name.startswith((".", "/", "~")):
         return open_hub_dataset(name, split, download=download)
     raise FileNotFoundError(
-        f"`source` must be a folder, a npz or parquet file, 'owner/name' of the Hugging Face Hub, 'torchvision/NAME', or "
-        f"one of {tuple(NAMED_SOURCES)}, got {name!r}."
+        "`source` must be a folder, a npz or parquet file, 'owner/name' of the Hugging Face Hub, 'torchvision/NAME', "
+        f"or one of {tuple(NAMED_SOURCES)}, got {name!r}."
     )
 
 
 def _of_source(found: Source, name: str) -> Dataset:
     images = found.images
     labels = torch.as_tensor(np.asarray(found.labels, dtype=np.int64))
-    return Dataset(LazyImages(images.__getitem__, torch.arange(len(labels))), labels, tuple(found.class_names), name=name)
+    return Dataset(
+        LazyImages(images.__getitem__, torch.arange(len(labels))), labels, tuple(found.class_names), name=name
+    )
 
 
 def _of_torchvision(kind: str, split: str | None, root: Path, download: bool) -> Dataset:
@@ -93,7 +97,7 @@ def _of_torchvision(kind: str, split: str | None, root: Path, download: bool) ->
         raise ValueError(f"`source` must name a class of torchvision.datasets ({', '.join(known)}), got {kind!r}.")
     from inspect import signature
 
-    parameters = signature(make.__init__).parameters
+    parameters = signature(make).parameters
     options: dict[str, Any] = {"download": download} if "download" in parameters else {}
     if split is not None and "split" in parameters:
         options["split"] = split
@@ -117,7 +121,14 @@ def from_torchvision(data: Any, *, name: str = "data") -> Dataset:
     The labels come from its `targets`, `labels`, `_labels` or `samples`; where it has none of them, every item is read
     once for its label.
     """
-    labels = next((found for key in ("targets", "_labels", "labels", "_targets") if (found := getattr(data, key, None)) is not None), None)
+    labels = next(
+        (
+            found
+            for key in ("targets", "_labels", "labels", "_targets")
+            if (found := getattr(data, key, None)) is not None
+        ),
+        None,
+    )
     if labels is None and (samples := getattr(data, "samples", None) or getattr(data, "_samples", None)):
         labels = [sample[1] for sample in samples]
     labels = np.asarray([data[i][1] for i in range(len(data))] if labels is None else labels)

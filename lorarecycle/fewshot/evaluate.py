@@ -101,7 +101,8 @@ def evaluate(
         method: a name in `lorarecycle.fewshot.methods.registry.METHODS`, or a `Method` with settings of your own.
         adapters: tuned on other classes, for methods that use them.
         surrogates: images of the adapters' classes, for methods that train on them.
-        validation: images of validation classes, for methods that choose a setting on `config.n_validation_tasks` tasks.
+        validation: images of validation classes, for methods that choose a setting, on `config.n_validation_tasks`
+            tasks.
         text_encoder: for methods that read the classes' names.
         config: settings, or a mapping of those that differ from the defaults of `EvaluateConfig`.
         seed: of the task list, in place of `config.seed`.

@@ -37,7 +37,13 @@ class TaskImages:
         workers: int | None = None,
         quiet: bool = True,
     ) -> None:
-        self.images, self.fit, self.batch_size, self.workers, self.quiet = images, Fit.of(fit), batch_size, workers, quiet
+        self.images, self.fit, self.batch_size, self.workers, self.quiet = (
+            images,
+            Fit.of(fit),
+            batch_size,
+            workers,
+            quiet,
+        )
         self.wanted = torch.arange(len(images)) if wanted is None else wanted.unique()
         self._features: WeakKeyDictionary[Backbone, dict[str, Tensor]] = WeakKeyDictionary()
         self._row = torch.full((len(images),), -1)

@@ -107,8 +107,8 @@ def sample_tasks(
         labels: int [n], the class of each image.
         n_way, n_shot, n_query, n_tasks: sizes.
         seed: of the draw.
-        groups: int [n], images that belong together, such as those of one patient: no query of a task is of a group that
-            a support image is of. None: every image stands alone.
+        groups: int [n], images that belong together, such as those of one patient: no query of a task is of a group
+            that a support image is of. None: every image stands alone.
 
     Raises:
         ValueError: fewer classes than `n_way`, a class with fewer images than `n_shot + n_query`, or with too few
@@ -132,7 +132,9 @@ def sample_tasks(
     if groups is not None:
         groups = torch.as_tensor(groups).cpu()
         if groups.shape != labels.shape:
-            raise ValueError(f"`groups` must have one value per image, got {list(groups.shape)} for {len(labels)} images.")
+            raise ValueError(
+                f"`groups` must have one value per image, got {list(groups.shape)} for {len(labels)} images."
+            )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(classes), generator=generator)[:n_way] for _ in range(n_tasks)])
     if groups is None:
@@ -164,9 +166,9 @@ def _draw_apart(
             return support, rest[:n_query]
         most = max(most, len(rest))
     raise ValueError(
-        f"`n_query` must be at most the images that are of other groups than the support's, got {n_query}; class {label} "
-        f"has {len(members)} images of {len(groups[members].unique())} groups, of which {most} were left at most. Lower "
-        "`n_shot` and `n_query`, or leave the class out."
+        f"`n_query` must be at most the images that are of other groups than the support's, got {n_query}; class "
+        f"{label} has {len(members)} images of {len(groups[members].unique())} groups, of which {most} were left at "
+        "most. Lower `n_shot` and `n_query`, or leave the class out."
     )
 
 

@@ -117,7 +117,9 @@ class Needs(NamedTuple):
     def words(self) -> str:
         """The same for people."""
         found = [f"{self.adapters} adapter{'s' if self.adapters > 1 else ''}"] if self.adapters else []
-        found += ["heads"] * self.heads + ["labelled surrogates"] * self.surrogates + ["text encoder"] * self.text_encoder
+        found += (
+            ["heads"] * self.heads + ["labelled surrogates"] * self.surrogates + ["text encoder"] * self.text_encoder
+        )
         return ", ".join([*found, *["fine-tuning"] * self.fine_tuning, *self.packages]) or "nothing"
 
 
@@ -153,11 +155,13 @@ class Method(ABC):
             )
         if needs.surrogates:
             if not surrogates:
-                raise ValueError(f"`surrogates` must hold labelled images for {name}, got none; make them with `invert`.")
+                raise ValueError(
+                    f"`surrogates` must hold labelled images for {name}, got none; make them with `invert`."
+                )
             bare = [each.adapter for each in surrogates if each.labels is None]
             if bare:
                 raise ValueError(
-                    f"`surrogates` must be labelled for {name}, got {len(bare)} without labels; make them with `invert`."
+                    f"`surrogates` must be labelled for {name}, got {len(bare)} without labels; make them by `invert`."
                 )
         if needs.text_encoder and text_encoder is None:
             raise ValueError(f"`text_encoder` must be given for {name}, got none; see `ClipText.load`.")

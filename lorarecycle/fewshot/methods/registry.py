@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 
 from .average import AverageNearestMean
 from .base import Method, Needs
+from .cache import SupportCache
+from .caml import CAML
+from .full import FullFineTuning
+from .laplacian import LaplacianShot
+from .linear_probe import LinearProbe
+from .lora_linear import AverageLinear, LoRALinear
+from .lorahub import LoRAHub, LoRAHubNearestMean
+from .merges import COMBINATIONS, PeftNearestMean
+from .mole import Mole
 from .nearest import NearestMean
+from .pmf import PMF
+from .recycled import FromWeights, LoRARecycle, WarmStart
+from .shrunk import ShrunkMean
+from .text import ZeroShot
 
 RECYCLE = "LoRA Recycle (CVPR 2025)"
 
@@ -36,7 +49,36 @@ class Entry(NamedTuple):
 METHODS: dict[str, Entry] = {
     "nn": Entry(NearestMean, "NN: nearest class mean", f"{RECYCLE}, Sec. 5, baseline d"),
     "average": Entry(AverageNearestMean, "LoRAs Avg + NN", f"{RECYCLE}, Sec. 5, baseline a"),
+    **{
+        f"peft-{kind}": Entry(
+            partial(PeftNearestMean, combination=kind), f"PEFT's {kind} + NN", "PEFT, add_weighted_adapter"
+        )
+        for kind in COMBINATIONS
+    },
+    "warm-start": Entry(WarmStart, "warm start + NN", "lorarecycle.warm_start"),
+    "recycle-weights": Entry(FromWeights, "meta-LoRA of the default preset", "lorarecycle.recycle"),
+    "lora-recycle": Entry(LoRARecycle, "LoRA Recycle", f"{RECYCLE}, Sec. 4"),
+    **{
+        f"lora-recycle-{share}": Entry(
+            partial(LoRARecycle, sparsity=share / 100), f"LoRA Recycle_{share}", f"{RECYCLE}, Sec. 4.3"
+        )
+        for share in (25, 50, 75)
+    },
+    "caml": Entry(CAML, "CAML", "Fifty et al., ICLR 2024"),
+    "zero-shot": Entry(ZeroShot, "CLIP zero-shot", "Radford et al., ICML 2021"),
+    "tip-adapter": Entry(SupportCache, "Tip-Adapter's cache", "Zhang et al., ECCV 2022"),
+    "laplacian-shot": Entry(LaplacianShot, "LaplacianShot (transductive)", "Ziko et al., ICML 2020"),
+    "shrunk": Entry(ShrunkMean, "class means shrunk towards known ones", "ours"),
+    "full": Entry(FullFineTuning, "full fine-tuning", f"{RECYCLE}, Sec. 5, baseline g"),
+    "linear-probe": Entry(LinearProbe, "linear probe", f"{RECYCLE}, Sec. 5, baseline h"),
+    "lora-linear": Entry(LoRALinear, "LoRA + Linear", f"{RECYCLE}, Sec. 5, baseline i"),
+    "average-linear": Entry(AverageLinear, "LoRAs Avg + Linear", f"{RECYCLE}, Sec. 5, baseline a"),
+    "lorahub": Entry(LoRAHub, "LoRAHub", "Huang et al., COLM 2024"),
+    "lorahub-nn": Entry(LoRAHubNearestMean, "LoRAHub + NN", f"{RECYCLE}, Tab. 16"),
+    "mole": Entry(Mole, "MOLE", "Wu et al., ICLR 2024"),
+    "pmf": Entry(PMF, "P > M > F", "Hu et al., CVPR 2022"),
 }
+"""In the order of the papers' tables."""
 
 
 def find_method(name: str) -> Entry:
