@@ -39,7 +39,7 @@ def open_dataset(
         source: one of
             - a folder with a sub-folder of image files per class, see `ClassFolders`;
             - a folder of parquet files, or one such file, see `open_parquet`;
-            - a npz file as in `load_dataset`; its images stay on disk where numpy stored them uncompressed;
+            - a npz file as in `load_dataset`, which is read into memory, as are "cifar-fs" and "digits";
             - "cifar-fs", "flowers102", "eurosat", "digits", as in `load_dataset`;
             - "torchvision/NAME", a class of `torchvision.datasets`, such as "torchvision/DTD";
             - "owner/name", a data set of the Hugging Face Hub.
