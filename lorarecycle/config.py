@@ -274,9 +274,11 @@ class EvaluateConfig:
     """Distance of features to class centres."""
     seed: int = 0
     """Seed of the task list: equal seeds, equal tasks."""
+    n_validation_tasks: int = 20
+    """Tasks of validation classes that a method's learning rate is chosen on, where it has one."""
 
     def __post_init__(self) -> None:
-        for name in ("n_way", "n_shot", "n_query", "n_tasks"):
+        for name in ("n_way", "n_shot", "n_query", "n_tasks", "n_validation_tasks"):
             _at_least(name, getattr(self, name), 2 if name == "n_way" else 1)
         _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..adapters.adapter import Adapter
-    from ..data.dataset import LabelledImages
     from ..vit.backbone import Backbone
 
 Flat = tyro.conf.arg(name="")  # the settings' own names as flags, without a prefix
@@ -94,15 +93,6 @@ def find_backbone(machine: Machine, adapters: Sequence[Adapter]) -> Backbone:
 
     named = None if machine.base else common_base(adapters)
     return machine.backbone(named, torch.float32)
-
-
-def load_images(
-    source: str, split: str | None, backbone: Backbone, care: Care, manners: Manners, *, download: bool
-) -> LabelledImages:
-    """The labelled images that a command's arguments name, those of mixed sizes as the backbone takes them."""
-    from ..data.dataset import load_dataset
-
-    return load_dataset(source, split, download=download, mixed=backbone.fit, strict=care.level, quiet=manners.quiet)
 
 
 def load_meta_lora(source: str | None) -> Adapter | None:

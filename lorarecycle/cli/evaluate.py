@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..config import EvaluateConfig
-from .common import Care, Flat, Machine, Manners, load_images, load_meta_lora
+from .common import Care, Flat, Machine, Manners, load_meta_lora
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+    from ..fewshot.methods.base import TextEncoder
+    from ..inversion.surrogate import Surrogate
+    from ..vit.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Accuracy of a meta-LoRA (or of the plain model) on few-shot tasks, with its 95 % interval."""
+    """Accuracy of a meta-LoRA, of the plain model or of any other method on few-shot tasks, with its 95 % interval."""
 
-    data: Annotated[str, tyro.conf.Positional]
-    """As for `tune`; its classes must be unseen by the adapters."""
+    data: Annotated[str, tyro.conf.Positional] = ""
+    """As for `tune`, or a Hugging Face data set; its classes must be unseen by the adapters."""
     meta_lora: str | None = None
     """PEFT folder or Hub id; the plain model when left out."""
     split: str | None = None
@@ -26,20 +32,91 @@ class Evaluate:
     """Fetch a named data set when it is absent."""
     tasks: Path | None = None
     """Task list to use; written by `Tasks.save`."""
+    method: str = "nn"
+    """Name of the method; `list` prints all of them and what they need."""
+    adapters: tuple[str, ...] = ()
+    """PEFT folders or Hub ids, or one folder that holds many, for methods that use them."""
+    surrogates: Path | None = None
+    """Folder of surrogates, such as a work folder of `recycle --preset paper`, for methods that train on them."""
+    validation: str | None = None
+    """Data of validation classes, for methods whose learning rate is chosen on them."""
+    validation_split: str | None = None
+    """Part of that data."""
+    rate: float | None = None
+    """Learning rate of a method that has one, instead of choosing it."""
+    text_encoder: str | None = None
+    """Folder or Hub id of a CLIP model, for methods that read the classes' names."""
+    workers: int = 1
+    """Threads that read image files."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
     care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
     config: Annotated[EvaluateConfig, Flat] = field(default_factory=EvaluateConfig)
 
     def run(self) -> None:
+        from ..data.sets import open_dataset
         from ..fewshot.evaluate import evaluate
+        from ..fewshot.methods.registry import describe_methods, find_method, make_method
         from ..fewshot.tasks import Tasks
 
-        quiet, meta_lora = self.manners.quiet, load_meta_lora(self.meta_lora)
+        if self.method == "list":
+            print(describe_methods())
+            return
+        needs, quiet = find_method(self.method).needs, self.manners.quiet
+        method: Any = self.method if self.rate is None else make_method(self.method, rate=self.rate)
+        meta_lora, adapters = load_meta_lora(self.meta_lora), self._adapters()
         tasks = None if self.tasks is None else Tasks.load(self.tasks)
-        backbone = self.machine.backbone(meta_lora)
-        data = load_images(self.data, self.split, backbone, self.care, self.manners, download=self.download)
-        print(evaluate(backbone, data, meta_lora, config=self.config, tasks=tasks, quiet=quiet))
+        named = meta_lora if meta_lora is not None else next((a for a in adapters if a.base_model), None)
+        backbone = self.machine.backbone(named)
+        shared: dict[str, Any] = {"download": self.download, "strict": self.care.level}
+        data = open_dataset(self.data, self.split, **shared)
+        aside = None
+        if self.validation is not None and needs.rate and self.rate is None:
+            aside = open_dataset(self.validation, self.validation_split, **shared)
+        result = evaluate(
+            backbone,
+            data,
+            meta_lora,
+            method=method,
+            adapters=adapters,
+            surrogates=self._surrogates() if needs.surrogates else None,
+            validation=aside,
+            text_encoder=self._text_encoder(backbone) if needs.text_encoder else None,
+            config=self.config,
+            tasks=tasks,
+            workers=self.workers,
+            quiet=quiet,
+        )
+        print(result)
+
+    def _adapters(self) -> list[Adapter]:
+        from ..adapters.load_many import load_all
+
+        if not self.adapters:
+            return []
+        source = self.adapters[0] if len(self.adapters) == 1 else self.adapters
+        return load_all(source, strict=self.care.level).adapters
+
+    def _surrogates(self) -> list[Surrogate] | None:
+        from ..inversion.surrogate import Surrogate
+
+        if self.surrogates is None:
+            return None
+        if not self.surrogates.is_dir():
+            raise FileNotFoundError(f"`--surrogates` must be a folder of surrogates, got {self.surrogates}.")
+        files = sorted(self.surrogates.rglob("surrogate*/*.safetensors")) or sorted(
+            self.surrogates.glob("*.safetensors")
+        )
+        if not files:
+            raise FileNotFoundError(
+                f"`--surrogates` must hold surrogates (*.safetensors), got none in {self.surrogates}."
+            )
+        return [Surrogate.load(file) for file in files]
+
+    def _text_encoder(self, backbone: Backbone) -> TextEncoder | None:
+        from ..fewshot.methods.text import ClipText
+
+        return None if self.text_encoder is None else ClipText.load(self.text_encoder, device=backbone.device)
 
 
 @dataclass(frozen=True)

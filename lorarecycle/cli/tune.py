@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from ..config import TuneConfig
-from .common import Care, Flat, Machine, Manners, load_images
+from .common import Care, Flat, Machine, Manners
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Tune:
 
     def run(self) -> None:
         from ..adapters.peft.names import check_layout
+        from ..data.dataset import load_dataset
         from ..tuning import tune
 
         check_layout(self.layout)
         backbone = self.machine.backbone()
-        data = load_images(self.data, self.split, backbone, self.care, self.manners, download=self.download)
+        reading = {"download": self.download, "strict": self.care.level, "quiet": self.manners.quiet}
+        data = load_dataset(self.data, self.split, mixed=backbone.fit, **reading)
         if self.classes:
             data = data.select_classes(self.classes)
         output = Path(os.path.abspath(self.output))

@@ -112,6 +112,8 @@ def count_images(images: ImageInput) -> int:
     """Number of images in what `decode` takes, without reading any file; iterators count as one, see `list_images`."""
     if _is_one(images):
         return 1
+    if getattr(images, "one_each", False):  # a sequence that says so: looking at its items would read them
+        return len(images)
     if hasattr(images, "__array__"):
         array = images if hasattr(images, "detach") else np.asarray(images)
         if not _holds_objects(array):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
         "average of the adapters": average(adapters),
         "meta-LoRA (lorarecycle)": meta_lora,
     }
-    size = {"n_way": len(UNSEEN), "n_query": 15, "n_tasks": TASKS_OF_EACH, "seed": seed}
+    size: Any = {"n_way": len(UNSEEN), "n_query": 15, "n_tasks": TASKS_OF_EACH, "seed": seed}
     shots = [sample_tasks(unseen.labels, n_shot=n_shot, **size) for n_shot in (1, 5)]
     results = {}
     for name, adapter in methods.items():

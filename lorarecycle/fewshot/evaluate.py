@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,11 +14,19 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
+from ..data.lazy import Dataset
+from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
+from ..runtime.progress import track
+from ..runtime.seeds import derive
 from ..vit.backbone import Backbone
 from ..vit.base import warn_of_doubts
-from ..vit.features import extract_features
+from .images import TaskImages
+from .methods.base import Method, Task, TextEncoder, accuracy, make_tasks
+from .methods.registry import find_method, make_method
 from .tasks import Tasks, check_tasks, sample_tasks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +36,14 @@ class Evaluation:
     Attributes:
         accuracies: float32 [T], one per task.
         tasks: what it was measured on.
+        prepare_seconds: that preparing the method took; NaN where nobody looked.
+        seconds_per_task: that a task took on average, its share of the features included.
     """
 
     accuracies: Tensor
     tasks: Tasks
+    prepare_seconds: float = float("nan")
+    seconds_per_task: float = float("nan")
 
     @property
     def accuracy(self) -> float:
@@ -60,50 +74,117 @@ class Evaluation:
 
 def evaluate(
     backbone: Backbone,
-    data: LabelledImages,
+    data: LabelledImages | Dataset,
     meta_lora: Adapter | None = None,
     *,
+    method: str | Method = "nn",
+    adapters: Sequence[Adapter] = (),
+    surrogates: Sequence[Surrogate] | None = None,
+    validation: LabelledImages | Dataset | None = None,
+    text_encoder: TextEncoder | None = None,
     config: EvaluateConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
     tasks: Tasks | None = None,
     batch_size: int = 64,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    """Accuracy of nearest class centres on few-shot tasks (Sec. 3, testing setup).
+    """Accuracy of a method on few-shot tasks (Sec. 3, testing setup); of nearest class means unless told otherwise.
 
-    The features of all images are computed once; tasks are drawn from them. Equal labels, config and seed
-    give equal tasks, whatever the backbone and adapter.
+    Features that do not depend on the task are computed once for all tasks. Equal labels, config and seed give equal
+    tasks, whatever the method, the backbone and the adapters. Everything is checked before anything runs.
 
     Args:
         backbone: the frozen model.
-        data: images of the unseen classes, any size.
-        meta_lora: adapter to merge in; the plain backbone when None.
+        data: images of the unseen classes, any size, in memory or on disk.
+        meta_lora: adapter to merge in; the plain backbone when None. For methods that take no adapters themselves.
+        method: a name in `lorarecycle.fewshot.methods.registry.METHODS`, or a `Method` with settings of your own.
+        adapters: tuned on other classes, for methods that use them.
+        surrogates: images of the adapters' classes, for methods that train on them.
+        validation: images of validation classes, for methods that choose a setting, on `config.n_validation_tasks`
+            tasks.
+        text_encoder: for methods that read the classes' names.
         config: settings, or a mapping of those that differ from the defaults of `EvaluateConfig`.
         seed: of the task list, in place of `config.seed`.
         tasks: a task list of `data` to use instead of the one that `config` describes.
         batch_size: images per forward pass.
+        workers: threads that read image files; one when None.
         quiet: no progress bar.
 
     Raises:
         ValueError: an adapter that does not fit; fewer classes than `n_way` or fewer images of a class than
-            `n_shot + n_query`; tasks of other data.
+            `n_shot + n_query`; tasks of other data; an unknown method, or one that lacks what it needs.
+        ImportError: a package that the method needs is missing.
     """
     config = as_config(EvaluateConfig, config)
-    if tasks is None:
-        tasks = sample_tasks(
-            data.labels,
-            n_way=config.n_way,
-            n_shot=config.n_shot,
-            n_query=config.n_query,
-            n_tasks=config.n_tasks,
-            seed=config.seed if seed is None else seed,
-        )
+    seed = config.seed if seed is None else seed
+    if isinstance(method, str):
+        own = {f.name for f in fields(find_method(method).kind) if f.init}  # type: ignore[arg-type]
+        method = make_method(method, **({"distance": config.distance} if "distance" in own else {}))
+    tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
+    images = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
+    aside: list[Task] | None = None
+    if validation is not None:
+        like = replace(config, n_way=tasks.n_way, n_shot=tasks.n_shot, n_query=tasks.n_query)
+        drawn = _draw(validation, like, config.n_validation_tasks, derive(seed, "validation"))
+        aside = make_tasks(_task_images(validation, backbone, drawn, **images), drawn, validation.class_names)
+    if meta_lora is not None:
+        if method.needs.adapters:
+            raise ValueError(
+                f"`meta_lora` must be left out for method {type(method).__name__}, which takes the adapters themselves."
+            )
+        backbone.check(meta_lora)
+    method.check(backbone, adapters, surrogates, aside, text_encoder)
+    _warn_of_seen(adapters if method.needs.adapters else (), data.class_names)
     if meta_lora is not None:
         warn_of_doubts(backbone, [meta_lora])
-    model = backbone.merge(meta_lora) if meta_lora is not None else backbone
-    features = extract_features(model, data.images, batch_size=batch_size, quiet=quiet)
-    return Evaluation(task_accuracies(features, tasks, config.distance), tasks)
+        backbone = backbone.merge(meta_lora)
+    clock = time.perf_counter()
+    method.prepare(backbone, adapters, surrogates, aside, text_encoder)
+    prepared = time.perf_counter()
+    found = make_tasks(_task_images(data, backbone, tasks, **images), tasks, data.class_names)
+    with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
+
+        def answers(blind: list[Task]) -> Iterator[Tensor]:
+            for logits in method.solve_all(blind):
+                bar.update()
+                yield logits
+
+        accuracies = accuracy(answers, found)
+    solved = time.perf_counter()
+    return Evaluation(accuracies, tasks, prepared - clock, (solved - prepared) / len(tasks))
+
+
+def _draw(data: LabelledImages | Dataset, config: EvaluateConfig, n_tasks: int, seed: int) -> Tasks:
+    return sample_tasks(
+        data.labels,
+        n_way=config.n_way,
+        n_shot=config.n_shot,
+        n_query=config.n_query,
+        n_tasks=n_tasks,
+        seed=seed,
+        groups=getattr(data, "groups", None),
+    )
+
+
+def _task_images(data: LabelledImages | Dataset, backbone: Backbone, tasks: Tasks, **settings: Any) -> TaskImages:
+    wanted = torch.cat([tasks.support.flatten(), tasks.query.flatten()])
+    return TaskImages(data.images, backbone.fit, wanted=wanted, **settings)
+
+
+def _warn_of_seen(adapters: Sequence[Adapter], class_names: Sequence[str]) -> None:
+    """A line in the log where adapters' heads name classes of the tasks, unless the names are mere numbers."""
+    known = {name for adapter in adapters if adapter.head is not None for name in adapter.head.class_names}
+    seen = sorted(name for name in known & set(class_names) if not name.isdecimal())
+    if seen:
+        logger.warning(
+            "%d of %d classes have the name of one that an adapter was tuned on (%s): the tasks are not of unseen "
+            "classes, unless these are others of the same name",
+            len(seen),
+            len(class_names),
+            ", ".join(seen[:5]),
+        )
 
 
 def task_accuracies(features: Tensor, tasks: Tasks, distance: Distance = "euclidean") -> Tensor:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..runtime.files import write_atomic
 
+TRIES = 200
+"""Draws of a class's support before it is said that its groups leave too few queries."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
@@ -89,7 +92,14 @@ class Tasks:
 
 
 def sample_tasks(
-    labels: Tensor | Sequence[int], *, n_way: int, n_shot: int, n_query: int, n_tasks: int, seed: int
+    labels: Tensor | Sequence[int],
+    *,
+    n_way: int,
+    n_shot: int,
+    n_query: int,
+    n_tasks: int,
+    seed: int,
+    groups: Tensor | Sequence[int] | None = None,
 ) -> Tasks:
     """Draw few-shot tasks: classes, then `n_shot + n_query` different images of each.
 
@@ -97,9 +107,12 @@ def sample_tasks(
         labels: int [n], the class of each image.
         n_way, n_shot, n_query, n_tasks: sizes.
         seed: of the draw.
+        groups: int [n], images that belong together, such as those of one patient: no query of a task is of a group
+            that a support image is of. None: every image stands alone.
 
     Raises:
-        ValueError: fewer classes than `n_way`, or a class with fewer images than `n_shot + n_query`.
+        ValueError: fewer classes than `n_way`, a class with fewer images than `n_shot + n_query`, or with too few
+            groups.
     """
     for name, value in (("n_way", n_way), ("n_shot", n_shot), ("n_query", n_query), ("n_tasks", n_tasks)):
         if value < 1:
@@ -116,14 +129,47 @@ def sample_tasks(
                 f"`n_shot + n_query` must be at most the images of every class, got {need}; class {c} has "
                 f"{len(found)}. Lower them or leave the class out."
             )
+    if groups is not None:
+        groups = torch.as_tensor(groups).cpu()
+        if groups.shape != labels.shape:
+            raise ValueError(
+                f"`groups` must have one value per image, got {list(groups.shape)} for {len(labels)} images."
+            )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(classes), generator=generator)[:n_way] for _ in range(n_tasks)])
-    drawn = []
-    for c in chosen.flatten().tolist():
-        drawn.append(members[c][torch.randperm(len(members[c]), generator=generator)[:need]])
+    if groups is None:
+        drawn = [_draw(members[c], need, generator) for c in chosen.flatten().tolist()]
+    else:
+        drawn = [
+            torch.cat(_draw_apart(members[c], groups, n_shot, n_query, int(classes[c]), generator))
+            for c in chosen.flatten().tolist()
+        ]
     images = torch.stack(drawn).view(n_tasks, n_way, need)
     support, query = images[..., :n_shot].flatten(1), images[..., n_shot:].flatten(1)
     return Tasks(classes[chosen], support, query)
+
+
+def _draw(members: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return members[torch.randperm(len(members), generator=generator)[:count]]
+
+
+def _draw_apart(
+    members: Tensor, groups: Tensor, n_shot: int, n_query: int, label: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Support [n_shot] and query [n_query] of one class, of different groups."""
+    most = 0
+    for _ in range(TRIES):
+        order = _draw(members, len(members), generator)
+        support = order[:n_shot]
+        rest = order[~torch.isin(groups[order], groups[support])]
+        if len(rest) >= n_query:
+            return support, rest[:n_query]
+        most = max(most, len(rest))
+    raise ValueError(
+        f"`n_query` must be at most the images that are of other groups than the support's, got {n_query}; class "
+        f"{label} has {len(members)} images of {len(groups[members].unique())} groups, of which {most} were left at "
+        "most. Lower `n_shot` and `n_query`, or leave the class out."
+    )
 
 
 def check_tasks(tasks: Tasks, labels: Tensor) -> None:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...adapters.adapter import Adapter, LoRAFactors
+from ...inversion.surrogate import Surrogate
+from ...meta.warm_start import start_factors
+from ...vit.backbone import Backbone
+from ...vit.lora import LoRA
+from .base import Needs
+from .nearest import NearestMean
 
 
 def average(adapters: Sequence[Adapter], *, name: str = "average") -> Adapter:
@@ -33,3 +41,38 @@ def average(adapters: Sequence[Adapter], *, name: str = "average") -> Adapter:
         factors[site] = LoRAFactors(lora_A, lora_B, 1.0)
     first = adapters[0]
     return Adapter(factors, base_model=first.base_model, mean=first.mean, std=first.std, name=name)
+
+
+def average_factors(adapters: Sequence[Adapter], backbone: Backbone, r: int) -> LoRA:
+    """The mean of the updates, re-factored at rank `r` by a singular value decomposition of the products.
+
+    Args:
+        adapters: for `backbone`.
+        backbone: that they are for.
+        r: rank at each site that any of them has.
+
+    Returns:
+        trainable factors on the backbone's device.
+    """
+    sites = {site for adapter in adapters for site in adapter.sites}
+    shapes = {site: backbone.site_shape(site) for site in sorted(sites)}
+    empty = {s: LoRAFactors(torch.zeros(r, width), torch.zeros(out, r), 1.0) for s, (out, width) in shapes.items()}
+    return start_factors(adapters, LoRA(empty), backbone, gain=1.0).to(backbone.device)
+
+
+@dataclass
+class AverageNearestMean(NearestMean):
+    """The nearest class mean under the average of the adapters.
+
+    Args:
+        distance: see `distance_logits`.
+        r: rank that the average is cut to; None keeps it whole.
+    """
+
+    r: int | None = None
+    needs: ClassVar[Needs] = Needs(adapters=1)
+
+    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
+        if self.r is None:
+            return backbone.merge(average(adapters))
+        return backbone.merge(average_factors(adapters, backbone, self.r).to_adapter(name="average", like=backbone))

@@ -1,0 +1,66 @@
+"""LoRA + Linear, and LoRAs Avg + Linear: low-rank factors and a linear classifier (LoRA Recycle, App. D)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...inversion.surrogate import Surrogate
+from ...runtime.seeds import stream
+from ...vit.backbone import Backbone
+from ...vit.lora import LoRA
+from .average import average_factors
+from .base import Needs, Task, inputs
+from .tuned import Linear, Tuned, descend
+
+
+@dataclass
+class LoRALinear(Tuned):
+    """Fresh factors on q and v of every block train with the classifier; see `Tuned` for the other settings.
+
+    Args:
+        r: rank; the scaling is 1.
+    """
+
+    r: int = 4
+    backbone: Backbone = field(init=False, repr=False)
+    start: Adapter = field(init=False, repr=False)
+    """What each task's factors start from."""
+
+    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
+        self.backbone = backbone
+        self.start = self._first(adapters).to_adapter(name="start", like=backbone)
+
+    def _first(self, adapters: list[Adapter]) -> LoRA:
+        generator = stream(self.seed, "lora + linear")
+        return LoRA.random(self.backbone, r=self.r, lora_alpha=float(self.r), generator=generator)
+
+    def _solve(self, task: Task, rate: float) -> Tensor:
+        backbone = self.backbone
+        lora = LoRA.from_adapter(self.start).to(backbone.device)
+        head = Linear(backbone.embed_dim, task.n_way, backbone.device)
+        images, labels = inputs(backbone, task.support_pixels()), task.labels(backbone.device)
+        descend(
+            [*lora.parameters(), *head.parameters()],
+            lambda step: F.cross_entropy(head(backbone(images, lora=lora)), labels),
+            steps=self.steps,
+            rate=rate,
+            optimizer=self.optimizer,
+        )
+        query = task.run(backbone, lambda batch: backbone(batch, lora=lora), task.query)
+        return head(query).detach()
+
+
+@dataclass
+class AverageLinear(LoRALinear):
+    """The factors start as the average of the adapters, re-factored at rank `r`, at the adapters' sites."""
+
+    r: int = 16
+    needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, rate=True)
+
+    def _first(self, adapters: list[Adapter]) -> LoRA:
+        return average_factors(adapters, self.backbone, self.r)

@@ -1,0 +1,126 @@
+"""LoRAHub: a weighted sum of the adapters whose weights a gradient-free optimiser finds on the support images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...adapters.adapter import Adapter
+from ...inversion.surrogate import Surrogate
+from ...meta.prototypes import class_centres, distance_logits
+from ...runtime.seeds import derive, stream
+from ...vit.backbone import Backbone
+from ...vit.replay import ReplayedForward
+from .base import Method, Needs, Task, TextEncoder, inputs
+from .linear_probe import probe
+from .tuned import augmented
+
+
+class WeightedSum:
+    """A backbone that wears `sum_i w_i D_i` of n adapters, for any weights, written into one copy of its weights.
+
+    Args:
+        backbone: is left as it is.
+        adapters: n of them.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+        self.model = backbone.clone()
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.clone()
+        self.forward, self._sites = ReplayedForward(self.model), []
+        for site in dict.fromkeys(site for adapter in adapters for site in adapter.sites):
+            parts = [(i, adapter.factors[site]) for i, adapter in enumerate(adapters) if site in adapter.factors]
+            lora_A = torch.cat([f.lora_A for _, f in parts]).to(backbone.device)
+            lora_B = torch.cat([f.scaling * f.lora_B for _, f in parts], dim=1).to(backbone.device)
+            owner = torch.cat([torch.full((f.r,), i) for i, f in parts]).to(backbone.device)
+            plain = backbone.site_weight(site).float().clone()
+            self._sites.append((self.model.site_weight(site), plain, lora_A, lora_B, owner))
+
+    @torch.no_grad()
+    def set(self, weights: Tensor) -> None:
+        """Wear the sum with these weights, float [n]."""
+        for target, plain, lora_A, lora_B, owner in self._sites:
+            target.copy_(torch.addmm(plain, lora_B * weights.to(lora_B)[owner], lora_A))
+
+
+@dataclass
+class LoRAHub(Method):
+    """Weights of the adapters for each task (Huang et al., COLM 2024), then a linear classifier on the features.
+
+    The loss of some weights is the cross-entropy of augmented support images under the nearest class mean of the plain
+    ones, plus `penalty` times the mean of the weights' absolute values: LoRAHub itself has a language model's loss,
+    which has no classifier to learn. Weights start at 0 and stay within 1.5 of it, as theirs do.
+
+    Args:
+        budget: weights that are tried.
+        penalty: of long weights.
+        views: augmented copies of each support image.
+        nearest: answer by the nearest class mean instead of a linear classifier (LoRAHub + NN, Tab. 16).
+        seed: of everything random; each task has the same.
+    """
+
+    budget: int = 40
+    penalty: float = 0.05
+    views: int = 2
+    nearest: bool = False
+    seed: int = 0
+    needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, packages=("nevergrad",))
+    worn: WeightedSum = field(init=False, repr=False)
+    count: int = field(init=False, default=0)
+
+    def _prepare(
+        self,
+        backbone: Backbone,
+        adapters: list[Adapter],
+        surrogates: list[Surrogate],
+        validation_tasks: list[Task],
+        text_encoder: TextEncoder | None,
+    ) -> None:
+        self.worn, self.count = WeightedSum(backbone, adapters), len(adapters)
+
+    def solve(self, task: Task) -> Tensor:
+        self.worn.set(self.find_weights(task))
+        model = self.worn.model
+        support, query = (task.run(model, self.worn.forward, index) for index in (task.support, task.query))
+        labels = task.labels(model.device)
+        if self.nearest:
+            return distance_logits(query, class_centres(support, labels, task.n_way))
+        return probe(support[None], labels[None], query[None], task.n_way, steps=100, rate=0.01)[0]
+
+    @torch.no_grad()
+    def find_weights(self, task: Task) -> Tensor:
+        """The weights of a task, float32 [n]."""
+        import nevergrad
+
+        model = self.worn.model
+        images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
+        generator = stream(self.seed, "views")
+        everything = torch.cat([images, *(augmented(images, generator) for _ in range(self.views))])
+
+        def loss(weights: np.ndarray) -> float:
+            self.worn.set(torch.from_numpy(weights).float())
+            features = torch.cat([self.worn.forward(part) for part in everything.split(64)]).float()
+            centres = class_centres(features[: len(images)], labels, task.n_way)
+            logits = distance_logits(F.normalize(features[len(images) :], dim=-1), F.normalize(centres, dim=-1))
+            return (
+                F.cross_entropy(10 * logits, labels.repeat(self.views)).item() + self.penalty * np.abs(weights).mean()
+            )
+
+        weights = nevergrad.p.Array(init=np.zeros(self.count)).set_bounds(-1.5, 1.5)
+        weights.random_state.seed(derive(self.seed, "weights") % 2**32)
+        found = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget).minimize(loss)
+        return torch.from_numpy(found.value).float()
+
+
+@dataclass
+class LoRAHubNearestMean(LoRAHub):
+    """LoRAHub + NN (LoRA Recycle, Tab. 16); see `LoRAHub` for the settings."""
+
+    nearest: bool = True
