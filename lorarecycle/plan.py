@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from .config import InversionConfig, MetaConfig, RecycleConfig
 from .stages import Needs, Stage
 
-OPTIMISER = ("patience", "parametrization", "lr", "warm_up", "betas", "schedule", "prior", "prior_weight", "prior_size")
-OPTIMISER += ("prior_relative",)
+PRIOR = ("prior", "prior_weight", "prior_size", "prior_relative")
+OPTIMISER = ("patience", "parametrization", "lr", "warm_up", "betas", "schedule", *PRIOR)
 """Settings of the optimisation of images."""
 
 

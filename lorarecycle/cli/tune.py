@@ -42,8 +42,14 @@ class Tune:
 
         check_layout(self.layout)
         backbone = self.machine.backbone()
-        reading = {"download": self.download, "strict": self.care.level, "quiet": self.manners.quiet}
-        data = load_dataset(self.data, self.split, mixed=backbone.fit, **reading)
+        data = load_dataset(
+            self.data,
+            self.split,
+            download=self.download,
+            mixed=backbone.fit,
+            strict=self.care.level,
+            quiet=self.manners.quiet,
+        )
         if self.classes:
             data = data.select_classes(self.classes)
         output = Path(os.path.abspath(self.output))

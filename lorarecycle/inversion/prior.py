@@ -55,8 +55,7 @@ class BatchNormPrior(nn.Module):
         for module in self.network.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(dtype)
-        lengths = [m.running_mean.norm() + m.running_var.norm() for m in layers if m.running_var is not None]
-        weights = 1 / torch.stack(lengths).float() if relative else torch.ones(len(layers))
+        weights = 1 / torch.tensor([_length(layer) for layer in layers]) if relative else torch.ones(len(layers))
         self.weights: Tensor
         self.register_buffer("weights", weights, persistent=False)
         graph = losses_graph(self.network, layers)
@@ -152,6 +151,11 @@ class BatchNormPrior(nn.Module):
         for layer in self._layers:
             layer.prior_loss = None
         return loss
+
+
+def _length(layer: Any) -> float:
+    """`||running_mean||_2 + ||running_var||_2` of a layer."""
+    return float(layer.running_mean.float().norm() + layer.running_var.float().norm())
 
 
 def _measure(layer: Any, args: tuple[Tensor, ...]) -> None:

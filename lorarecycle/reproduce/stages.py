@@ -68,12 +68,13 @@ def inverted(
     *,
     config: InversionConfig | Mapping[str, Any] | None = None,
     prior: BatchNormPrior | None = None,
+    seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Surrogate:
     """The surrogate of an adapter, from its file where it is there; arguments as in `invert`."""
     if path.exists():
         return Surrogate.load(path)
-    surrogate = invert(backbone, adapter, config=config, prior=prior, dtype=dtype)
+    surrogate = invert(backbone, adapter, config=config, prior=prior, seed=seed, dtype=dtype)
     surrogate.save(path)
     return surrogate
 

@@ -1,0 +1,298 @@
+r"""Few-shot accuracy at 224 pixels: what images inverted from adapters teach, beside painted and real ones.
+
+    python benchmarks/accuracy_224.py --work-dir WORK                            # CIFAR-FS, 8 adapters: hours on a CPU
+    python benchmarks/accuracy_224.py --work-dir WORK --sets vgg_flower cub crop_diseases --adapters 20
+    python benchmarks/accuracy_224.py --work-dir WORK --sets cross --adapters 20   # adapters of all four together
+    python benchmarks/accuracy_224.py --work-dir WORK --split val --recipes fourier fourier-32px --seeds 0 1 2 \
+        --adapters 3 --images-per-class 16 --inversion-steps 300 --meta-steps 60   # leads, ranked on a CPU
+
+ViT-Tiny; adapters of rank 4 tuned at 224 pixels on 5-way tasks of train classes, 600 tasks of test classes (the same
+for every row), 15 queries (5-shot: 10). The bound is what real images of the adapters reach: the best of several
+numbers of steps and both starts, chosen on validation classes. All that is finished stays in the work folder: run it
+again and it goes on. Each row can be asked for by itself (`--recipes`), which on a GPU takes minutes. Needs the sets of
+`sets_224.py`, vit_tiny_patch16_224.safetensors and weights/tf_efficientnet_lite0.safetensors in the folder that
+LORARECYCLE_DATA names (../shared/data otherwise). Writes JSON, a table and a sheet of images for each recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from sets_224 import data_sets, loaded
+
+from lorarecycle import (
+    Adapter,
+    Backbone,
+    BatchNormPrior,
+    LabelledImages,
+    MetaConfig,
+    RecycleConfig,
+    Surrogate,
+    TuneConfig,
+    recycle,
+    warm_start,
+)
+from lorarecycle.config import InversionConfig
+from lorarecycle.fewshot.methods.average import average
+from lorarecycle.report.pictures import draw_surrogates
+from lorarecycle.reproduce.stages import Row, draw_class_lists, inverted, label_by_teacher, measured, trained, tuned
+from lorarecycle.runtime.device import resolve
+from lorarecycle.runtime.files import read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+IN_DOMAIN = ("cifar_fs", "vgg_flower", "cub", "crop_diseases")
+CROSS = ("eurosat", "isic", "chestx")
+PAPER = RecycleConfig.paper()
+EPISODES = replace(PAPER.meta, n_query=5)
+SMOOTH = InversionConfig(
+    steps=300, init="noise", parametrization="fourier", lr=0.25, warm_up=0.1, schedule="cosine", prior_weight=0.002
+)
+RECIPES = {
+    "default": RecycleConfig(),
+    "painted, the guide sees more": replace(RecycleConfig(), meta=MetaConfig(resolutions=(32, 64, 224))),
+    "paper": replace(PAPER, meta=EPISODES),  # EfficientNet-Lite0 in place of ResNet-50
+    "fourier": RecycleConfig(SMOOTH, EPISODES),
+    "fourier-32px": RecycleConfig(SMOOTH, replace(EPISODES, resolutions=(32,))),
+    "fourier-mixed": RecycleConfig(SMOOTH, replace(EPISODES, resolutions=(32, 64, 128, 224))),
+    "fourier-labels-32px": RecycleConfig(SMOOTH, replace(EPISODES, interpolation=1.0, resolutions=(32,))),
+    "fourier-relative": RecycleConfig(replace(SMOOTH, prior_relative=True, prior_weight=0.1), EPISODES),
+    "pixels": RecycleConfig(replace(SMOOTH, parametrization="pixels", lr=0.05), EPISODES),
+}
+REAL = {
+    "real images, the paper's loss": EPISODES,
+    "real images, labels only": replace(EPISODES, interpolation=1.0),
+}
+BOUND = "real images, to convergence (bound)"
+
+
+class Bench:
+    """One group of settings, in one work folder.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
+        self.device, self.dtype = resolve(args.device, args.dtype)
+        weights = self.data / "vit_tiny_patch16_224.safetensors"
+        self.backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, device=self.device)
+        self.sets = data_sets(self.data)
+
+    @cached_property
+    def prior(self) -> Callable[[bool], BatchNormPrior]:
+        """The batch-norm prior, absolute or relative."""
+        state = load_file(self.data / "weights" / "tf_efficientnet_lite0.safetensors")
+        network = timm.create_model("tf_efficientnet_lite0")
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
+        half = (0.5, 0.5, 0.5)
+        size = self.args.prior_size
+
+        def make(relative: bool) -> BatchNormPrior:
+            prior = BatchNormPrior(network, mean=half, std=half, size=size, dtype=self.dtype, relative=relative)
+            return prior.to(self.device)
+
+        return cache(make)
+
+    def adapters(self, name: str) -> tuple[list[Adapter], list[LabelledImages]]:
+        """Adapters of a set, or for "cross" of all in-domain sets in turn, and what each was tuned on."""
+        found, tasks = [], []
+        names = IN_DOMAIN if name == "cross" else (name,)
+        counts = [len(range(i, self.args.adapters, len(names))) for i in range(len(names))]
+        for own, count in zip(names, counts, strict=True):
+            make = self.sets[own].train
+            assert make is not None
+            data = make()
+            for i, classes in enumerate(draw_class_lists(data.class_names, count, 5)):
+                images = loaded(data.select_classes(classes), self.backbone.fit, self.args.tuning_images)
+                folder = (
+                    self.args.work_dir / "adapters" / own / f"{self.args.tuning_images}x{self.args.epochs}" / f"{i}"
+                )
+                config = TuneConfig(epochs=self.args.epochs, seed=i)
+                adapter = tuned(self.backbone.clone().to(self.dtype), images, folder, config=config)
+                found.append(replace(adapter, name=f"{own}-{i}"))
+                tasks.append(images)
+        return found, tasks
+
+    def unseen(self, name: str, split: str) -> dict[str, LabelledImages]:
+        """What a row is evaluated on."""
+        images = {}
+        for own in CROSS if name == "cross" else (name,):
+            make = getattr(self.sets[own], split)
+            if make is not None:
+                images[own] = loaded(make(), self.backbone.fit, self.args.test_images)
+        return images
+
+    def rows(self, name: str) -> dict[str, list[Row]]:
+        """Every row of a set."""
+        args, folder = self.args, self.args.work_dir / f"{name}-{self.args.adapters}"
+        adapters, tasks = self.adapters(name)
+        images = {split: self.unseen(name, split) for split in {args.split, "val" if name in IN_DOMAIN else args.split}}
+
+        @cache
+        def real() -> list[Surrogate]:
+            parts = [task.subset(self._some(task)) for task in tasks]
+            found = zip(adapters, parts, strict=True)
+            return [label_by_teacher(self.backbone, a, part, dtype=self.dtype) for a, part in found]
+
+        def from_real(config: MetaConfig, seed: int) -> Adapter:
+            shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
+            return trained(self.backbone, real(), config=self._shortened(config), **shared)
+
+        def row(title: str, make: Callable[[], Adapter | None], split: str = args.split) -> Row:
+            shared = {"n_query": 15, "n_tasks": args.n_tasks, "dtype": self.dtype}
+            path = folder / split / title
+            first = measured(self.backbone, make, images[split], path.with_suffix(".1.json"), n_shots=(1,), **shared)
+            shared["n_query"] = 10
+            again = measured(self.backbone, make, images[split], path.with_suffix(".5.json"), n_shots=(5,), **shared)
+            return {**again, **first}
+
+        fixed: dict[str, Callable[[], Adapter | None]] = {
+            "plain": lambda: None,
+            "average": lambda: average(adapters),
+            "warm start": lambda: warm_start(adapters, base=self.backbone),
+        }
+        wanted = args.recipes or [*fixed, *RECIPES, *REAL, *([BOUND] if name in IN_DOMAIN else [])]
+        found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
+        for title in wanted:
+            for seed in args.seeds if title not in fixed else ():
+                kept = folder / "meta" / f"{title}-{seed}"
+                if title in RECIPES:
+                    make = partial(self._recycled, adapters, title, seed, folder)
+                elif title in REAL:
+                    make = partial(from_real, REAL[title], seed)
+                else:
+                    make = partial(self._bound, from_real, row, seed)
+                found.setdefault(title, []).append(row(f"{title}-{seed}", partial(_once, make, kept)))
+        return found
+
+    def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
+        config = RECIPES[title]
+        inversion = config.inversion
+        if inversion.steps:
+            shorter = {} if self.args.inversion_steps is None else {"steps": self.args.inversion_steps}
+            count = self.args.images_per_class
+            inversion = replace(inversion, images_per_class=count, batch_size=5 * count, **shorter)
+        meta = self._shortened(config.meta)
+        if not inversion.steps:
+            config = replace(config, inversion=inversion, meta=meta, seed=seed)
+            return recycle(adapters, base=self.backbone, config=config, device=self.device, dtype=self.dtype)
+        prior = self.prior(inversion.prior_relative)
+        key = next(t for t, r in RECIPES.items() if r.inversion == config.inversion)  # recipes that share images
+        surrogates = []
+        for i, adapter in enumerate(adapters):
+            path = folder / "surrogates" / f"{key}-{seed}" / f"{i}.safetensors"
+            settings = {"config": inversion, "prior": prior, "dtype": self.dtype, "seed": seed * 1000 + i}
+            surrogates.append(inverted(self.backbone, adapter, path, **settings))
+        sheet = [s.masked(0.75) for s in surrogates[:4]]
+        draw_surrogates(sheet, folder / f"{key}-{seed}.png")
+        return trained(self.backbone, surrogates, config=meta, adapters=adapters, seed=seed, dtype=self.dtype)
+
+    def _bound(self, from_real: Any, row: Any, seed: int) -> Adapter:
+        """The best on validation classes of several numbers of steps from either start."""
+        found = {}
+        for init in ("random", "adapters"):
+            for steps in self.args.bound_steps:
+                rate = {"lr": 1e-3 if init == "random" else 5e-4}
+                config = replace(EPISODES, steps=steps, cycle=steps, init=init, interpolation=1.0, **rate)
+                made = from_real(config, seed)
+                score = row(f"{BOUND}-{init}-{steps}-{seed}", lambda made=made: made, "val")
+                found[statistics.mean(v["mean"] for k, v in score.items() if k.endswith("1-shot"))] = made
+        return found[max(found)]
+
+    def _shortened(self, meta: MetaConfig) -> MetaConfig:
+        steps = self.args.meta_steps
+        return meta if steps is None else replace(meta, steps=steps, cycle=max(4, steps))
+
+    def _some(self, task: LabelledImages) -> torch.Tensor:
+        rows = [(task.labels == c).nonzero()[: self.args.images_per_class, 0] for c in range(len(task.class_names))]
+        return torch.cat(rows)
+
+
+def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
+    """Make an adapter, or load it where it was made before."""
+    if not folder.exists():
+        start = time.perf_counter()
+        make().save(folder)
+        write_json(folder.with_suffix(".seconds.json"), {"seconds": time.perf_counter() - start})
+    return Adapter.load(folder)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: mean over seeds, interval over tasks."""
+    lines = [f"{report['machine']}; {report['split']} classes. `{report['command']}`", ""]
+    for name, rows in report["sets"].items():
+        columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
+        lines += [f"**{name}**", "", f"| meta-LoRA | {' | '.join(columns)} | seeds |"]
+        lines.append("| --- |" + " --- |" * (len(columns) + 1))
+        for title, runs in rows.items():
+            cells = []
+            for column in columns:
+                means = [run[column]["mean"] for run in runs]
+                spread = f" ({min(means):.1f} to {max(means):.1f})" if len(means) > 1 else ""
+                cells.append(f"{statistics.mean(means):.2f} ± {runs[0][column]['interval']:.2f}{spread}")
+            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
+    parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
+    known = ("plain", "average", "warm start", *RECIPES, *REAL, BOUND)
+    parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of inversion and meta-training")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=3, help="of tuning an adapter")
+    parser.add_argument("--tuning-images", type=int, default=60, help="of a class, at most")
+    parser.add_argument("--images-per-class", type=int, default=16, help="inverted, or real in their place")
+    parser.add_argument("--inversion-steps", type=int, help="the recipe's when left out")
+    parser.add_argument("--prior-size", type=int, help="side at which the prior sees images; their own when left out")
+    parser.add_argument("--meta-steps", type=int, help="the recipe's when left out")
+    parser.add_argument("--bound-steps", nargs="+", type=int, default=[100, 200, 400, 800])
+    parser.add_argument("--test-images", type=int, help="of a class, at most; all when left out")
+    parser.add_argument("--n-tasks", type=int, default=600)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy_224.json")
+    args = parser.parse_args()
+    if "cross" in args.sets and BOUND in (args.recipes or ()):
+        parser.error("the bound is chosen on validation classes, which `--sets cross` has none of")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bench = Bench(args)
+    report: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {bench.device}, "
+        f"{bench.dtype}, torch {torch.__version__}",
+        "command": "python benchmarks/accuracy_224.py " + " ".join(sys.argv[1:]),
+        "split": args.split,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("work_dir", "output", "sets", "recipes")},
+    }
+    earlier = read_json(args.output) if args.output.exists() else {}
+    same = earlier.get("arguments") == report["arguments"]
+    report["sets"] = earlier.get("sets", {}) if same else {}
+    for name in args.sets:
+        report["sets"][name] = {**report["sets"].get(name, {}), **bench.rows(name)}
+        write_json(args.output, report)
+        write_text(args.output.with_suffix(".md"), table(report))
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
