@@ -39,7 +39,7 @@ def test_they_run(page, tmp_path):
         assert done.stdout.strip(), "it shows something"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run(notebook, tmp_path):
     pytest.importorskip("onnxruntime")
