@@ -142,6 +142,8 @@ def cell(bench: Bench, name: str, n_shot: int, method: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"steps": 2} if args.quick and (method in SLOW or "recycle" in method) else {}
     if method.startswith("lorahub"):
         settings = {"budget": 3} if args.quick else {}
+    if args.quick and method in ("pmf", "caml"):
+        settings = {"steps": 2, **({"meta_steps": 2} if method == "pmf" else {})}
     adapters = bench.adapters(source)[0] if needs.adapters else []
     surrogates = bench.surrogates(source) if needs.surrogates else None
     reset()
