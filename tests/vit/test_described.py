@@ -335,3 +335,43 @@ def test_timm_modules_say_how_they_crop():
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0)
     assert isinstance(vit, VisionTransformer)
     assert Backbone.load(vit).fit == Fit(224, "crop", 0.9)
+
+
+# --- released weights ------------------------------------------------------------------------------
+
+
+def test_released_weights_are_fetched_as_safetensors_only(monkeypatch, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    from lorarecycle.vit import sources
+
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False)
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(sources, "find_folder", lambda *call, **_: asked.append(call) or tmp_path)
+    backbone = Backbone.load("vit_tiny_patch16_224")
+    assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", ("model.safetensors",))]
+    assert torch.equal(backbone.vit.blocks[3].attn.qkv.weight, vit.blocks[3].attn.qkv.weight)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"could not be fetched \(timm/vit_tiny.* has no model.safetensors\); pass"):
+        Backbone.load("vit_tiny_patch16_224")
+
+
+def test_without_a_network_one_try_is_enough():
+    import os
+    import subprocess
+    import sys
+    import time
+
+    code = "from lorarecycle import Backbone\nprint('ready', flush=True)\nBackbone.load('vit_tiny_patch16_224')"
+    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": os.devnull}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    start = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - start < 12, "seconds, on a busy machine; timm's own tries take a minute"
+    assert "could not be fetched" in error
+    assert "Retry" not in error
