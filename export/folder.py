@@ -110,6 +110,13 @@ def require_free(directory: Path, force: bool) -> None:
         raise FileExistsError(f"`directory` must be empty, got {directory} with files in it; pass `force` (--force).")
 
 
+_FEATURES = {
+    "token": "class token after the final norm",
+    "avg": "mean patch token",
+    "map": "patch tokens pooled by attention",
+}
+
+
 def _describe(
     graph: EncoderGraph,
     meta_lora: Adapter | None,
@@ -133,7 +140,7 @@ def _describe(
         "std": list(backbone.std),
         "input_dtype": "uint8" if config.uint8_input else "float32",
         "batch_size": config.batch_size or "dynamic",
-        "feature": "mean patch token" if backbone.own_pool == "avg" else "class token after the final norm",
+        "feature": _FEATURES[backbone.own_pool],
         "embed_dim": backbone.embed_dim,
         "distance": config.distance,
         "dtype": config.dtype,

@@ -54,6 +54,25 @@ def cls_attention(q: Tensor, k: Tensor, num_prefix: int = 1) -> Tensor:
         return logits.softmax(dim=-1).mean(dim=1)[:, 0, num_prefix:]
 
 
+def mean_attention(q: Tensor, k: Tensor, num_prefix: int = 0) -> Tensor:
+    """Attention that the patch tokens get, averaged over all queries and heads: Eq. 5 for a ViT without class token.
+
+    Args:
+        q: queries, [B, H, M, d].
+        k: keys, [B, H, M, d].
+        num_prefix: register tokens in front; they ask and take part in the softmax but are not returned.
+
+    Returns:
+        [B, M - num_prefix] in float32, without gradient.
+    """
+    with torch.no_grad():
+        score = q.new_zeros((q.shape[0], q.shape[2]), dtype=torch.float32)
+        for queries, keys in zip(q.unbind(1), k.unbind(1), strict=True):  # one head at a time holds less memory
+            logits = torch.matmul(queries.float(), keys.float().transpose(-2, -1)) * q.shape[-1] ** -0.5
+            score = score + logits.softmax(dim=-1).mean(dim=1)
+        return score[:, num_prefix:] / q.shape[1]
+
+
 def top_patches(scores: Tensor, num_keep: int) -> Tensor:
     """Indices of the `num_keep` highest scores in ascending index order; ties go to the lower index.
 

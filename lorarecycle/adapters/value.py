@@ -15,7 +15,7 @@ from torch import Tensor
 AnyValue = TypeVar("AnyValue", bound="AdapterValue")
 
 SITE_PATTERN = re.compile(r"blocks\.(\d+)\.(attn\.(?:q|k|v|proj)|mlp\.(?:fc1|fc2))")
-POOLS = ("token", "token+mean", "mean", "avg", "pooled")
+POOLS = ("token", "token+mean", "mean", "avg", "map", "pooled")
 MAX_ENTRY = 1e6
 """Largest absolute value of a factor or a head that is taken: more than that is a damaged file."""
 
@@ -47,8 +47,9 @@ class Head:
         pool: the feature that the head reads: "token" (class token after the final norm: ViT, DeiT, timm),
             "token+mean" (class token beside the mean patch token: transformers' DINOv2 classifier),
             "mean" (mean patch token before the final norm: transformers' CLIP classifier),
-            "avg" (mean patch token after the final norm: timm with `global_pool="avg"`) or
-            "pooled" (what the backbone itself pools, "token" or "avg": heads of timm models, whose files do not say).
+            "avg" (mean patch token after the final norm: timm with `global_pool="avg"`),
+            "map" (what a learnt query attends to: SigLIP, timm with `global_pool="map"`) or
+            "pooled" (what the backbone itself pools: heads of timm models, whose files do not say).
 
     Raises:
         ValueError: shapes that do not fit together, NaN or infinite values, an unknown pool.

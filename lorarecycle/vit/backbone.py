@@ -1,4 +1,4 @@
-"""A frozen timm Vision Transformer that takes adapters."""
+"""A frozen timm Vision Transformer (or EVA model) that takes adapters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from .support import share
 
 
 class Backbone(Encoder):
-    """A frozen `timm.models.VisionTransformer` with a class token.
+    """A frozen `timm.models.VisionTransformer`, or `Eva` with one layer for queries, keys and values.
 
-    The features are what the model itself pools: the class token after the final norm or, with timm's
-    `global_pool="avg"`, the mean patch token. A model of one channel reads the luminance of RGB. Images are float
-    [B, 3, H, W] normalised with `mean` and `std`; any height and width that the patch size divides (the position
-    embedding is resampled). The weights never train; `merge` gives a copy that shares every tensor it does not change.
+    The features are what the model itself pools: the class token after the final norm, with timm's
+    `global_pool="avg"` the mean patch token, with "map" what a learnt query attends to (SigLIP). Models without a class
+    token drop the patches that all tokens attend to least. A model of one channel reads the luminance of RGB. Images
+    are float [B, 3, H, W] normalised with `mean` and `std`; any height and width that the patch size divides (the
+    position embedding is resampled). The weights never train; `merge` gives a copy that shares every tensor it does not
+    change.
 
     Args:
         vit: the module; its tensors are shared, not copied, and it is left as it is.
@@ -36,9 +38,9 @@ class Backbone(Encoder):
             `memory_efficient_attention`; an extra, CUDA only).
 
     Raises:
-        TypeError: not a timm VisionTransformer.
+        TypeError: not a timm VisionTransformer or Eva.
         ValueError: a variant whose forward pass this class does not know, named: other patches or blocks, other
-            channels than 1 or 3, pooling by attention; images that are not square, unless `image_size` is given;
+            channels than 1 or 3, pooling by maximum; images that are not square, unless `image_size` is given;
             unknown `attention`.
         ImportError: xformers is asked for and not installed.
     """
@@ -91,6 +93,10 @@ class Backbone(Encoder):
         """SHA-256 (hex) over weights and the preparation of images."""
         fit = "" if self.fit == Fit(self.image_size) else f" {self.fit.resize} {self.fit.crop_pct}"
         sha = hashlib.sha256(f"{self.image_size} {self.mean} {self.std}{fit}".encode())
+        rotation = getattr(self.vit, "rotation", None)
+        if rotation is not None:
+            table = rotation.table((2, 3), torch.device("cpu"))
+            sha.update(f"{rotation.half}".encode() + table.numpy().tobytes())
         for name, tensor in sorted(self.vit.state_dict().items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -135,6 +141,12 @@ class Backbone(Encoder):
                     f"was tuned on ({adapter.base_model or 'unknown'})."
                 )
         if adapter.head is not None:
+            try:
+                self.check_pool(adapter.head.pool)
+            except ValueError as error:
+                raise ValueError(
+                    f"the head of adapter {adapter.name!r} must read what the backbone has: {error}"
+                ) from None
             width = self.feature_width(adapter.head.pool)
             if adapter.head.weight.shape[1] != width:
                 raise ValueError(

@@ -10,15 +10,21 @@ from torch import Tensor
 from ..runtime.steps import repeated
 from .attention import AttentionKind, attend
 from .lora import BlockFactors, linear
+from .rotary import Rotation, rotate
 
 
 @repeated
-def queries_keys_values(block: Any, x: Tensor, factors: BlockFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a token stream [B, M, D], each [B, H, M, d]."""
+def queries_keys_values(
+    block: Any, x: Tensor, factors: BlockFactors, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a token stream [B, M, D], each [B, H, M, d]; the first two turned by position."""
     attn = block.attn
     qkv = linear(attn.qkv, block.norm1(x), factors.qkv)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    return q, k, v
 
 
 @repeated

@@ -1,4 +1,4 @@
-"""The forward pass of a frozen timm Vision Transformer that drops tokens and reads sparse ones."""
+"""The forward pass of a frozen timm Vision Transformer (EVA models too) that drops tokens and reads sparse ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ import torch
 from timm.layers import Mlp, resample_abs_pos_embed
 from torch import Tensor, nn
 
+from ..adapters.value import POOLS
 from ..data.images import Fit
 from ..kernels import cls_topk_gather, reference, select_tokens
 from .attention import AttentionKind, check_attention
 from .block import attend_and_mix, queries_keys_values
 from .lora import NO_FACTORS, BlockFactors, LoRA
-from .support import own_pool, require_plain_vit, share, square_size, with_rgb
+from .rotary import Rotation
+from .support import own_pool, plain_form, require_plain_vit, share, square_size, with_rgb
 
 
 class Encoding(NamedTuple):
     """What a forward pass over tokens leaves."""
 
     tokens: Tensor
-    """[B, P + N', D] before the final norm; [B, 1, D], the class token alone, where no more was asked for."""
+    """[B, P + N', D] before the final norm; [B, 1, D], the class token alone, where there is one and no more was asked
+    for."""
     kept: Tensor | None
     """int64 [B, N']: positions of the patch tokens on the original grid; None when all are there."""
     scores: Tensor | None
-    """[B, N']: attention of the class token in the last block (Eq. 5), if asked for."""
+    """[B, N']: attention of the class token in the last block (Eq. 5), or of all tokens in a model without one, if
+    asked for."""
 
 
 class Encoder(nn.Module):
@@ -48,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.attention = check_attention(attention)
         require_plain_vit(vit)
-        self.vit: Any = with_rgb(share(vit)).requires_grad_(False)
+        self.vit: Any = with_rgb(share(plain_form(vit))).requires_grad_(False)
         cfg = getattr(vit, "pretrained_cfg", None) or {}
         self.family = family
         self.own_pool = own_pool(vit)
@@ -56,6 +60,7 @@ class Encoder(nn.Module):
         self.embed_dim: int = self.vit.embed_dim
         self.num_blocks: int = len(self.vit.blocks)
         self.num_heads: int = self.vit.blocks[0].attn.num_heads
+        self.has_class_token: bool = self.vit.cls_token is not None
         self.num_prefix_tokens: int = self.vit.num_prefix_tokens
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         self.image_size: int = image_size or square_size(vit)
@@ -65,8 +70,23 @@ class Encoder(nn.Module):
         self.fit = Fit.of(Fit(self.image_size, resize, crop_pct or cfg.get("crop_pct") or 1.0))
         self.num_patches(self.image_size)
         side = self.image_size // self.patch_size
+        if getattr(self.vit, "rotation", None) is not None:  # exporting traces what reads it, not what makes it
+            self.vit.rotation.table((side, side), self.device)
         self.register_buffer("_patch_positions", self._resampled_positions((side, side)), persistent=False)
         self.eval()
+
+    def check_pool(self, pool: str) -> None:
+        """Make sure that the model has what a feature is of.
+
+        Raises:
+            ValueError: an unknown feature, a class token or an attention pool that it does not have.
+        """
+        if pool not in POOLS:
+            raise ValueError(f"`pool` must be one of {POOLS}, got {pool!r}.")
+        if pool in ("token", "token+mean") and not self.has_class_token:
+            raise ValueError(f"`pool` must be 'avg', 'mean' or 'pooled' for {self.name!r}, which has no class token.")
+        if pool == "map" and self.vit.attn_pool is None:
+            raise ValueError(f"`pool` must be another than 'map' for {self.name!r}, which has no attention pool.")
 
     def reads_class_token(self, pool: str) -> bool:
         """Whether a feature needs no other token of the last block."""
@@ -79,12 +99,12 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.vit.cls_token.device
+        return self.vit.patch_embed.proj.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of weights and activations."""
-        return self.vit.cls_token.dtype
+        return self.vit.patch_embed.proj.weight.dtype
 
     def train(self, mode: bool = True) -> Encoder:
         """Frozen: stays in evaluation mode whatever `mode` says."""
@@ -151,16 +171,18 @@ class Encoder(nn.Module):
     def pool(self, tokens: Tensor, pool: str = "pooled") -> Tensor:
         """Feature of a token stream [B, M, D] before the final norm; see `Head.pool`."""
         pool = self._pool_name(pool)
+        self.check_pool(pool)
+        if pool == "map":
+            skipped = 0 if self.vit.pool_include_prefix else self.num_prefix_tokens
+            return self.vit.fc_norm(self.vit.attn_pool(self.vit.norm(tokens)[:, skipped:]))
         if pool == "avg":
             return self.vit.fc_norm(self.vit.norm(tokens)[:, self.num_prefix_tokens :].mean(dim=1))
         if pool == "token":
             return self.vit.fc_norm(self.vit.norm(tokens[:, 0]))
         if pool == "mean":
             return tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        if pool == "token+mean":
-            tokens = self.vit.norm(tokens)
-            return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=-1)
-        raise ValueError(f"`pool` must be 'token', 'token+mean', 'mean', 'avg' or 'pooled', got {pool!r}.")
+        tokens = self.vit.norm(tokens)  # "token+mean"
+        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(dim=1)], dim=-1)
 
     def _pool_name(self, pool: str) -> str:
         return self.own_pool if pool == "pooled" else pool
@@ -178,36 +200,60 @@ class Encoder(nn.Module):
         """The token stream after the last block; arguments as in `forward`.
 
         Args:
-            scores: also return the class token's attention in the last block.
-            class_token_only: only the class token of the last block is computed, the rest of its output is not.
+            scores: also return the attention in the last block that patches are ranked by: the class token's, or that
+                of all tokens where there is none.
+            class_token_only: only the class token of the last block is computed, the rest of its output is not. A
+                model without one computes all.
 
         Raises:
             ValueError: tokens that cannot be pruned so.
         """
         x = self._embed(images.to(self.dtype), kept)
         keep = self.kept_per_layer(prune or {}, x.shape[1] - self.num_prefix_tokens)
+        rotation = self._rotation(images, kept)
         attention = None
         for i, block in enumerate(self.vit.blocks):
             factors = NO_FACTORS if lora is None else self._factors(i, lora)
-            q, k, v = queries_keys_values(block, x, factors)
+            q, k, v = queries_keys_values(block, x, factors, rotation)
             last = i == self.num_blocks - 1
             if last and scores:
-                attention = reference.cls_attention(q, k, self.num_prefix_tokens)
+                attention = self._scores(q, k)
             index = None
-            narrow = last and class_token_only
+            narrow = last and class_token_only and self.has_class_token
             if narrow:
                 if i in keep:
-                    index = reference.top_patches(reference.cls_attention(q, k, self.num_prefix_tokens), keep[i])
+                    index = reference.top_patches(self._scores(q, k), keep[i])
                 x, q = x[:, :1], q[:, :, :1]
             elif i in keep:  # before the attention: a row that is dropped need not attend
-                x, index = cls_topk_gather(q, k, x, keep[i], self.num_prefix_tokens)
+                x, index = self._drop(q, k, x, keep[i])
                 rows = reference.gather_tokens(q.transpose(1, 2).flatten(2), index, self.num_prefix_tokens)
                 q = rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             if index is not None:
                 kept = index if kept is None else kept.gather(1, index)
                 attention = attention.gather(1, index) if attention is not None else None
+                rotation = rotation.select(index) if rotation is not None else None
             x = attend_and_mix(block, x, q, k, v, factors, self.attention)
         return Encoding(x, kept, attention)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """What patches are ranked by, [B, N]."""
+        score = reference.cls_attention if self.has_class_token else reference.mean_attention
+        return score(q, k, self.num_prefix_tokens)
+
+    def _drop(self, q: Tensor, k: Tensor, x: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
+        """The token stream with its `num_keep` best patches, and their positions."""
+        if self.has_class_token:
+            return cls_topk_gather(q, k, x, num_keep, self.num_prefix_tokens)
+        index = reference.top_patches(self._scores(q, k), num_keep)
+        return reference.gather_tokens(x, index, self.num_prefix_tokens), index
+
+    def _rotation(self, images: Tensor, kept: Tensor | None) -> Rotation | None:
+        positions = getattr(self.vit, "rotation", None)
+        if positions is None:
+            return None
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        rotation = Rotation(positions.table(grid, images.device), self.num_prefix_tokens, positions.half)
+        return rotation if kept is None else rotation.select(kept)
 
     def _factors(self, i: int, lora: LoRA) -> BlockFactors:
         if not self.has_plain_mlp(i) and lora.adapts(f"blocks.{i}.mlp."):
@@ -231,8 +277,10 @@ class Encoder(nn.Module):
     def _prefix(self) -> Any:
         """Class, distillation and register tokens with their position embeddings, [1, P, D]."""
         vit = self.vit
-        tokens = [vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token]
-        prefix = torch.cat([t for t in tokens if t is not None], dim=1)
+        tokens = [t for t in (vit.cls_token, getattr(vit, "dist_token", None), vit.reg_token) if t is not None]
+        if not tokens:
+            return vit.patch_embed.proj.weight.new_empty(1, 0, self.embed_dim)
+        prefix = torch.cat(tokens, dim=1)
         if vit.pos_embed is None or vit.no_embed_class:
             return prefix
         return prefix + vit.pos_embed[:, : self.num_prefix_tokens]

@@ -91,7 +91,7 @@ def _timm_vit(
         require_plain_vit(timm.create_model(name, pretrained=False, **options))
     if weights is None:
         try:
-            return timm.create_model(name, pretrained=True, **options), {"name": name}
+            return timm.create_model(name, pretrained=True, **options, **_released(name)), {"name": name}
         except Exception as error:
             raise ValueError(
                 f"`base` {name!r} needs its pre-trained weights, which could not be fetched ({error}); pass a local "
@@ -102,6 +102,23 @@ def _timm_vit(
     vit = timm.create_model(name, pretrained=False, **options)
     _fill(vit, tensors, str(weights))
     return vit, {"name": name, **_preparation(meta, path)}
+
+
+def _released(name: str) -> dict[str, Any]:
+    """What tells timm to read the released weights from a file that was fetched here: safetensors only, one try.
+
+    timm itself asks for a pickle where it finds no safetensors, and tries for a minute without a network.
+    """
+    from timm.models import get_pretrained_cfg
+
+    hub_id = getattr(get_pretrained_cfg(name, allow_unregistered=True), "hf_hub_id", None)
+    if not hub_id:
+        return {}
+    folder = find_folder(hub_id, ("model.safetensors",), what="a Vision Transformer", argument="base")
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{hub_id} has no model.safetensors")
+    return {"pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
 
 
 def _demo_vit() -> tuple[nn.Module, dict[str, Any]]:

@@ -287,7 +287,7 @@ def test_modules_of_another_kind(build_vit: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="VisionTransformer, got a Linear"):
         Backbone(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="class token"):
-        Backbone(build_vit(class_token=False, global_pool="avg"))
+        Backbone(build_vit(class_token=False, global_pool=""))
     from timm.models.vision_transformer import ParallelScalingBlock
 
     with pytest.raises(ValueError, match="ParallelScalingBlock"):

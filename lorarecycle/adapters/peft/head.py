@@ -89,7 +89,7 @@ def place_head(head: Head | None, layout: str, width: int) -> PlacedHead:
     weight = head.weight
     layout = layout.removesuffix("-classifier")
     native = {"dinov2": "token+mean", "dinov2_with_registers": "token+mean", "clip_vision_model": "mean"}
-    own = (native.get(layout, "token"),) if layout != "timm" else ("token", "avg", "pooled")
+    own = (native.get(layout, "token"),) if layout != "timm" else ("token", "avg", "map", "pooled")
     if layout != "clip" and head.pool in own:
         return PlacedHead({"weight": weight, "bias": head.bias})
     if native.get(layout) == "token+mean" and head.pool == "token":

@@ -75,7 +75,7 @@ _WRAPPERS = {
 _STAGES = re.compile(r"(?:.*\.)?(?:stages|layers|levels|stages_\d+)\.(?:\d+\.)?")
 """Prefix of blocks in models whose stages have widths of their own (Swin, ConvNeXt, MaxViT, PVT)."""
 
-_PLAIN_TIMM = {"vision_transformer", "deit", "vision_transformer_hybrid"}
+_PLAIN_TIMM = {"vision_transformer", "deit", "vision_transformer_hybrid", "eva"}
 _PLAIN_TRANSFORMERS = {
     **dict.fromkeys(("vit", "vit_mae", "vit_msn", "ijepa"), "vit"),
     "deit": "deit",
