@@ -76,6 +76,11 @@ REAL = {
     "real images, the paper's loss": EPISODES,
     "real images, labels only": replace(EPISODES, interpolation=1.0),
 }
+OTHERS = {
+    "real birds, labels only": replace(EPISODES, interpolation=1.0),
+    "real birds seen at 32 px, labels only": replace(EPISODES, interpolation=1.0, resolutions=(32,)),
+}
+"""What no adapter has to do with: photographs of CUB's train classes. It shows what is the resolution's alone."""
 BOUND = "real images, to convergence (bound)"
 
 
@@ -154,6 +159,20 @@ class Bench:
             shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
             return trained(self.backbone, real(), config=self._shortened(config), **shared)
 
+        @cache
+        def birds() -> list[Surrogate]:
+            data = self.sets["cub"].train()
+            found = []
+            for i, classes in enumerate(draw_class_lists(data.class_names, args.adapters, 5)):
+                images = loaded(data.select_classes(classes), self.backbone.fit, args.images_per_class)
+                marks = {"adapter": f"birds-{i}", "adapter_digest": f"birds-{i}"}
+                patch = self.backbone.patch_size
+                found.append(Surrogate(images.images, images.labels, None, images.class_names, patch, **marks))
+            return found
+
+        def from_birds(config: MetaConfig, seed: int) -> Adapter:
+            return trained(self.backbone, birds(), config=self._shortened(config), seed=seed, dtype=self.dtype)
+
         def row(title: str, make: Callable[[], Adapter | None], split: str = args.split) -> Row:
             shared = {"n_query": 15, "n_tasks": args.n_tasks, "dtype": self.dtype}
             path = folder / split / title
@@ -167,13 +186,15 @@ class Bench:
             "average": lambda: average(adapters),
             "warm start": lambda: warm_start(adapters, base=self.backbone),
         }
-        wanted = args.recipes or [*fixed, *RECIPES, *REAL, *([BOUND] if name in IN_DOMAIN else [])]
+        wanted = args.recipes or [*fixed, *RECIPES, *OTHERS, *REAL, *([BOUND] if name in IN_DOMAIN else [])]
         found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
         for title in wanted:
             for seed in args.seeds if title not in fixed else ():
                 kept = folder / "meta" / f"{title}-{seed}"
                 if title in RECIPES:
                     make = partial(self._recycled, adapters, title, seed, folder)
+                elif title in OTHERS:
+                    make = partial(from_birds, OTHERS[title], seed)
                 elif title in REAL:
                     make = partial(from_real, REAL[title], seed)
                 else:
@@ -255,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
     parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
-    known = ("plain", "average", "warm start", *RECIPES, *REAL, BOUND)
+    known = ("plain", "average", "warm start", *RECIPES, *OTHERS, *REAL, BOUND)
     parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of inversion and meta-training")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
