@@ -142,14 +142,27 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
         ({"images": IMAGES, "labels": LABELS[:1]}, r"must be 2 integers, got int64 \[1\]"),
         ({"images": IMAGES, "labels": LABELS, "classes": np.array(["a"])}, "1 class names"),
         ({"images": IMAGES, "labels": np.array([0, {}], object)}, "without pickled objects"),
+        ({"images": IMAGES, "labels": np.array([0, 10**8])}, "must be below 1000000 where no `classes` names them"),
         ({}, r"one of \[\]"),
     ],
-    ids=["float", "grey", "unlabelled", "fewer", "range", "pickle", "empty"],
+    ids=["float", "grey", "unlabelled", "fewer", "range", "pickle", "huge", "empty"],
 )
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         load_dataset(tmp_path / "bad.npz")
+
+
+def test_a_npz_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 64, 64, 3), np.uint8), labels=np.zeros(100, int))
+    monkeypatch.setattr("lorarecycle.data.sources.os.sysconf", lambda name: 1000)  # 1 MB in all
+    with pytest.raises(ValueError, match=r"bomb\.npz must unpack to less than the 0 GB of memory here"):
+        load_dataset(tmp_path / "bomb.npz")
+
+
+def test_other_arrays_of_a_npz_are_not_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "more.npz", images=IMAGES, labels=LABELS, notes=np.array([{}], object))
+    assert len(load_dataset(tmp_path / "more.npz")) == 2
 
 
 @pytest.mark.parametrize("kind", ["short", "text", "array"])
