@@ -88,6 +88,7 @@ def test_every_configuration_that_can_be_launched_is_in_the_grid():
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 def test_full_grid():
     (names,) = _compiler("--cases")
     _compile_and_check([case for arch in SHARED_LIMIT for case in _all_cases(names, arch)])
