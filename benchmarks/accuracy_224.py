@@ -20,6 +20,7 @@ import argparse
 import logging
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -157,7 +158,7 @@ class Bench:
 
         def from_real(config: MetaConfig, seed: int) -> Adapter:
             shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
-            return trained(self.backbone, real(), config=self._shortened(config), **shared)
+            return trained(self.backbone, real(), config=config, **shared)
 
         @cache
         def birds() -> list[Surrogate]:
@@ -179,7 +180,7 @@ class Bench:
             first = measured(self.backbone, make, images[split], path.with_suffix(".1.json"), n_shots=(1,), **shared)
             shared["n_query"] = 10
             again = measured(self.backbone, make, images[split], path.with_suffix(".5.json"), n_shots=(5,), **shared)
-            return {**again, **first}
+            return {**first, **{key: value for key, value in again.items() if key != "seconds"}}
 
         fixed: dict[str, Callable[[], Adapter | None]] = {
             "plain": lambda: None,
@@ -196,7 +197,7 @@ class Bench:
                 elif title in OTHERS:
                     make = partial(from_birds, OTHERS[title], seed)
                 elif title in REAL:
-                    make = partial(from_real, REAL[title], seed)
+                    make = partial(from_real, self._shortened(REAL[title]), seed)
                 else:
                     make = partial(self._bound, from_real, row, seed)
                 found.setdefault(title, []).append(row(f"{title}-{seed}", partial(_once, make, kept)))
@@ -230,7 +231,7 @@ class Bench:
         for init in ("random", "adapters"):
             for steps in self.args.bound_steps:
                 rate = {"lr": 1e-3 if init == "random" else 5e-4}
-                config = replace(EPISODES, steps=steps, cycle=steps, init=init, interpolation=1.0, **rate)
+                config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, **rate)
                 made = from_real(config, seed)
                 score = row(f"{BOUND}-{init}-{steps}-{seed}", lambda made=made: made, "val")
                 found[statistics.mean(v["mean"] for k, v in score.items() if k.endswith("1-shot"))] = made
@@ -301,7 +302,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {bench.device}, "
         f"{bench.dtype}, torch {torch.__version__}",
-        "command": "python benchmarks/accuracy_224.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/accuracy_224.py " + shlex.join(sys.argv[1:]),
         "split": args.split,
         "arguments": {k: v for k, v in vars(args).items() if k not in ("work_dir", "output", "sets", "recipes")},
     }
