@@ -70,11 +70,12 @@ def test_masks_are_painted_over_the_dropped_patches():
 
 @pytest.mark.slow
 def test_the_meta_lora_beats_the_plain_vit(tmp_path):
-    """The demo as people run it, seed 0. Measured: 37.7 (1-shot) and 49.5 (5-shot), plain ViT 32.3 and 39.7, +- 0.6.
-    The floor is 1.5 points below what was measured, and 3 points above the plain ViT."""
+    """The demo as people run it. Measured with seeds 0, 1, 2: 37.7, 37.3, 38.9 (1-shot) and 49.5, 51.3, 51.3 (5-shot);
+    plain ViT 32.3, 31.0, 31.7 and 39.7, 39.3, 39.9; +- 0.6. The floor is 1.5 points below the worst seed, and 3 points
+    above the plain ViT."""
     demo.run_demo(tmp_path, quiet=True)
     table = json.loads((tmp_path / "accuracy.json").read_text())
     found = {name: [r["accuracy"] for r in row] for name, row in table.items()}
     meta, plain = found["meta-LoRA (lorarecycle)"], found["plain ViT, nearest class mean"]
-    assert meta[0] > max(36.1, plain[0] + 3)
+    assert meta[0] > max(35.8, plain[0] + 3)
     assert meta[1] > max(47.9, plain[1] + 3)
