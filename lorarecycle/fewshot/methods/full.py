@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
-from .base import Task, inputs
-from .tuned import Linear, Trainable, Tuned, descend
+from .base import Task
+from .tuned import Trainable, Tuned
 
 
 @dataclass
@@ -24,15 +23,6 @@ class FullFineTuning(Tuned):
         self.trainable = Trainable(backbone)
 
     def _solve(self, task: Task, rate: float) -> Tensor:
-        trainable, model = self.trainable, self.trainable.model
-        trainable.reset()
-        head = Linear(model.embed_dim, task.n_way, model.device)
-        images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
-        descend(
-            [*model.parameters(), *head.parameters()],
-            lambda step: F.cross_entropy(head(trainable(images)), labels),
-            steps=self.steps,
-            rate=rate,
-            optimizer=self.optimizer,
-        )
-        return head(task.run(model, trainable, task.query)).detach()
+        self.trainable.reset()
+        model = self.trainable.model
+        return self._with_classifier(task, rate, model, self.trainable, model.parameters())

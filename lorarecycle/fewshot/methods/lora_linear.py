@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
@@ -14,8 +13,8 @@ from ...runtime.seeds import stream
 from ...vit.backbone import Backbone
 from ...vit.lora import LoRA
 from .average import average_factors
-from .base import Needs, Task, inputs
-from .tuned import Linear, Tuned, descend
+from .base import Needs, Task
+from .tuned import Tuned
 
 
 @dataclass
@@ -40,19 +39,10 @@ class LoRALinear(Tuned):
         return LoRA.random(self.backbone, r=self.r, lora_alpha=float(self.r), generator=generator)
 
     def _solve(self, task: Task, rate: float) -> Tensor:
-        backbone = self.backbone
-        lora = LoRA.from_adapter(self.start).to(backbone.device)
-        head = Linear(backbone.embed_dim, task.n_way, backbone.device)
-        images, labels = inputs(backbone, task.support_pixels()), task.labels(backbone.device)
-        descend(
-            [*lora.parameters(), *head.parameters()],
-            lambda step: F.cross_entropy(head(backbone(images, lora=lora)), labels),
-            steps=self.steps,
-            rate=rate,
-            optimizer=self.optimizer,
+        lora = LoRA.from_adapter(self.start).to(self.backbone.device)
+        return self._with_classifier(
+            task, rate, self.backbone, lambda batch: self.backbone(batch, lora=lora), lora.parameters()
         )
-        query = task.run(backbone, lambda batch: backbone(batch, lora=lora), task.query)
-        return head(query).detach()
 
 
 @dataclass

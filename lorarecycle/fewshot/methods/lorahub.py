@@ -72,7 +72,7 @@ class LoRAHub(Method):
     nearest: bool = False
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, packages=("nevergrad",))
-    worn: WeightedSum = field(init=False, repr=False)
+    summed: WeightedSum = field(init=False, repr=False)
     count: int = field(init=False, default=0)
 
     def _prepare(
@@ -83,12 +83,12 @@ class LoRAHub(Method):
         validation_tasks: list[Task],
         text_encoder: TextEncoder | None,
     ) -> None:
-        self.worn, self.count = WeightedSum(backbone, adapters), len(adapters)
+        self.summed, self.count = WeightedSum(backbone, adapters), len(adapters)
 
     def solve(self, task: Task) -> Tensor:
-        self.worn.set(self.find_weights(task))
-        model = self.worn.model
-        support, query = (task.run(model, self.worn.forward, index) for index in (task.support, task.query))
+        self.summed.set(self.find_weights(task))
+        model = self.summed.model
+        support, query = (task.run(model, self.summed.forward, index) for index in (task.support, task.query))
         labels = task.labels(model.device)
         if self.nearest:
             return distance_logits(query, class_centres(support, labels, task.n_way))
@@ -99,14 +99,14 @@ class LoRAHub(Method):
         """The weights of a task, float32 [n]."""
         import nevergrad
 
-        model = self.worn.model
+        model = self.summed.model
         images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
         generator = stream(self.seed, "views")
         everything = torch.cat([images, *(augmented(images, generator) for _ in range(self.views))])
 
         def loss(weights: np.ndarray) -> float:
-            self.worn.set(torch.from_numpy(weights).float())
-            features = torch.cat([self.worn.forward(part) for part in everything.split(64)]).float()
+            self.summed.set(torch.from_numpy(weights).float())
+            features = torch.cat([self.summed.forward(part) for part in everything.split(64)]).float()
             centres = class_centres(features[: len(images)], labels, task.n_way)
             logits = distance_logits(F.normalize(features[len(images) :], dim=-1), F.normalize(centres, dim=-1))
             return (

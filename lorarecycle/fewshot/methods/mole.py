@@ -15,8 +15,8 @@ from ...adapters.adapter import Adapter
 from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
 from ...vit.lora import LoRA
-from .base import Needs, Task, inputs
-from .tuned import Linear, Optimizer, Tuned, descend
+from .base import Needs, Task
+from .tuned import Optimizer, Tuned
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -34,13 +34,13 @@ class Gated:
     def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
         self.model, self.count = backbone.clone(), len(adapters)
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
-        worn = [LoRA.from_adapter(adapter) for adapter in adapters]
+        factors = [LoRA.from_adapter(adapter) for adapter in adapters]
         for i, block in enumerate(self.model.vit.blocks):
             for name in LAYERS:
                 layer = block.get_submodule(name)
                 parts = 3 if name == "attn.qkv" else 1
                 widths = (layer.in_features, layer.out_features // parts)
-                found = [lora.layer(f"blocks.{i}.{name}", widths) for lora in worn]
+                found = [lora.layer(f"blocks.{i}.{name}", widths) for lora in factors]
                 if not any(found):
                     continue
                 key = f"{i}_{name.replace('.', '_')}"
@@ -94,15 +94,6 @@ class Mole(Tuned):
         self.gated = Gated(backbone, adapters)
 
     def _solve(self, task: Task, rate: float) -> Tensor:
-        gated, model = self.gated, self.gated.model
-        gated.reset()
-        head = Linear(model.embed_dim, task.n_way, model.device)
-        images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
-        descend(
-            [*gated.parameters(), *head.parameters()],
-            lambda step: F.cross_entropy(head(model(images)), labels),
-            steps=self.steps,
-            rate=rate,
-            optimizer=self.optimizer,
-        )
-        return head(task.run(model, model, task.query)).detach()
+        self.gated.reset()
+        model = self.gated.model
+        return self._with_classifier(task, rate, model, model, self.gated.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...adapters.adapter import Adapter
 from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
-from .base import Method, Needs, Task, TextEncoder, accuracy
+from .base import Method, Needs, Task, TextEncoder, accuracy, inputs
 
 RATES = (0.1, 0.01, 0.001)
 """Learning rates of LoRA Recycle's baselines (App. D)."""
@@ -65,6 +65,21 @@ class Tuned(Method):
 
     @abstractmethod
     def _solve(self, task: Task, rate: float) -> Tensor: ...
+
+    def _with_classifier(
+        self, task: Task, rate: float, model: Backbone, forward: Callable[[Tensor], Tensor], weights: Iterable[Tensor]
+    ) -> Tensor:
+        """Logits of the queries once `weights` and a linear classifier over `forward` have descended together."""
+        head = Linear(model.embed_dim, task.n_way, model.device)
+        images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
+        descend(
+            [*weights, *head.parameters()],
+            lambda step: F.cross_entropy(head(forward(images)), labels),
+            steps=self.steps,
+            rate=rate,
+            optimizer=self.optimizer,
+        )
+        return head(task.run(model, forward, task.query)).detach()
 
     def _solve_all(self, tasks: Sequence[Task], rate: float) -> Iterator[Tensor]:
         for task in tasks:
