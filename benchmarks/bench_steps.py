@@ -172,6 +172,7 @@ def bench_meta_step(form, sparsity, model, vit, place, time_step, benchmark):
     draws = Draws(
         torch.arange(count, device=place).expand(STEPS, -1).contiguous(),
         torch.zeros(STEPS, count, dtype=torch.bool, device=place),
+        torch.zeros(STEPS, count, dtype=torch.int64, device=place),
         torch.arange(N_WAY, device=place).expand(STEPS, -1).contiguous(),
         torch.zeros(STEPS, dtype=torch.bool, device=place),
     )
