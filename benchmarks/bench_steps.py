@@ -9,10 +9,12 @@ graphs, "compiled" with the former, "graph" with the latter, "ours" with both, a
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from lorarecycle.meta.bank import Bank
 from lorarecycle.meta.draws import Draws
 from lorarecycle.meta.step import EpisodeStep
 from lorarecycle.runtime.device import default_dtype
-from lorarecycle.runtime.graphs import adam
+from lorarecycle.runtime.graphs import Step, adam
 from lorarecycle.runtime.steps import compiling
 from lorarecycle.vit.lora import LoRA
 
@@ -57,8 +59,18 @@ def place() -> torch.device:
 def vit(model) -> Any:
     if model.name not in ARCHITECTURES:
         pytest.skip(f"steps are measured at {' and '.join(ARCHITECTURES)}")
+    return network(ARCHITECTURES[model.name], 0)
+
+
+@cache
+def made(name: str, num_classes: int) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(ARCHITECTURES[model.name], num_classes=0)
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def network(name: str, num_classes: int = 5) -> nn.Module:
+    """A network of its own, on the CPU; its random weights are drawn once."""
+    return copy.deepcopy(made(name, num_classes))
 
 
 @pytest.fixture
@@ -93,7 +105,7 @@ INVERSIONS = ["published", "plain", "eager", "compiled", "graph", "ours"]
 @pytest.mark.parametrize("form", [*INVERSIONS, "plain_pruned", "ours_pruned", "ours_without_prior"])
 def bench_inversion_step(form, batch, model, vit, place, time_step, benchmark):
     benchmark.group = f"inversion step, {model.name}, batch {batch}"
-    resnet, dtype = timm.create_model("resnet50", num_classes=5), default_dtype(place)
+    resnet, dtype = network("resnet50"), default_dtype(place)
     name, _, kind = form.partition("_")
     prune = PRUNE if kind == "pruned" else {}
     if name == "published":
@@ -120,20 +132,24 @@ def bench_inversion_step(form, batch, model, vit, place, time_step, benchmark):
         time_step(step)
 
 
-@pytest.mark.parametrize("form", ["plain", "ours"])
-@pytest.mark.parametrize("network", ["resnet50", "tf_efficientnet_lite0"])
-def bench_prior_alone(form, network, place, time_step, benchmark):
+@pytest.mark.parametrize("form", ["plain", "eager", "ours"])
+@pytest.mark.parametrize("prior", ["resnet50", "tf_efficientnet_lite0"])
+def bench_prior_alone(form, prior, place, time_step, benchmark):
     """Value and gradient of the prior for a batch of images; the model does not matter."""
     batch, dtype = BATCHES[0], default_dtype(place)
-    benchmark.group = f"prior {network}, batch {batch}"
-    made = timm.create_model(network, num_classes=5)
+    benchmark.group = f"prior {prior}, batch {batch}"
+    frozen = network(prior)
     images = torch.randn(batch, 3, 224, 224, device=place).requires_grad_()
-    plain, ours = best_plain.HookedPrior(made, dtype).to(place), BatchNormPrior(made, dtype=dtype).to(place)
+    gradient = torch.zeros_like(images)
+    plain, ours = best_plain.HookedPrior(frozen, dtype).to(place), BatchNormPrior(frozen, dtype=dtype).to(place)
 
     def value() -> torch.Tensor:
         return plain(images) if form == "plain" else ours(images, ours.mean, ours.std)
 
-    time_step(lambda: torch.autograd.grad(value(), images))
+    def step() -> None:
+        gradient.copy_(torch.autograd.grad(value(), images)[0])
+
+    time_step(Step(step, lambda: [gradient], place, None if form == "ours" else False))
 
 
 SPARSITIES = {"dense": None, "sparse_50": 0.5, "sparse_75": 0.75}

@@ -46,6 +46,9 @@ LIMITS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(LIMITS)}; all when left out")
+    parser.add_argument(
+        "-k", dest="words", help="of the benchmarks, only these, as pytest's -k; the others' figures stay"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results; benchmarks/results on a GPU")
     args = parser.parse_args()
     unknown = set(args.parts) - LIMITS.keys()
@@ -58,7 +61,7 @@ def main() -> int:
     if path.exists():  # parts that are not run again stay
         report |= {key: value for key, value in json.loads(path.read_text()).items() if key not in ("machine",)}
     for part in args.parts or LIMITS:
-        for name, command in commands(part, output):
+        for name, command in commands(part, output, args.words):
             row = run(f"{part} {name}".strip(), command, LIMITS[part][name])
             report["commands"] = [old for old in report["commands"] if old["name"] != row["name"]] + [row]
             collect(report, part, name, output)
@@ -78,20 +81,24 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     packages = ("torch", "triton", "timm", "peft", "xformers", "onnxruntime-gpu")
     return {
         "device": torch.cuda.get_device_name() if CUDA else f"cpu {platform.machine()}",
         "memory_GB": torch.cuda.get_device_properties(0).total_memory / 1e9 if CUDA else None,
         "cuda": torch.version.cuda,
         "versions": {name: found(name) for name in packages},
-        "commit": commit.stdout.strip() or os.environ.get("LORARECYCLE_COMMIT"),
+        "commit": commit(),
     }
 
 
-def commands(part: str, output: Path) -> list[tuple[str, list[str]]]:
+def commit() -> str | None:
+    """Of the checkout; where it travelled without its history, what LORARECYCLE_COMMIT says."""
+    own = os.environ.get("LORARECYCLE_COMMIT")
+    said = ["git", "describe", "--always", "--dirty"]
+    return own or subprocess.run(said, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def commands(part: str, output: Path, words: str | None = None) -> list[tuple[str, list[str]]]:
     """Name and command line of each run of a part."""
     if part == "tests":
         workers = ["-n", "10"] if CUDA else ["-n", "1", "-k", "graphs or replay"]
@@ -108,11 +115,20 @@ def commands(part: str, output: Path) -> list[tuple[str, list[str]]]:
     if part == "ops":
         names = ("lora_qkv", "cls_topk_gather", "batch_norm_prior", "select_tokens", "attention", "op_host")
         files = [ROOT / "benchmarks" / f"bench_{name}.py" for name in names]
-        return [("", [*bench, f"--benchmark-json={output / 'ops.json'}", *(str(f) for f in files if f.exists())])]
-    chosen = STEPS if CUDA else {"meta": "bench_meta_step and dense and (eager or plain or ours)", "tasks": "tasks"}
+        chosen = ["-k", words] if words else []
+        return [
+            ("", [*bench, f"--benchmark-json={output / 'ops.json'}", *chosen, *(str(f) for f in files if f.exists())])
+        ]
+    groups = STEPS if CUDA else {"meta": "bench_meta_step and dense and (eager or plain or ours)", "tasks": "tasks"}
     return [
-        (name, [*bench, f"--benchmark-json={output / f'steps-{name}.json'}", "benchmarks/bench_steps.py", "-k", words])
-        for name, words in chosen.items()
+        (
+            name,
+            [
+                *[*bench, f"--benchmark-json={output / f'steps-{name}.json'}", "benchmarks/bench_steps.py"],
+                *["-k", f"({own}) and ({words})" if words else own],
+            ],
+        )
+        for name, own in groups.items()
     ]
 
 
@@ -131,7 +147,7 @@ def run(name: str, command: list[str], limit: int) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             process.kill()
         status = 124
-    return {"name": name, "status": status, "seconds": time.perf_counter() - start}
+    return {"name": name, "status": status, "seconds": time.perf_counter() - start, "commit": commit()}
 
 
 def collect(report: dict[str, Any], part: str, name: str, output: Path) -> None:
@@ -144,8 +160,8 @@ def collect(report: dict[str, Any], part: str, name: str, output: Path) -> None:
         written = output / ("ops.json" if part == "ops" else f"steps-{name}.json")
         if written.exists() and written.stat().st_size:
             rows = read(written)
-            groups = {row["group"] for row in rows}
-            report["benchmarks"] = [old for old in report.get("benchmarks", []) if old["group"] not in groups] + rows
+            known = {(row["group"], row["form"]): row for row in [*report.get("benchmarks", []), *rows]}
+            report["benchmarks"] = list(known.values())
             written.unlink()
 
 
@@ -154,10 +170,11 @@ def page(report: dict[str, Any]) -> str:
     found = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
     lines = [f"# {found['device']}", "", f"`make gpu`; CUDA {found['cuda']}, {versions}; commit {found['commit']}.", ""]
-    lines += ["| part | result | seconds |", "| --- | --- | --- |"]
+    lines += ["| part | result | seconds | commit |", "| --- | --- | --- | --- |"]
     words = {0: "done", 124: "stopped at its limit"}
     for row in report["commands"]:
-        lines.append(f"| {row['name']} | {words.get(row['status'], 'failed')} | {row['seconds']:.0f} |")
+        result = words.get(row["status"], "failed")
+        lines.append(f"| {row['name']} | {result} | {row['seconds']:.0f} | {row.get('commit', '')} |")
     if not found["versions"]["xformers"]:
         lines += ["", 'xformers is not installed: `attention="xformers"` was not measured.']
     if "job" in report:

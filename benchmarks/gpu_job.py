@@ -52,6 +52,7 @@ def main() -> None:
             few | {"sparsity": 0.75},
         ),
     }
+    what = f"`recycle` on {name}: default with {len(adapters)} adapters; paper with 2 and {jobs['paper'][1]}."
     rows = []
     for preset, (chosen, inversion, meta) in jobs.items():
         if CUDA:
@@ -69,9 +70,8 @@ def main() -> None:
         seconds = job.seconds | {"everything": time.perf_counter() - start}
         peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
         rows.append({"preset": preset, "seconds": seconds, "peak_memory_GB": peak})
+        args.output.write_text(json.dumps({"what": what, "rows": rows}, indent=1) + "\n")
         print(rows[-1], flush=True)
-    what = f"`recycle` on {name}: default with {len(adapters)} adapters; paper with 2 and {jobs['paper'][1]}."
-    args.output.write_text(json.dumps({"what": what, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,15 @@ def test_a_command_of_make_gpu_ends_at_its_limit(gpu):
 
 def test_the_page_of_make_gpu_says_what_ran_and_what_did_not(gpu):
     machine = {"device": "Some Card", "cuda": "13.0", "commit": "abc", "versions": {"torch": "2.11", "xformers": None}}
-    commands = [{"name": name, "status": status, "seconds": 3} for name, status in (("tests", 1), ("ops", 124))]
+    commands = [
+        {"name": name, "status": status, "seconds": 3, "commit": "abc"} for name, status in (("tests", 1), ("ops", 124))
+    ]
     job = {"what": "a job", "rows": [{"preset": "paper", "seconds": {"images": 1.5}, "peak_memory_GB": 2.0}]}
     page = gpu.page({"machine": machine, "commands": commands, "job": job})
     for line in (
         "# Some Card",
-        "| tests | failed | 3 |",
-        "| ops | stopped at its limit | 3 |",
+        "| tests | failed | 3 | abc |",
+        "| ops | stopped at its limit | 3 | abc |",
         "| paper | images | 1.5 |",
         "| paper | peak memory, GB | 2.00 |",
         "xformers is not installed",

@@ -73,7 +73,8 @@ def exact_float32(monkeypatch) -> None:
     """References on a GPU multiply and convolve in float32, not in TF32."""
     if _CUDA:
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+        for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):  # one alone is refused by torch.export
+            monkeypatch.setattr(part, "fp32_precision", "ieee")
 
 
 @pytest.fixture(scope="session")

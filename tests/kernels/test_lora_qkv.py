@@ -221,7 +221,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("needed", [(0, 3, 4), (3, 4), (0, 1, 2, 3, 4)], ids=str)
-def test_compiles_to_one_graph(needed, device):
+def test_compiles_to_one_graph(needed, device, assert_close):
     """Twice in one function, as in a network; the products are in the graph, two operators of ours beside them."""
     inputs = [t.requires_grad_(i in needed) for i, t in enumerate(_inputs((2, 5, 24, 8, 3, 4), torch.float32, device))]
 
@@ -233,8 +233,8 @@ def test_compiles_to_one_graph(needed, device):
         for run in (twice, torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=False)):
             loss = run(*inputs)
             results.append((loss, *torch.autograd.grad(loss, [inputs[i] for i in needed])))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-5)
+    for name, eager, compiled in zip(("loss", *(f"gradient {i}" for i in needed)), *results, strict=True):
+        assert_close(compiled, eager, 1e-5, name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
