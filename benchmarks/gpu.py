@@ -113,7 +113,15 @@ def commands(part: str, output: Path, words: str | None = None) -> list[tuple[st
     models = "vit_base" if CUDA else "vit_tiny"
     bench = [*PYTEST, "-p", "no:xdist", "--benchmark-only", "--benchmark-columns=median", "--models", models]
     if part == "ops":
-        names = ("lora_qkv", "cls_topk_gather", "batch_norm_prior", "select_tokens", "attention", "op_host")
+        names = (
+            "lora_qkv",
+            "cls_topk_gather",
+            "batch_norm_prior",
+            "select_tokens",
+            "split_heads",
+            "attention",
+            "op_host",
+        )
         files = [ROOT / "benchmarks" / f"bench_{name}.py" for name in names]
         chosen = ["-k", words] if words else []
         return [

@@ -8,6 +8,7 @@ from .batch_norm_prior import batch_norm_prior, batch_norm_with_prior
 from .cls_topk_gather import cls_topk_gather
 from .lora_qkv import lora_qkv
 from .select_tokens import select_tokens
+from .split_heads import split_heads
 
 __all__ = [
     "batch_norm_prior",
@@ -15,5 +16,6 @@ __all__ = [
     "cls_topk_gather",
     "lora_qkv",
     "select_tokens",
+    "split_heads",
     "use_backend",
 ]

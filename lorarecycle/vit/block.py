@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels import split_heads
 from ..runtime.steps import repeated
 from .attention import AttentionKind, attend
 from .lora import BlockFactors, linear
@@ -20,7 +21,7 @@ def queries_keys_values(
     """Queries, keys and values of a token stream [B, M, D], each [B, H, M, d]; the first two turned by position."""
     attn = block.attn
     qkv = linear(attn.qkv, block.norm1(x), factors.qkv)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = split_heads(qkv, attn.num_heads)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)

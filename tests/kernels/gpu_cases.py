@@ -61,6 +61,16 @@ def _select_tokens(
     return launch
 
 
+def _split_heads(B: int, H: int, M: int, d: int) -> Callable[[torch.dtype], None]:
+    def launch(dtype: torch.dtype) -> None:
+        from lorarecycle.kernels.split_heads_triton import merge_heads
+
+        part = torch.empty((B, M, H, d), dtype=dtype, device="meta").transpose(1, 2)  # as attention leaves it
+        merge_heads(part, part, part)
+
+    return launch
+
+
 def _batch_norm_prior(
     B: int, C: int, size: int, memory_format: torch.memory_format, form: str
 ) -> Callable[[torch.dtype], None]:
@@ -104,6 +114,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     },
     "select_tokens/registers": _select_tokens(16, 224, 14, 768, 49, 5),
     "select_tokens/odd": _select_tokens(4, 32, 8, 100, 4, 0),
+    **{f"split_heads/{H}x{d}": _split_heads(100, H, 197, d) for H, d in ((12, 64), (3, 64), (16, 80), (3, 24))},
     **{
         f"batch_norm_prior/{name}_{form}": _batch_norm_prior(*shape, memory_format, form)
         for name, *shape, memory_format, forms in (

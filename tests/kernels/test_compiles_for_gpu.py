@@ -28,6 +28,7 @@ DEFAULT = [
     "cls_topk_gather/tokens197_width768:float32:80",
     "select_tokens/patch16_batch100:bfloat16:90",
     "select_tokens/patch16_batch100:bfloat16:80",
+    "split_heads/12x64:bfloat16:90",
     "batch_norm_prior/channels_last_relu+:bfloat16:90",
     "batch_norm_prior/nchw_deep_relu+:float32:80",
 ]
