@@ -68,7 +68,8 @@ RECIPES = {
     "paper": replace(PAPER, meta=EPISODES),  # EfficientNet-Lite0 in place of ResNet-50
     "fourier": RecycleConfig(SMOOTH, EPISODES),
     "fourier-32px": RecycleConfig(SMOOTH, replace(EPISODES, resolutions=(32,))),
-    "fourier-mixed": RecycleConfig(SMOOTH, replace(EPISODES, resolutions=(32, 64, 128, 224))),
+    "fourier-mixed": RecycleConfig(SMOOTH, replace(EPISODES, resolutions=(24, 32, 48, 64, 128, 224))),
+    "fourier inverted at 32 px": RecycleConfig(replace(SMOOTH, latent_size=32), EPISODES),
     "fourier-labels-32px": RecycleConfig(SMOOTH, replace(EPISODES, interpolation=1.0, resolutions=(32,))),
     "fourier-relative": RecycleConfig(replace(SMOOTH, prior_relative=True, prior_weight=0.1), EPISODES),
     "pixels": RecycleConfig(replace(SMOOTH, parametrization="pixels", lr=0.05), EPISODES),

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch")
+PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch", "reference")
 """Forms that the others are compared with: the first of these that a group has."""
 
 
@@ -38,7 +38,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     results = []
     for benchmark in run["benchmarks"]:
         noted = benchmark["extra_info"]
-        seconds = noted.pop("device_median_s", benchmark["stats"]["median"])
+        per_call = noted["us_per_call"] / 1e6 if "us_per_call" in noted else benchmark["stats"]["median"]
+        seconds = noted.pop("device_median_s", per_call)
         form = (benchmark["params"] or {}).get("form", benchmark["name"].partition("[")[0].removeprefix("bench_"))
         where = {"cpu": _cpu(cpu), "cores": cpu.get("count")}
         rounds = benchmark["stats"]["rounds"]
@@ -92,8 +93,9 @@ def _machine(rows: list[dict[str, Any]]) -> str | None:
     noted = next((row for row in rows if "torch" in row), None)
     if noted is None:
         return None
-    name = f"{noted['device']}, {noted['cpu']}" if "ceiling_GB_per_s" in noted else noted["cpu"]
-    return f"{name}, {noted['cores']} cores, {noted.get('threads', '?')} threads, torch {noted['torch']}"
+    if "ceiling_GB_per_s" in noted:
+        return f"{noted['device']}, {noted['cpu']}, {noted['cores']} cores, torch {noted['torch']}"
+    return f"{noted['cpu']}, {noted['cores']} cores, {noted['threads']} threads, torch {noted['torch']}"
 
 
 def _rounded(ms: float) -> str:

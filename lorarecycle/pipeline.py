@@ -94,7 +94,7 @@ def recycle(
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
         name: of the meta-LoRA.
-        compile: whether the ViT's blocks run through `torch.compile`; on a GPU only when None.
+        compile: whether the ViT's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. A step that cannot be captured
             runs as it is, and a line of the log says why.
         quiet: show no progress bars.

@@ -63,7 +63,7 @@ def tune(
             ends with the same bits.
         checkpoints: folder for the adapters after each of the last `config.save_last` epochs, PEFT folders
             `epoch-0101` and so on (counted from 1; the last one is the adapter returned).
-        compile: whether the backbone's blocks run through `torch.compile`; on a GPU only when None.
+        compile: whether the backbone's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: no progress bar.
 
@@ -116,7 +116,7 @@ def tune(
     keep(done)  # stopped between checkpoint and adapter
     order: tuple[Tensor, ...] = ()
     bar = track(range(done, steps), f"tune {name}", quiet=quiet, initial=done)
-    fast = check_compile(compile, backbone.device)
+    fast = check_compile(compile, backbone.device, steps - done)
     for step in bar:
         epoch, batch = divmod(step, per_epoch)
         if not batch or not order:

@@ -37,9 +37,9 @@ class Recycle:
     preset: Preset = "default"
     """Where the settings start from: "weights" is our recipe (the default), "paper" LoRA Recycle as published."""
     compile: bool | None = None
-    """Run the ViT's blocks through torch.compile; on a GPU only when left out."""
+    """Run the ViT's blocks through torch.compile; on a GPU, for thousands of steps, when left out."""
     graphs: bool | None = None
-    """Launch each step as one CUDA graph; on a GPU only when left out."""
+    """Launch each step as one CUDA graph; on a GPU, for thousands of steps, when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
     care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)

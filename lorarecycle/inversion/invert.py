@@ -50,7 +50,7 @@ def invert(
         teacher_logits: whether the teacher's logits of the finished images are wanted: what meta-training within an
             adapter's classes follows (Eq. 3).
         scores: whether the scores of their patches are wanted: what masks to any sparsity.
-        compile: whether the teacher's blocks run through `torch.compile`; on a GPU only when None.
+        compile: whether the teacher's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         title: of the progress bar; with the adapter's name when None.
         quiet: show no progress bar.
@@ -88,8 +88,8 @@ class Inverter:
     ) -> None:
         self.backbone, self.config = backbone, as_config(InversionConfig, config)
         self.prior = load_prior(backbone, self.config, dtype) if prior is None else prior
-        self._dtype, self._graphs = dtype, graphs
-        self._compile = check_compile(compile, backbone.device)
+        check_compile(compile, backbone.device)
+        self._dtype, self._graphs, self._compile = dtype, graphs, compile
         self._teacher: Backbone | None = None
         self._heads: dict[tuple[Any, ...], Head] = {}
         self._optimisers: dict[tuple[Any, ...], BatchOptimiser] = {}
@@ -113,7 +113,7 @@ class Inverter:
         images, curves = [], []
         steps = range(len(batches) * config.steps)
         with (
-            compiling(self._compile, teacher.device),
+            compiling(self._compile, teacher.device, len(steps)),
             track(steps, title or f"invert {adapter.name}", quiet=quiet) as bar,
         ):
             for i, wanted in enumerate(batches):

@@ -72,7 +72,7 @@ def meta_train(
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
-        compile: whether the backbone's blocks run through `torch.compile`; on a GPU only when None.
+        compile: whether the backbone's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: show no progress bar.
 
@@ -130,7 +130,7 @@ def meta_train(
     step = EpisodeStep(
         backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
     )
-    with compiling(compile, device):
+    with compiling(compile, device, config.steps - done):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()
             if (i + 1) % CHECKPOINT_EVERY == 0:

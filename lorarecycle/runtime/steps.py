@@ -16,7 +16,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Compile = bool | None
-"""Whether repeated parts of steps are compiled: None for where they run on a GPU."""
+"""Whether repeated parts of steps are compiled: None for where that pays, see `check_compile`."""
+
+PAYS_AFTER = 5000
+"""Steps on a GPU after which compiling has paid. ViT-B/16 on an H100: 0.4 ms gained of a step of 10.9 ms, 2.4 of 37.6,
+for 8 to 10 s of compiling."""
 
 LIMIT = 256
 """Forms of one part (shapes, dtypes, sites) that may be compiled; more fail."""
@@ -24,12 +28,13 @@ LIMIT = 256
 _compiling: ContextVar[bool] = ContextVar("lorarecycle_compiling", default=False)
 
 
-def check_compile(compile: Any, device: torch.device) -> bool:
+def check_compile(compile: Any, device: torch.device, steps: int | None = None) -> bool:
     """Whether to compile on a device.
 
     Args:
-        compile: True, False, or None for on a GPU only.
+        compile: True, False, or None for on a GPU only, where so many steps are taken that it pays.
         device: where the steps will run.
+        steps: that will be taken; many when None.
 
     Raises:
         ValueError: anything else.
@@ -39,21 +44,22 @@ def check_compile(compile: Any, device: torch.device) -> bool:
         return True
     if compile not in (True, False, None):
         raise ValueError(f"`compile` must be True, False or None, got {compile!r}.")
-    return device.type == "cuda" if compile is None else compile
+    if compile is None:
+        return device.type == "cuda" and (steps is None or steps >= PAYS_AFTER)
+    return compile
 
 
 @contextmanager
-def compiling(compile: Compile, device: torch.device) -> Iterator[None]:
+def compiling(compile: Compile, device: torch.device, steps: int | None = None) -> Iterator[None]:
     """A context in which `repeated` functions run through `torch.compile`, or do not.
 
     Args:
-        compile: True, False, or None for on a GPU only.
-        device: where the steps run.
+        compile, device, steps: as in `check_compile`.
 
     Raises:
         ValueError: another value of `compile`.
     """
-    token = _compiling.set(check_compile(compile, device))
+    token = _compiling.set(check_compile(compile, device, steps))
     try:
         yield
     finally:

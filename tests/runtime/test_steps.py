@@ -107,10 +107,12 @@ def test_gradients_through_compiled_blocks(tiny_backbone):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
-def test_off_on_the_cpu_unless_asked():
+def test_off_on_the_cpu_and_for_few_steps_unless_asked():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [check_compile(c, cpu) for c in (None, False, True)] == [False, False, True]
     assert [check_compile(c, gpu) for c in (None, False, True)] == [True, False, True]
+    assert [check_compile(c, gpu, steps=100) for c in (None, False, True)] == [False, False, True]
+    assert check_compile(None, gpu, steps=100_000)
     with pytest.raises(ValueError, match="`compile` must be True, False or None, got 3"):
         check_compile(3, cpu)
     with pytest.warns(DeprecationWarning, match="`compile='reduce-overhead'` is called `compile=True`"):
