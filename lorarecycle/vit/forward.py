@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         self.vit: Any = with_rgb(share(plain_form(vit))).requires_grad_(False)
         cfg = getattr(vit, "pretrained_cfg", None) or {}
         self.family = family
-        self.own_pool = own_pool(vit)
+        self.own_pool: str = own_pool(vit)
         self.name = name
         self.embed_dim: int = self.vit.embed_dim
         self.num_blocks: int = len(self.vit.blocks)
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         self.mean: tuple[float, ...] = _triple(mean or cfg.get("mean") or (0.5, 0.5, 0.5), "mean")
         self.std: tuple[float, ...] = _triple(std or cfg.get("std") or (0.5, 0.5, 0.5), "std")
         resize = resize or ("squash" if cfg.get("crop_mode") == "squash" else "crop")
-        self.fit = Fit.of(Fit(self.image_size, resize, crop_pct or cfg.get("crop_pct") or 1.0))
+        self.fit: Fit = Fit.of(Fit(self.image_size, resize, crop_pct or cfg.get("crop_pct") or 1.0))
         self.num_patches(self.image_size)
         side = self.image_size // self.patch_size
         if getattr(self.vit, "rotation", None) is not None:  # exporting traces what reads it, not what makes it

@@ -26,10 +26,10 @@ class PlainEva(nn.Module):
         super().__init__()
         for name in (*_KEPT, *_FACTS):
             setattr(self, name, getattr(eva, name))
-        self.pretrained_cfg = getattr(eva, "pretrained_cfg", None)
-        self.pool_include_prefix = eva.global_pool == "map"
-        self.rotation = None if eva.rope is None else RotaryPositions(eva.rope, eva.blocks[0].attn)
-        self.blocks = nn.ModuleList(_plain_block(block) for block in eva.blocks)
+        self.pretrained_cfg: Any = getattr(eva, "pretrained_cfg", None)
+        self.pool_include_prefix: bool = eva.global_pool == "map"
+        self.rotation: RotaryPositions | None = None if eva.rope is None else RotaryPositions(eva.rope, eva.blocks[0].attn)
+        self.blocks: nn.ModuleList = nn.ModuleList(_plain_block(block) for block in eva.blocks)
 
 
 class RotaryPositions:
@@ -42,7 +42,7 @@ class RotaryPositions:
 
     def __init__(self, rope: nn.Module, attention: Any) -> None:
         self._rope: Any = copy.deepcopy(rope).float().eval()
-        self.half = bool(getattr(attention, "rotate_half", False))
+        self.half: bool = bool(getattr(attention, "rotate_half", False))
         self._tables: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     @torch.no_grad()
