@@ -150,13 +150,13 @@ class Denoiser(nn.Module):
 
     def __init__(self, latent: int, width: int, hidden: int, blocks: int = 3) -> None:
         super().__init__()
-        self.enter = nn.Linear(latent, hidden)
-        self.told = nn.Linear(64 + width, hidden)
-        self.blocks = nn.ModuleList(
+        self.enter: nn.Module = nn.Linear(latent, hidden)
+        self.told: nn.Module = nn.Linear(64 + width, hidden)
+        self.blocks: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             for _ in range(blocks)
         )
-        self.leave = nn.Linear(hidden, latent)
+        self.leave: nn.Module = nn.Linear(hidden, latent)
 
     def forward(self, codes: Tensor, level: Tensor, condition: Tensor) -> Tensor:
         """Noise [B, latent] in codes [B, latent] at levels int64 [B] under conditions [B, W]."""

@@ -43,23 +43,23 @@ class CVAE(nn.Module):
         assert length % 2 ** len(channels) == 0
         assert kernel % 2 == 1
         self.latent = latent
-        self.coarse = (channels[-1], length // 2 ** len(channels))
+        self.coarse: tuple[int, int] = (channels[-1], length // 2 ** len(channels))
         features = self.coarse[0] * self.coarse[1]
         pad = kernel // 2
         layers: list[nn.Module] = []
         for before, after in zip((1, *channels), channels, strict=False):
             layers += [nn.Conv1d(before, after, kernel, 2, pad), nn.BatchNorm1d(after), nn.LeakyReLU()]
-        self.encoder = nn.Sequential(*layers)
-        self.to_latent = nn.Linear(features, latent)
-        self.to_mean = nn.Linear(latent + width, latent)
-        self.to_log_variance = nn.Linear(latent + width, latent)
-        self.from_latent = nn.Linear(latent + width, features)
+        self.encoder: nn.Module = nn.Sequential(*layers)
+        self.to_latent: nn.Module = nn.Linear(features, latent)
+        self.to_mean: nn.Module = nn.Linear(latent + width, latent)
+        self.to_log_variance: nn.Module = nn.Linear(latent + width, latent)
+        self.from_latent: nn.Module = nn.Linear(latent + width, features)
         layers = []
         mirrored = channels[::-1]
         for before, after in zip(mirrored, (*mirrored[1:], 1), strict=True):
             layers += [nn.ConvTranspose1d(before, after, kernel, 2, pad, output_padding=1)]
             layers += [nn.BatchNorm1d(after), nn.ELU()]
-        self.decoder = nn.Sequential(*layers[:-2])  # the last layer's output is the vector itself
+        self.decoder: nn.Module = nn.Sequential(*layers[:-2])  # the last layer's output is the vector itself
 
     def encode(self, vectors: Tensor, conditions: Tensor) -> Posterior:
         """The posterior of vectors [B, length] under conditions [B, width] (Eq. 2, 3)."""

@@ -69,7 +69,7 @@ class Generator(ABC):
         self.layout = layout
         self.config = config
         self.conditions = conditions
-        self.class_names = tuple(map(tuple, class_names))
+        self.class_names: tuple[tuple[str, ...], ...] = tuple(map(tuple, class_names))
 
     @classmethod
     def fit(

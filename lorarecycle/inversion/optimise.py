@@ -15,7 +15,7 @@ from ..runtime.graphs import Graphs, Step, adam, reset, set_rate, state_of
 from ..runtime.progress import Progress
 from ..vit.backbone import Backbone
 from .objective import inversion_loss
-from .parametrization import PARAMETRIZATIONS
+from .parametrization import PARAMETRIZATIONS, NormalizedPixels
 from .prior import BatchNormPrior
 from .start import finished_pixels
 from .views import seen_as
@@ -48,23 +48,25 @@ class BatchOptimiser:
         graphs: Graphs = None,
     ) -> None:
         device = teacher.device
-        self.teacher, self.head, self.config, self.prior = teacher, head, config, prior
-        self.size = config.image_size or teacher.image_size
+        self.teacher = teacher
+        self.head = head
+        self.config = config
+        self.prior = prior
+        self.size: int = config.image_size or teacher.image_size
         side = config.latent_size or self.size
-        self.parameters = PARAMETRIZATIONS[config.parametrization](teacher, batch_size, side)
-        self.best = torch.zeros(batch_size, 3, side, side, device=device)
-        self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.views = torch.zeros(config.steps, 3, dtype=torch.long, device=device)
-        self.rates = torch.tensor([step_size(step, config) for step in range(config.steps)], device=device)
-        self.lowest = torch.zeros(config.steps, device=device)  # loss up to each step
-        self.terms = torch.zeros(batch_size + 1, device=device)  # of Eq. 1: each image's, the batch's
-        self.history = torch.zeros(config.steps, batch_size + 1, device=device)  # the terms at each step
-        self.best_loss = torch.zeros((), device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.optimizer = adam([self.parameters.variable], device, betas=config.betas)
-        self.dense, self.pruned = (
-            Step(partial(self._step, prune), self._state, device, graphs) for prune in (None, config.prune)
-        )
+        self.parameters: NormalizedPixels = PARAMETRIZATIONS[config.parametrization](teacher, batch_size, side)
+        self.best: Tensor = torch.zeros(batch_size, 3, side, side, device=device)
+        self.labels: Tensor = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.views: Tensor = torch.zeros(config.steps, 3, dtype=torch.long, device=device)
+        self.rates: Tensor = torch.tensor([step_size(step, config) for step in range(config.steps)], device=device)
+        self.lowest: Tensor = torch.zeros(config.steps, device=device)  # loss up to each step
+        self.terms: Tensor = torch.zeros(batch_size + 1, device=device)  # of Eq. 1: each image's, the batch's
+        self.history: Tensor = torch.zeros(config.steps, batch_size + 1, device=device)  # the terms at each step
+        self.best_loss: Tensor = torch.zeros((), device=device)
+        self.count: Tensor = torch.zeros(1, dtype=torch.long, device=device)
+        self.optimizer: torch.optim.Optimizer = adam([self.parameters.variable], device, betas=config.betas)
+        self.dense: Step = Step(partial(self._step, None), self._state, device, graphs)
+        self.pruned: Step = Step(partial(self._step, config.prune), self._state, device, graphs)
 
     def run(self, start: Tensor, labels: Tensor, views: Tensor, bar: Progress[int]) -> Tensor:
         """Optimise from a start.

@@ -23,9 +23,11 @@ class NormalizedPixels:
     """
 
     def __init__(self, teacher: Backbone, batch_size: int, size: int) -> None:
-        self.mean, self.std = (of_channels(v, teacher.device) for v in (teacher.mean, teacher.std))
-        self.variable = torch.zeros(batch_size, 3, size, size, device=teacher.device).requires_grad_()
-        self.low, self.high = -self.mean / self.std, (1 - self.mean) / self.std
+        self.mean: Tensor = of_channels(teacher.mean, teacher.device)
+        self.std: Tensor = of_channels(teacher.std, teacher.device)
+        self.variable: Tensor = torch.zeros(batch_size, 3, size, size, device=teacher.device).requires_grad_()
+        self.low: Tensor = -self.mean / self.std
+        self.high: Tensor = (1 - self.mean) / self.std
 
     def set(self, images: Tensor) -> None:
         """Start from these, float32 [B, 3, s, s], normalised."""
@@ -73,11 +75,11 @@ class Fourier(NormalizedPixels):
         super().__init__(teacher, batch_size, size)
         device = teacher.device
         colours = torch.tensor(COLOURS, device=device)
-        self.colours = colours / colours.norm(dim=1).max()
-        self.uncoloured = torch.linalg.inv(self.colours.cpu()).to(device)
+        self.colours: Tensor = colours / colours.norm(dim=1).max()
+        self.uncoloured: Tensor = torch.linalg.inv(self.colours.cpu()).to(device)
         down, across = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
         weights = 1 / (down.square() + across.square()).sqrt().clamp_min(1 / size)
-        self.weights = (weights / weights.square().mean().sqrt()).to(device)
+        self.weights: Tensor = (weights / weights.square().mean().sqrt()).to(device)
         self.size = size
         self.variable = torch.zeros(batch_size, 3, size, size // 2 + 1, 2, device=device).requires_grad_()
 

@@ -44,8 +44,13 @@ class BatchNormPrior(nn.Module):
         relative: bool = False,
     ) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.mean, self.std, self.size, self.relative = mean, std, size, relative
+        self.network: nn.Module = (
+            copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        )
+        self.mean = mean
+        self.std = std
+        self.size = size
+        self.relative = relative
         layers = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         if not layers:
             raise ValueError(

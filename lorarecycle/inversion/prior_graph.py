@@ -67,7 +67,8 @@ class LayerWithLoss(nn.Module):
 
     def __init__(self, layer: nn.BatchNorm2d, activation: str) -> None:
         super().__init__()
-        self.layer, self.activation = layer, activation
+        self.layer = layer
+        self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layer = self.layer

@@ -57,8 +57,12 @@ class LoRA(nn.Module):
     def __init__(self, factors: Mapping[str, LoRAFactors]) -> None:
         super().__init__()
         self.scalings: dict[str, float] = {site: f.scaling for site, f in factors.items()}
-        self.lora_A: nn.ParameterDict = nn.ParameterDict({_key(site): f.lora_A.detach().clone().float() for site, f in factors.items()})
-        self.lora_B: nn.ParameterDict = nn.ParameterDict({_key(site): f.lora_B.detach().clone().float() for site, f in factors.items()})
+        self.lora_A: nn.ParameterDict = nn.ParameterDict(
+            {_key(site): f.lora_A.detach().clone().float() for site, f in factors.items()}
+        )
+        self.lora_B: nn.ParameterDict = nn.ParameterDict(
+            {_key(site): f.lora_B.detach().clone().float() for site, f in factors.items()}
+        )
 
     @classmethod
     def random(

@@ -28,7 +28,9 @@ class PlainEva(nn.Module):
             setattr(self, name, getattr(eva, name))
         self.pretrained_cfg: Any = getattr(eva, "pretrained_cfg", None)
         self.pool_include_prefix: bool = eva.global_pool == "map"
-        self.rotation: RotaryPositions | None = None if eva.rope is None else RotaryPositions(eva.rope, eva.blocks[0].attn)
+        self.rotation: RotaryPositions | None = (
+            None if eva.rope is None else RotaryPositions(eva.rope, eva.blocks[0].attn)
+        )
         self.blocks: nn.ModuleList = nn.ModuleList(_plain_block(block) for block in eva.blocks)
 
 
