@@ -22,6 +22,8 @@ from .inversion.invert import Inverter, load_prior
 from .inversion.pictures import painted_surrogate
 from .inversion.prior import BatchNormPrior
 from .inversion.surrogate import Surrogate
+from .meta.drawn import DrawnImages, find_drawn
+from .meta.episodes import Layout
 from .meta.train import first_factors, meta_train, random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ImageChoice = Literal["drawn", "all"]
+"""Which images are made: those that meta-training draws, which is known beforehand, or all of them."""
+
 
 def recycle(
     adapters: AdapterLike | Iterable[AdapterLike],
@@ -58,6 +63,7 @@ def recycle(
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    images: ImageChoice = "drawn",
     name: str = "meta-lora",
     compile: Compile = None,
     graphs: Graphs = None,
@@ -93,6 +99,9 @@ def recycle(
         prior: batch-norm network in place of `inversion.prior`; its normalisation is ImageNet's unless it is a
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
+        images: "drawn" makes and keeps only the images that meta-training will draw, so that the work grows with
+            its steps and not with the adapters. "all" makes all: for other uses of the images. It changes no image and
+            no loss but the guide's, whose targets have the mean length of all images that are made.
         name: of the meta-LoRA.
         compile: whether the ViT's blocks run through `torch.compile`; on a GPU only when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. A step that cannot be captured
@@ -120,6 +129,7 @@ def recycle(
         prior=prior,
         device=device,
         dtype=dtype,
+        images=images,
         **hub,
     )
     return job.run(work_dir, name=name, compile=compile, graphs=graphs, quiet=quiet)
@@ -132,8 +142,8 @@ def make_plan(adapters: AdapterLike | Iterable[AdapterLike], **settings: Any) ->
 
     Args:
         adapters: as in `recycle`.
-        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `strict`, `prior`, `device`, `dtype` and
-            those for the Hub, as in `recycle`.
+        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `strict`, `prior`, `device`, `dtype`,
+            `images` and those for the Hub, as in `recycle`.
 
     Raises:
         ValueError, FileNotFoundError, TypeError: as `recycle` does.
@@ -152,6 +162,7 @@ class Job:
         config: settings.
         given_prior: network in place of `config.inversion.prior`.
         dtype: precision of the run.
+        images: which are made, see `recycle`.
         notes: what a user should know, a line each.
         said: how many of them, from the first, are in the log already.
         seconds: that each stage took, once it has run.
@@ -163,6 +174,7 @@ class Job:
     config: RecycleConfig
     given_prior: BatchNormPrior | None
     dtype: torch.dtype
+    images: ImageChoice
     notes: tuple[str, ...]
     said: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -179,12 +191,28 @@ class Job:
             return self.given_prior
         return load_prior(self.backbone, self.config.inversion, self.dtype)
 
+    @cached_property
+    def drawn(self) -> DrawnImages | None:
+        """The images that are made; None where the settings need none."""
+        needs, inversion = self.needs, self.config.inversion
+        if not needs.images:
+            return None
+        if needs.pictures:
+            layouts = [Layout("", (), None, inversion.pictures, teacher_logits=False)]
+        else:
+            heads = [(a.name, a.head) for a in self.inverted]
+            per_class, logits = inversion.images_per_class, needs.teacher_logits
+            layouts = [
+                Layout.planned(name, head.class_names, per_class, teacher_logits=logits) for name, head in heads if head
+            ]
+        return find_drawn(layouts, self.config.meta, self.config.seed, everything=self.images == "all")
+
     def plan(self) -> Plan:
         """What the run does and about how long it takes."""
         return self._plan(self.prior)
 
     def _plan(self, prior: BatchNormPrior | None) -> Plan:
-        stages = StageMaker(self.backbone, self.config, self.dtype).all(self.adapters, self.inverted, prior)
+        stages = StageMaker(self.backbone, self.config, self.dtype).all(self.adapters, self.drawn, prior)
         model, precision = self.backbone, str(self.dtype).removeprefix("torch.")
         title = f"{len(self.adapters)} adapters of {model.name}, on {model.device} in {precision}"
         return Plan(stages, self.needs, unused_settings(self.config), self.notes, title)
@@ -203,10 +231,14 @@ class Job:
             logger.warning(line)
         folder, resumed = None, False
         if work_dir is not None:
-            folder = WorkDir(Path(work_dir).expanduser(), self.inverted)
+            wanted = self.drawn.adapters if self.drawn is not None and not self.needs.pictures else []
+            folder = WorkDir(Path(work_dir).expanduser(), {i: self.inverted[i] for i in wanted})
             if not folder.finished:
                 _ = self.prior  # not to be had: said before anything is written
-            resumed = folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
+            run = describe_run(
+                self.config, self.adapters, self.backbone, self.dtype, self.given_prior, images=self.images
+            )
+            resumed = folder.open(run)
         plan = None  # where a summary is wanted: of the backbone as it is now
         if folder is not None and not (resumed and folder.summary.exists()):
             plan = self._plan(None if folder.finished else self.prior)
@@ -226,6 +258,7 @@ class Job:
             config=self.config.meta,
             adapters=self.adapters,
             start=start,
+            drawn=self.drawn,
             seed=self.config.seed,
             checkpoint=None if folder is None else folder.checkpoint,
             name=name,
@@ -251,16 +284,21 @@ class Job:
         if self.needs.warm_start and (self.needs.scores or config.inversion.prune):  # its attention masks the pictures
             teacher = teacher.merge(start.to_adapter(name="warm start", like=teacher))
         teacher = teacher.clone().to(self.dtype)
-        pictures = painted_surrogate(teacher, config.inversion, seed=config.seed, scores=self.needs.scores, quiet=quiet)
+        assert self.drawn is not None
+        pictures = painted_surrogate(
+            teacher, config.inversion, seed=config.seed, scores=self.needs.scores, rows=self.drawn.rows, quiet=quiet
+        )
         if folder is not None:
             pictures.save(folder.pictures)
         return pictures
 
     def _images(self, folder: WorkDir | None, compile: Compile, graphs: Graphs, quiet: bool) -> list[Surrogate]:
-        """One surrogate for each adapter, those that are on disk already read from there."""
-        surrogates, count, optimised = [], len(self.inverted), self.config.inversion.steps > 0
+        """One surrogate for each adapter that has images drawn, those that are on disk already read from there."""
+        assert self.drawn is not None
+        makers, optimised = self.drawn.adapters, self.config.inversion.steps > 0
+        surrogates: list[Surrogate] = []
         invert: Inverter | None = None
-        for i, adapter in enumerate(track(self.inverted, "label pictures", unit="adapters", quiet=quiet or optimised)):
+        for done, i in enumerate(track(makers, "label pictures", unit="adapters", quiet=quiet or optimised)):
             path = None if folder is None else folder.surrogates[i]
             if path is not None and path.exists():
                 surrogates.append(Surrogate.load(path))
@@ -271,11 +309,12 @@ class Job:
                     self.backbone, config=settings, prior=prior, dtype=self.dtype, compile=compile, graphs=graphs
                 )
             surrogate = invert(
-                adapter,
+                self.inverted[i],
                 seed=derive(self.config.seed, "adapter", i),
                 teacher_logits=self.needs.teacher_logits,
                 scores=self.needs.scores,
-                title=f"invert adapters ({i + 1} of {count})",
+                rows=self.drawn.of(i),
+                title=f"invert adapters ({done + 1} of {len(makers)})",
                 quiet=quiet,
             )
             if path is not None:
@@ -297,9 +336,12 @@ def prepare(
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    images: ImageChoice = "drawn",
     **hub: Unpack[HubOptions],
 ) -> Job:
     """Load and check what a run needs; arguments and errors as in `recycle`."""
+    if images not in ("drawn", "all"):
+        raise ValueError(f"`images` must be 'drawn' or 'all', got {images!r}.")
     start = RecycleConfig.preset(preset)
     settings = as_config(RecycleConfig, config, default=start)
     settings = replace(
@@ -333,7 +375,7 @@ def prepare(
         size, relative = settings.inversion.prior_size, settings.inversion.prior_relative
         prior = BatchNormPrior(prior, size=size, dtype=precision, relative=relative)
     network = None if prior is None else prior.to(where)
-    return Job(found, inverted, backbone, settings, network, precision, tuple(notes), len(loaded.notes))
+    return Job(found, inverted, backbone, settings, network, precision, images, tuple(notes), len(loaded.notes))
 
 
 def _changed(config: RecycleConfig, start: RecycleConfig) -> list[tuple[str, Any]]:

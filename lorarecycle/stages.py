@@ -11,7 +11,9 @@ import torch
 from . import costs
 from .adapters.adapter import Adapter
 from .config import RecycleConfig
+from .inversion.pictures import PAINTED_TOGETHER
 from .inversion.prior import BatchNormPrior
+from .meta.drawn import DrawnImages
 from .meta.guide import native_size
 from .vit.backbone import Backbone
 
@@ -95,23 +97,21 @@ class StageMaker:
         self.forward = costs.forward_flops(backbone, self.size) / self.speed
 
     def all(
-        self, adapters: Sequence[Adapter], inverted: Sequence[Adapter], prior: BatchNormPrior | None
+        self, adapters: Sequence[Adapter], drawn: DrawnImages | None, prior: BatchNormPrior | None
     ) -> tuple[Stage, ...]:
         """The stages in their order.
 
         Args:
             adapters: all of them.
-            inverted: those with images of their own; none where pictures serve all.
+            drawn: the images that are made; None where there are none.
             prior: the loaded network, where one is needed.
         """
-        needs, images = self.needs, self._count(inverted)
+        needs, images = self.needs, 0 if drawn is None else len(drawn.rows)
         stages = []
         if needs.warm_start:
             stages.append(self.warm_start(adapters))
-        if needs.pictures:
-            stages.append(self.pictures(images))
-        elif needs.images:
-            stages.append(self.inversion(inverted, images, prior))
+        if drawn is not None:
+            stages.append(self.pictures(drawn) if needs.pictures else self.inversion(drawn, prior))
         if needs.guide:
             stages.append(self.guide(images))
         if needs.images:
@@ -127,14 +127,15 @@ class StageMaker:
         amount = f"{len(adapters)} adapters, {sites} sites"
         return Stage("warm start", "what the adapters' weights share", amount, 4 * numbers, seconds)
 
-    def pictures(self, images: int) -> Stage:
+    def pictures(self, drawn: DrawnImages) -> Stage:
+        images, painted = len(drawn.rows), PAINTED_TOGETHER * len((drawn.rows // PAINTED_TOGETHER).unique())
         passes = self.needs.scores + self._masks_by_pruning
-        seconds = images * (costs.painting_seconds(self.painted_size) + passes * self.forward)
-        amount = f"{images} pictures, {self.painted_size} px"
+        seconds = painted * costs.painting_seconds(self.painted_size) + images * passes * self.forward
+        amount = f"{_share(images, drawn.total, 'pictures')}, {self.painted_size} px"
         return Stage("paint pictures", "one set for all adapters", amount, self._bytes(images), seconds)
 
-    def inversion(self, inverted: Sequence[Adapter], images: int, prior: BatchNormPrior | None) -> Stage:
-        config = self.config.inversion
+    def inversion(self, drawn: DrawnImages, prior: BatchNormPrior | None) -> Stage:
+        config, images, makers = self.config.inversion, len(drawn.rows), drawn.adapters
         pruned = costs.forward_flops(self.backbone, self.size, config.prune) / self.speed
         share = 1 - config.prune_from if config.prune else 0.0
         step = (1 - share) * self.forward + share * pruned
@@ -147,8 +148,11 @@ class StageMaker:
         each += self.forward * (asked + bool(config.prune) + (config.candidates > 1))
         name = "invert adapters" if config.steps else "label pictures"
         what = f"{config.steps} steps from {config.init}" if config.steps else "pictures for each adapter"
-        amount = f"{images} images of {len(inverted)} adapters, {self.size} px"
-        return Stage(name, what, amount, self._bytes(images), images * each)
+        made = sum(_in_whole_batches(drawn, i, config.batch_size) for i in makers)
+        whole = len(drawn.offsets) - 1
+        adapters = f"{whole} adapters" if len(makers) == whole else f"{len(makers)} of {whole} adapters"
+        amount = f"{_share(images, drawn.total, 'images')} of {adapters}, {self.size} px"
+        return Stage(name, what, amount, self._bytes(images), made * each)
 
     def guide(self, images: int) -> Stage:
         meta = self.config.meta
@@ -175,11 +179,16 @@ class StageMaker:
     def _masks_by_pruning(self) -> bool:
         return bool(self.config.inversion.prune) and self.config.meta.sparsity is None
 
-    def _count(self, inverted: Sequence[Adapter]) -> int:
-        if self.needs.pictures:
-            return self.config.inversion.pictures
-        classes = sum(len(a.head.class_names) for a in inverted if a.head is not None)
-        return classes * self.config.inversion.images_per_class
-
     def _bytes(self, images: int) -> int:
         return images * 3 * self.size * self.size
+
+
+def _share(made: int, total: int, what: str) -> str:
+    """How many are made: all, or those that training draws."""
+    return f"{made} {what}" if made == total else f"{made} drawn of {total} {what}"
+
+
+def _in_whole_batches(drawn: DrawnImages, i: int, batch_size: int) -> int:
+    """Images of an adapter that are optimised: batches are whole."""
+    total = drawn.offsets[i + 1] - drawn.offsets[i]
+    return sum(min(batch_size, total - batch_size * b) for b in (drawn.of(i) // batch_size).unique().tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ class WorkDir:
 
     Args:
         folder: where they are; nothing is made before `open`.
-        inverted: adapters with images of their own. Names of files follow from their weights.
+        inverted: number -> adapter, those that images are made of. Names of files follow from their weights.
     """
 
-    def __init__(self, folder: Path, inverted: Sequence[Adapter] = ()) -> None:
+    def __init__(self, folder: Path, inverted: Mapping[int, Adapter] | None = None) -> None:
         self.folder = folder
         images = folder / IMAGES
-        names = [f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors" for i, adapter in enumerate(inverted)]
-        self.surrogates = [images / name for name in names]
+        self.surrogates = {
+            i: images / f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors"
+            for i, adapter in (inverted or {}).items()
+        }
         self.pictures = images / "pictures.safetensors"
         self.checkpoint = folder / "meta_checkpoint.safetensors"
         self.losses = folder / "losses.csv"
@@ -42,7 +44,7 @@ class WorkDir:
     @property
     def finished(self) -> bool:
         """Whether the images of every adapter are there."""
-        return all(path.exists() for path in self.surrogates)
+        return all(path.exists() for path in self.surrogates.values())
 
     def open(self, run: dict[str, Any]) -> bool:
         """Make the folder, or make sure that it is of this run.
@@ -83,6 +85,7 @@ def describe_run(
     backbone: Backbone,
     dtype: torch.dtype,
     prior: BatchNormPrior | None,
+    images: str = "drawn",
 ) -> dict[str, Any]:
     """What makes a run this one; names are there for people and may change."""
     return {
@@ -92,6 +95,7 @@ def describe_run(
         "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
         "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
         "config": as_plain(config),
+        "images": images,
     }
 
 

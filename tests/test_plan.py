@@ -125,6 +125,7 @@ def test_arguments_of_recycle(tiny_backbone, adapters, prior, build_vit, tmp_pat
         "prior": (None, True),
         "device": ("cpu", False),
         "dtype": ("bfloat16", True),
+        "images": ("all", True),  # the targets of the guide have the mean length of all images that are made
         "name": ("other", False),
         "compile": (False, False),
         "quiet": (True, False),

@@ -36,6 +36,8 @@ class Recycle:
     """Print what would be done and about how long it takes, and stop."""
     preset: Preset = "default"
     """Where the settings start from: "weights" is our recipe (the default), "paper" LoRA Recycle as published."""
+    images: Literal["drawn", "all"] = "drawn"
+    """Make only the images that meta-training draws, or all that the settings describe."""
     compile: bool | None = None
     """Run the ViT's blocks through torch.compile; on a GPU only when left out."""
     graphs: bool | None = None
@@ -68,6 +70,7 @@ class Recycle:
             config=self.config,
             device=self.machine.device,
             dtype=self.machine.dtype,
+            images=self.images,
         )
         if self.plan:
             print(job.plan().describe())

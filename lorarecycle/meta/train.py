@@ -22,6 +22,7 @@ from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from .bank import fill_bank
+from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
@@ -49,6 +50,7 @@ def meta_train(
     config: MetaConfig | Mapping[str, Any] | None = None,
     adapters: Sequence[Adapter] = (),
     start: LoRA | None = None,
+    drawn: DrawnImages | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
@@ -69,6 +71,7 @@ def meta_train(
         config: settings, or a mapping of those that differ; `MetaConfig()` when None.
         adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         start: what `init="adapters"` leads to, where it has been computed already; trained in place.
+        drawn: the draws, where `surrogates` hold no other images than those (see `find_drawn`); drawn here when None.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
@@ -95,9 +98,9 @@ def meta_train(
             clock.lap("warm start")
     if config.steps == 0:
         return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock.laps)
-    draw = (
-        ImageSampler(surrogates, config, seed) if config.guide_weight == 1 else EpisodeSampler(surrogates, config, seed)
-    )
+    if drawn is None:
+        kind = ImageSampler if config.guide_weight == 1 else EpisodeSampler
+        drawn = all_of(kind(surrogates, config, seed), sum(len(s.images) for s in surrogates))
     bank = fill_bank(backbone, surrogates, config.sparsity)
     clock.restart()
     if config.guide_weight > 0:
@@ -126,7 +129,7 @@ def meta_train(
     done = saved.resume()
     clock.restart()
     rates = torch.tensor([learning_rate(step, config, lr) for step in range(config.steps)], device=device)
-    draws = Draws.of(draw, config, seed, first=done, device=device)
+    draws = Draws.of(drawn.__call__, config, seed, first=done, device=device)
     step = EpisodeStep(
         backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
     )
