@@ -10,6 +10,7 @@ import torch
 
 from . import costs
 from .adapters.adapter import Adapter
+from .adapters.stored import known_facts
 from .config import RecycleConfig
 from .inversion.pictures import PAINTED_TOGETHER
 from .inversion.prior import BatchNormPrior
@@ -120,10 +121,13 @@ class StageMaker:
 
     def warm_start(self, adapters: Sequence[Adapter]) -> Stage:
         width = self.backbone.embed_dim
-        numbers = sum(f.lora_A.numel() + f.lora_B.numel() for a in adapters for f in a.factors.values())
-        rank = min(sum(max(a.ranks.values()) for a in adapters), width)
-        sites = max(len(a.factors) for a in adapters)
+        shapes = [known_facts(a).shapes for a in adapters]
+        numbers = sum(s.r * (s.out + s.width) for own in shapes for s in own.values())
+        ranks = sum(max(s.r for s in own.values()) for own in shapes)
+        rank, sites = min(ranks, width), max(map(len, shapes))
         seconds = costs.DECOMPOSITION * sites * width * rank**2 / self.speed
+        if ranks > width:  # added to matrices of the sites' sizes
+            seconds += 2 * sites * width**2 * ranks / self.speed
         amount = f"{len(adapters)} adapters, {sites} sites"
         return Stage("warm start", "what the adapters' weights share", amount, 4 * numbers, seconds)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .adapters.adapter import Adapter
+from .adapters.stored import known_facts
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
 from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
-from .runtime.seeds import stream
 from .runtime.version import __version__
 from .vit.backbone import Backbone
 
@@ -101,21 +101,7 @@ def describe_run(
 
 def canonical_order(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in an order that their names and places do not change, nor the rounding of a file format."""
-    return sorted(adapters, key=_signature)
-
-
-def _signature(adapter: Adapter) -> float:
-    """A number that an adapter's updates and head give: `u^T (scaling B A) v` for fixed random u, v, summed."""
-    total = 0.0
-    for site, (lora_A, lora_B, scaling) in adapter.factors.items():
-        generator = stream(0, "signature", site)
-        u = torch.randn(lora_B.shape[0], generator=generator, dtype=torch.float64)
-        v = torch.randn(lora_A.shape[1], generator=generator, dtype=torch.float64)
-        total += scaling * float((u @ lora_B.double()) @ (lora_A.double() @ v))
-    if adapter.head is not None:
-        weight = adapter.head.weight.double()
-        total += float((torch.randn(weight.shape, generator=stream(0, "head"), dtype=torch.float64) * weight).sum())
-    return total
+    return sorted(adapters, key=lambda adapter: known_facts(adapter).signature)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .adapter import Adapter
+from .stored import known_facts
 
 
 def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
@@ -22,4 +23,4 @@ def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str
 
 def is_dead(adapter: Adapter) -> bool:
     """Whether every update is zero: all of a B, all of an A, or a scaling of 0."""
-    return not any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in adapter.factors.values())
+    return known_facts(adapter).dead

@@ -38,6 +38,8 @@ class Recycle:
     """Where the settings start from: "weights" is our recipe (the default), "paper" LoRA Recycle as published."""
     images: Literal["drawn", "all"] = "drawn"
     """Make only the images that meta-training draws, or all that the settings describe."""
+    memory_budget: float | None = None
+    """GB of images that may be held in memory; what is more is read from disk. Half of what is free when left out."""
     compile: bool | None = None
     """Run the ViT's blocks through torch.compile; on a GPU only when left out."""
     graphs: bool | None = None
@@ -61,7 +63,7 @@ class Recycle:
         quiet = self.manners.quiet
         check_layout(self.layout)
         strict = self.care.level
-        loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict)
+        loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict, stored=True)
         job = prepare(
             loaded,
             base=find_backbone(self.machine, loaded.adapters),  # adapters are merged before it is cast
@@ -71,6 +73,7 @@ class Recycle:
             device=self.machine.device,
             dtype=self.machine.dtype,
             images=self.images,
+            memory_budget=None if self.memory_budget is None else int(1e9 * self.memory_budget),
         )
         if self.plan:
             print(job.plan().describe())
@@ -111,7 +114,8 @@ class WarmStart:
         from ..meta.warm_start import warm_start
 
         strict = self.care.level
-        adapters = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict).adapters
+        source = self.adapters[0] if len(self.adapters) == 1 else self.adapters
+        adapters = load_all(source, strict=strict, stored=True).adapters
         base = find_backbone(self.machine, adapters)
         made = warm_start(
             adapters,

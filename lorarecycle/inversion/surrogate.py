@@ -84,12 +84,7 @@ class Surrogate:
         Raises:
             ValueError: no scores are stored, or `sparsity` is outside [0, 1).
         """
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}; no token would be left.")
-        if self.scores is None:
-            raise ValueError(f"surrogate of {self.adapter!r} must hold scores to be masked, got none; invert it anew.")
-        N = self.scores.shape[1]
-        return replace(self, kept=reference.top_patches(self.scores, N - math.floor(N * sparsity)))
+        return replace(self, kept=mask_scores(self.scores, sparsity, self.adapter))
 
     def select(self, index: Tensor) -> Surrogate:
         """Some of the images, those at `index` [k], ascending, with what is known of them."""
@@ -159,3 +154,13 @@ class Surrogate:
             curves=tensors.get("curves"),
             rows=tensors["rows"].long() if "rows" in tensors else None,
         )
+
+
+def mask_scores(scores: Tensor | None, sparsity: float, adapter: str) -> Tensor:
+    """The patches that are left, int64 [n, k]; see `Surrogate.masked`."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}; no token would be left.")
+    if scores is None:
+        raise ValueError(f"surrogate of {adapter!r} must hold scores to be masked, got none; invert it anew.")
+    N = scores.shape[1]
+    return reference.top_patches(scores, N - math.floor(N * sparsity))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..inversion.stored import StoredImages
+from ..runtime.progress import track
 from ..vit.backbone import Backbone
 from ..vit.features import normalized_batches
 from ..vit.positions import magnify, mirror
@@ -18,7 +21,7 @@ from ..vit.positions import magnify, mirror
 def feature_targets(
     backbone: Backbone,
     guide: Adapter | None,
-    images: Tensor,
+    images: Tensor | StoredImages,
     *,
     kept: Tensor | None = None,
     image_size: int | None = None,
@@ -36,7 +39,7 @@ def feature_targets(
     Args:
         backbone: its device and dtype are used.
         guide: adapter merged into it, such as the warm start; none when None.
-        images: uint8 [n, 3, H, W], on any device.
+        images: uint8 [n, 3, H, W], on any device, or in files.
         kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
             it when None. A guide that saw more would teach the student to make up for what is missing, which whole
             images then pay for.
@@ -55,7 +58,7 @@ def feature_targets(
     side = size // backbone.patch_size
     own = itertools.repeat(None) if kept is None else kept.split(batch_size)
     parts = []
-    batches = normalized_batches(model, images, size=size, batch_size=batch_size, title="guide features", quiet=quiet)
+    batches = _batches(model, images, size, batch_size, quiet)
     for x, index in zip(batches, own, strict=False):
         views = [x, x.flip(-1)] if flip else [x]
         read = None
@@ -66,6 +69,17 @@ def feature_targets(
         parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
     targets = torch.cat(parts)
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
+
+
+def _batches(
+    model: Backbone, images: Tensor | StoredImages, size: int, batch_size: int, quiet: bool
+) -> Iterator[Tensor]:
+    title = "guide features"
+    if isinstance(images, Tensor):
+        yield from normalized_batches(model, images, size=size, batch_size=batch_size, title=title, quiet=quiet)
+        return
+    for rows in track(torch.arange(len(images)).split(batch_size), title, unit="batches", quiet=quiet):
+        yield from normalized_batches(model, images.read(rows), size=size, batch_size=batch_size)
 
 
 def native_size(backbone: Backbone) -> int:

@@ -12,6 +12,7 @@ from ..vit.lora import LoRA
 from .bank import Bank
 from .draws import Draws
 from .loss import episode_loss
+from .stream import ImageStream
 
 
 class EpisodeStep:
@@ -44,6 +45,10 @@ class EpisodeStep:
         done: int = 0,
         graphs: Graphs = None,
     ) -> None:
+        self._stream = None
+        if bank.stored is not None:
+            self._stream = ImageStream(bank.stored, draws.rows.cpu(), done, backbone.device)
+            bank = bank._replace(window=self._stream.window)
         self.backbone, self.lora, self.bank, self.draws = backbone, lora, bank, draws
         self.rates, self.config, self.optimizer, self.losses = rates, config, optimizer, losses
         self.count = torch.full((1,), done, dtype=torch.int64, device=backbone.device)
@@ -51,7 +56,14 @@ class EpisodeStep:
 
     def __call__(self) -> None:
         """Take the next step."""
+        if self._stream is not None:
+            self._stream.advance()
         self._step()
+
+    def close(self) -> None:
+        """Stop reading images ahead."""
+        if self._stream is not None:
+            self._stream.close()
 
     def _take(self) -> None:
         loss = episode_loss(self.backbone, self.lora, self.bank, self.draws.at(self.count), self.config)

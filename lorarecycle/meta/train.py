@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
-from .bank import fill_bank
+from .bank import AnySurrogate, fill_bank
 from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
@@ -45,12 +46,13 @@ class MetaTraining(NamedTuple):
 
 def meta_train(
     backbone: Backbone,
-    surrogates: Sequence[Surrogate],
+    surrogates: Sequence[AnySurrogate],
     *,
     config: MetaConfig | Mapping[str, Any] | None = None,
     adapters: Sequence[Adapter] = (),
     start: LoRA | None = None,
     drawn: DrawnImages | None = None,
+    memory_budget: int | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
@@ -67,11 +69,13 @@ def meta_train(
 
     Args:
         backbone: frozen; its device and dtype are used.
-        surrogates: of one image size; real images work too.
+        surrogates: of one image size; real images work too. `StoredSurrogate`s, which are files, come with `drawn`.
         config: settings, or a mapping of those that differ; `MetaConfig()` when None.
         adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         start: what `init="adapters"` leads to, where it has been computed already; trained in place.
         drawn: the draws, where `surrogates` hold no other images than those (see `find_drawn`); drawn here when None.
+        memory_budget: bytes of images that may be held on the device; those of `StoredSurrogate`s are read step by
+            step, ahead of it, where they are more. No limit when None.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
@@ -100,17 +104,24 @@ def meta_train(
         return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock.laps)
     if drawn is None:
         kind = ImageSampler if config.guide_weight == 1 else EpisodeSampler
-        drawn = all_of(kind(surrogates, config, seed), sum(len(s.images) for s in surrogates))
-    bank = fill_bank(backbone, surrogates, config.sparsity)
+        held = [s for s in surrogates if isinstance(s, Surrogate)]
+        if len(held) < len(surrogates):
+            raise ValueError(
+                "`drawn` must be given with surrogates in files, got none; load them, or see `find_drawn`."
+            )
+        drawn = all_of(kind(held, config, seed), sum(len(s.images) for s in held))
+    bank = fill_bank(backbone, surrogates, config.sparsity, budget=memory_budget)
     clock.restart()
     if config.guide_weight > 0:
         size, flip = config.guide_size, config.flip
-        targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet)
+        targets = feature_targets(
+            backbone, guide, bank.all_images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet
+        )
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
     if config.resolutions:
-        side = bank.images.shape[-1]
-        seen = [resampling(side, lower, bank.images.device) for lower in config.resolutions]
+        side = bank.all_images.shape[-1]
+        seen = [resampling(side, lower, backbone.device) for lower in config.resolutions]
         bank = bank._replace(resampling=torch.stack(seen))
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     device = backbone.device
@@ -133,7 +144,7 @@ def meta_train(
     step = EpisodeStep(
         backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
     )
-    with compiling(compile, device):
+    with compiling(compile, device), closing(step):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()
             if (i + 1) % CHECKPOINT_EVERY == 0:

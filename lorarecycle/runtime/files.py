@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -265,8 +265,12 @@ def _sort_header(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | PathLike[str], *, skip: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: tensors on the CPU, and the metadata as stored (strings).
+
+    Args:
+        path: the file.
+        skip: names of tensors that are not read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -279,7 +283,8 @@ def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise FileNotFoundError(f"no file {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         refuse_pointer(path)
         raise ValueError(

@@ -1,0 +1,129 @@
+"""The stage of a run that makes its images: painted pictures for all adapters, or surrogates of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .adapters.adapter import Adapter
+from .config import RecycleConfig
+from .inversion.invert import Inverter
+from .inversion.pictures import painted_surrogate
+from .inversion.prior import BatchNormPrior
+from .inversion.stored import StoredSurrogate
+from .inversion.surrogate import Surrogate
+from .meta.bank import AnySurrogate
+from .meta.drawn import DrawnImages
+from .runtime.graphs import Graphs
+from .runtime.progress import track
+from .runtime.seeds import derive
+from .runtime.steps import Compile
+from .stages import Needs
+from .vit.backbone import Backbone
+from .vit.lora import LoRA
+from .work_dir import WorkDir
+
+
+@dataclass(frozen=True)
+class ImageStage:
+    """Makes the images that are drawn; those that a folder has already are not made again.
+
+    Attributes:
+        backbone: in float32.
+        config: settings of the run.
+        dtype: precision of the teachers.
+        drawn: which images.
+        inverted: the adapters that have images of their own; `drawn` counts them.
+        prior: loads the batch-norm network, where anything has to be inverted.
+        compile, graphs, quiet: as in `recycle`.
+    """
+
+    backbone: Backbone
+    config: RecycleConfig
+    dtype: torch.dtype
+    drawn: DrawnImages
+    inverted: Sequence[Adapter]
+    prior: Callable[[], BatchNormPrior | None]
+    compile: Compile = None
+    graphs: Graphs = None
+    quiet: bool = False
+
+    def run(self, start: LoRA, folder: WorkDir | None) -> list[AnySurrogate]:
+        """All images: files of the folder, or parts of one tensor without one.
+
+        Args:
+            start: the warm start, whose attention masks painted pictures.
+            folder: where the files go.
+        """
+        if Needs.of(self.config).pictures:
+            return [self._pictures(start, folder)]
+        return self._in_memory() if folder is None else self._in_files(folder)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of all images, (n, 3, H, W)."""
+        size = self.config.inversion.image_size or self.backbone.image_size
+        return len(self.drawn.rows), 3, size, size
+
+    def _pictures(self, start: LoRA, folder: WorkDir | None) -> AnySurrogate:
+        if folder is None or not folder.pictures.exists():
+            teacher, needs, inversion = self.backbone, Needs.of(self.config), self.config.inversion
+            if needs.warm_start and (needs.scores or inversion.prune):
+                teacher = teacher.merge(start.to_adapter(name="warm start", like=teacher))
+            teacher = teacher.clone().to(self.dtype)
+            rows, seed = self.drawn.rows, self.config.seed
+            pictures = painted_surrogate(
+                teacher, inversion, seed=seed, scores=needs.scores, rows=rows, quiet=self.quiet
+            )
+            if folder is None:
+                return pictures
+            pictures.save(folder.pictures)
+        return StoredSurrogate(folder.pictures)
+
+    def _in_memory(self) -> list[AnySurrogate]:
+        images, start, found = torch.empty(*self.shape, dtype=torch.uint8), 0, list[AnySurrogate]()
+        make = self._maker()
+        for number, i in enumerate(self._tracked()):
+            made = make(number, i)
+            own = images[start : start + len(made.images)].copy_(made.images)
+            found.append(replace(made, images=own))  # held once: meta-training takes the whole tensor
+            start += len(own)
+        return found
+
+    def _in_files(self, folder: WorkDir) -> list[AnySurrogate]:
+        make = self._maker()
+        for number, i in enumerate(self._tracked()):
+            path = folder.surrogates[i]
+            if not path.exists():
+                make(number, i).save(path)
+        return [StoredSurrogate(folder.surrogates[i]) for i in self.drawn.adapters]
+
+    def _tracked(self) -> Sequence[int]:
+        """The adapters whose images are drawn."""
+        optimised = self.config.inversion.steps > 0  # each has a bar of its own
+        quiet = self.quiet or optimised
+        return track(self.drawn.adapters, "label pictures", unit="adapters", quiet=quiet)  # type: ignore[return-value]
+
+    def _maker(self) -> Callable[[int, int], Surrogate]:
+        """Inverts the i-th adapter, the `number`-th that is; what it needs is loaded with the first one."""
+        needs, config, count = Needs.of(self.config), self.config, len(self.drawn.adapters)
+        inverters: list[Inverter] = []
+
+        def make(number: int, i: int) -> Surrogate:
+            if not inverters:
+                settings, prior = config.inversion, self.prior()
+                options = {"dtype": self.dtype, "compile": self.compile, "graphs": self.graphs}
+                inverters.append(Inverter(self.backbone, config=settings, prior=prior, **options))  # type: ignore[arg-type]
+            return inverters[0](
+                self.inverted[i],
+                seed=derive(config.seed, "adapter", i),
+                teacher_logits=needs.teacher_logits,
+                scores=needs.scores,
+                rows=self.drawn.of(i),
+                title=f"invert adapters ({number + 1} of {count})",
+                quiet=self.quiet,
+            )
+
+        return make
