@@ -19,7 +19,7 @@ from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Sur
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.data.images import normalize
-from lorarecycle.runtime import files
+from lorarecycle.runtime import files, owner
 from lorarecycle.work_dir import canonical_order
 
 FAST = {
@@ -139,7 +139,7 @@ def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (work / "meta_lora").exists(), "killed before the end"
-    leftover = f"{files.LEFTOVER}{socket.gethostname()}-{process.pid}-x"
+    leftover = f"{files.LEFTOVER}{socket.gethostname()}-{process.pid}-{owner.machine()}.x"
     (work / "surrogates" / leftover).write_text("half a surrogate")
     assert start(work).communicate()[0] == whole
     assert not list(work.rglob(f"{files.LEFTOVER}*"))

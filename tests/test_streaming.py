@@ -140,9 +140,9 @@ def test_peak_memory_does_not_grow_with_the_adapters(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "scale_job.py"
     peaks = {}
     for n in (10, 100, 1000):
+        folder = str(tmp_path / str(n))
         done = subprocess.run(
-            [sys.executable, str(script), "--adapters", str(n), "--folder", str(tmp_path / str(n)), "--steps", "20"]
-            + ["--inversion-steps", "1"],
+            [sys.executable, str(script), *f"--adapters {n} --steps 20 --inversion-steps 1 --folder".split(), folder],
             capture_output=True,
             text=True,
             timeout=1200,
