@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,14 +17,20 @@ from .inversion.stored import StoredSurrogate
 from .inversion.surrogate import Surrogate
 from .meta.bank import AnySurrogate
 from .meta.drawn import DrawnImages
+from .runtime.claims import Claims
+from .runtime.distributed import ALONE, Group
 from .runtime.graphs import Graphs
-from .runtime.progress import track
+from .runtime.progress import Progress, track
 from .runtime.seeds import derive
+from .runtime.shared_folder import require_seen
 from .runtime.steps import Compile
 from .stages import Needs
 from .vit.backbone import Backbone
 from .vit.lora import LoRA
 from .work_dir import WorkDir
+
+WAIT = 0.2
+"""Seconds between two looks at what other processes are doing."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class ImageStage:
         inverted: the adapters that have images of their own; `drawn` counts them.
         prior: loads the batch-norm network, where anything has to be inverted.
         compile, graphs, quiet: as in `recycle`.
+        group: processes that share the work through the folder.
     """
 
     backbone: Backbone
@@ -49,6 +57,7 @@ class ImageStage:
     compile: Compile = None
     graphs: Graphs = None
     quiet: bool = False
+    group: Group = ALONE
 
     def run(self, start: LoRA, folder: WorkDir | None) -> list[AnySurrogate]:
         """All images: files of the folder, or parts of one tensor without one.
@@ -58,7 +67,12 @@ class ImageStage:
             folder: where the files go.
         """
         if Needs.of(self.config).pictures:
-            return [self._pictures(start, folder)]
+            if not self.group.leads:  # the first process paints them
+                self.group.wait()
+            found = self._pictures(start, folder)
+            if self.group.leads:
+                self.group.wait()
+            return [found]
         return self._in_memory() if folder is None else self._in_files(folder)
 
     @property
@@ -85,26 +99,47 @@ class ImageStage:
     def _in_memory(self) -> list[AnySurrogate]:
         images, start, found = torch.empty(*self.shape, dtype=torch.uint8), 0, list[AnySurrogate]()
         make = self._maker()
-        for number, i in enumerate(self._tracked()):
-            made = make(number, i)
-            own = images[start : start + len(made.images)].copy_(made.images)
-            found.append(replace(made, images=own))  # held once: meta-training takes the whole tensor
-            start += len(own)
+        with self._bar(len(self.drawn.adapters)) as bar:
+            for number, i in enumerate(self.drawn.adapters):
+                made = make(number, i)
+                own = images[start : start + len(made.images)].copy_(made.images)
+                found.append(replace(made, images=own))  # held once: meta-training takes the whole tensor
+                start += len(own)
+                bar.update()
         return found
 
     def _in_files(self, folder: WorkDir) -> list[AnySurrogate]:
-        make = self._maker()
-        for number, i in enumerate(self._tracked()):
-            path = folder.surrogates[i]
-            if not path.exists():
-                make(number, i).save(path)
-        return [StoredSurrogate(folder.surrogates[i]) for i in self.drawn.adapters]
+        """Whoever is free claims the next adapter; what others do at the moment is waited for at the end."""
+        make, makers, claims = self._maker(), self.drawn.adapters, Claims(folder.claims)
+        first = self.group.own(len(makers))[0]
+        left = [*range(first, len(makers)), *range(first)]  # processes begin at different places
+        with self._bar(len(makers)) as bar:
+            while left:
+                waiting = []
+                for number in left:
+                    path = folder.surrogates[makers[number]]
+                    if not path.exists():
+                        with claims.take(path.stem) as mine:
+                            if not mine:
+                                waiting.append(number)
+                                continue
+                            if not path.exists():
+                                make(number, makers[number]).save(path)
+                    bar.update()
+                if len(waiting) == len(left):
+                    time.sleep(WAIT)
+                left = waiting
+        self.group.wait()
+        if self.group.leads:
+            claims.clear()
+        for path in folder.surrogates.values():
+            require_seen(path)
+        return [StoredSurrogate(folder.surrogates[i]) for i in makers]
 
-    def _tracked(self) -> Sequence[int]:
-        """The adapters whose images are drawn."""
-        optimised = self.config.inversion.steps > 0  # each has a bar of its own
-        quiet = self.quiet or optimised
-        return track(self.drawn.adapters, "label pictures", unit="adapters", quiet=quiet)  # type: ignore[return-value]
+    def _bar(self, count: int) -> Progress[int]:
+        """Counts adapters, unless each has a bar of its own."""
+        optimised = self.config.inversion.steps > 0
+        return track(range(count), "label pictures", unit="adapters", quiet=self.quiet or optimised)
 
     def _maker(self) -> Callable[[int, int], Surrogate]:
         """Inverts the i-th adapter, the `number`-th that is; what it needs is loaded with the first one."""

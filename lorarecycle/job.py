@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -22,14 +22,16 @@ from .image_stage import ImageStage
 from .inversion.invert import load_prior
 from .inversion.prior import BatchNormPrior
 from .meta.bank import AnySurrogate
-from .meta.drawn import DrawnImages, find_drawn
+from .meta.drawn import NOTHING_DRAWN, DrawnImages, find_drawn
 from .meta.episodes import Layout
 from .meta.train import MetaTraining, first_factors, meta_train
 from .plan import Plan, unused_settings, where_images_are
+from .runtime.distributed import ALONE, Group, join
 from .runtime.files import write_json, write_text
 from .runtime.graphs import Graphs
 from .runtime.memory import image_budget
 from .runtime.progress import Stopwatch
+from .runtime.shared_folder import require_seen
 from .runtime.steps import Compile
 from .stages import Needs, StageMaker
 from .summary import summarise
@@ -122,7 +124,14 @@ class Job:
         graphs: Graphs = None,
         quiet: bool = False,
     ) -> Adapter:
-        """Do it; arguments and errors as in `recycle`."""
+        """Do it, together with the other processes where torchrun started several; as in `recycle`."""
+        group = join(self.backbone.device)
+        quiet = quiet or not group.leads
+        if group.size > 1 and work_dir is None and self.drawn is not None:
+            raise ValueError(
+                f"`work_dir` must be given where {group.size} processes share a run, got none; choose a folder on a "
+                "disk that all of them see."
+            )
         for line in self.notes[self.said :]:
             logger.warning(line)
         folder, resumed = None, False
@@ -133,12 +142,17 @@ class Job:
             run = describe_run(
                 self.config, self.adapters, self.backbone, self.dtype, self.given_prior, images=self.images
             )
+            if not group.leads:  # the first process makes it
+                group.wait()
+                require_seen(folder.record)
             resumed = folder.open(run)
+            if group.leads:
+                group.wait()
         plan = None  # where a summary is wanted: of the backbone as it is now
-        if folder is not None and not (resumed and folder.summary.exists()):
+        if group.leads and folder is not None and not (resumed and folder.summary.exists()):
             plan = self._plan(None if folder.finished else self.prior)
         clock = Stopwatch()
-        start = first_factors(self.backbone, self.adapters, self.config.meta, self.config.seed)
+        start = self._start(group)
         if self.needs.warm_start:
             clock.lap("warm start")
         with ExitStack() as at_the_end:
@@ -146,36 +160,47 @@ class Job:
             if shelf is None and self.image_bytes > self.budget:
                 shelf = WorkDir(Path(at_the_end.enter_context(TemporaryDirectory())), self._makers())
             clock.restart()
-            surrogates = self._images(compile, graphs, quiet).run(start, shelf) if self.drawn is not None else []
+            stage = self._images(compile, graphs, quiet, group)
+            surrogates = stage.run(start, shelf) if self.drawn is not None else []
             clock.lap("images")
-            trained = self._train(start, surrogates, folder, name, compile, graphs, quiet)
+            trained = self._train(start, surrogates, folder, name, compile, graphs, quiet, group)
         self.seconds |= clock.laps | trained.seconds
-        if folder is not None:
+        if folder is not None and group.leads:
             rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
             write_text(folder.losses, "step,loss\n" + rows)
             if plan is not None:
                 facts = summarise(plan, self.seconds, self.adapters, trained.meta_lora, resumed=resumed)
                 write_json(folder.summary, facts)
             trained.meta_lora.save(folder.meta_lora, config=as_plain(self.config), sources=self.adapters)
+        group.wait()  # what the first process writes is there when any returns
         return trained.meta_lora
+
+    def _start(self, group: Group) -> LoRA:
+        """What training starts from: found by the first process, and told to the others."""
+        config = self.config.meta if group.leads else replace(self.config.meta, init="random")
+        start = first_factors(self.backbone, self.adapters, config, self.config.seed)
+        group.share(start.parameters())
+        return start
 
     def _makers(self) -> dict[int, Adapter]:
         """Those that images are made of, by their place among `inverted`."""
         wanted = self.drawn.adapters if self.drawn is not None and not self.needs.pictures else []
         return {i: self.inverted[i] for i in wanted}
 
-    def _images(self, compile: Compile, graphs: Graphs, quiet: bool) -> ImageStage:
-        assert self.drawn is not None
+    def _images(
+        self, compile: Compile = None, graphs: Graphs = None, quiet: bool = True, group: Group = ALONE
+    ) -> ImageStage:
         return ImageStage(
             self.backbone,
             self.config,
             self.dtype,
-            self.drawn,
+            self.drawn or NOTHING_DRAWN,
             self.inverted,
             lambda: self.prior,
             compile=compile,
             graphs=graphs,
             quiet=quiet,
+            group=group,
         )
 
     def _train(
@@ -187,6 +212,7 @@ class Job:
         compile: Compile,
         graphs: Graphs,
         quiet: bool,
+        group: Group,
     ) -> MetaTraining:
         return meta_train(
             self.backbone.to(self.dtype),
@@ -202,12 +228,13 @@ class Job:
             compile=compile,
             graphs=graphs,
             quiet=quiet,
+            group=group,
         )
 
     @cached_property
     def image_bytes(self) -> int:
         """Of all images that are made."""
-        return 0 if self.drawn is None else math.prod(self._images(None, None, True).shape)
+        return math.prod(self._images().shape)
 
     @cached_property
     def budget(self) -> int:

@@ -69,7 +69,8 @@ def recycle(
         work_dir: folder for images and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits (on a CPU; some of CUDA's operations are not exactly repeatable);
             it repeats at most one adapter's images or 100 meta-steps. The meta-LoRA is also saved there, as
-            `meta_lora`.
+            `meta_lora`. Under `torchrun` the processes share the run through it: on several machines it must lie on a
+            disk that all see, and a run that was begun by some processes may be finished by more or fewer.
         preset: which settings (see `RecycleConfig.preset`).
         config: settings of all stages in place of a preset's, or a mapping of those that differ; `inversion`, `meta`
             and `seed` replace its parts.

@@ -175,6 +175,7 @@ class StageMaker:
         elif self.config.inversion.prune:
             left = list(self.backbone.kept_per_layer(self.config.inversion.prune, patches).values())[-1]
         share = (left + prefix) / (patches + prefix)
+        per_step *= meta.episodes_per_step
         seconds = meta.steps * per_step * share * costs.PASSES * self.forward
         loss = {1.0: "the guide", 0.0: "episodes"}.get(meta.guide_weight, "the guide and episodes")
         return Stage("meta-training", f"follows {loss}", f"{meta.steps} steps of {per_step} images", 0, seconds)

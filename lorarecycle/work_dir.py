@@ -13,6 +13,7 @@ from .adapters.stored import known_facts
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
 from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
+from .runtime.shared_folder import require_shared_folder
 from .runtime.version import __version__
 from .vit.backbone import Backbone
 
@@ -36,6 +37,8 @@ class WorkDir:
             for i, adapter in (inverted or {}).items()
         }
         self.pictures = images / "pictures.safetensors"
+        self.record = folder / RECORD
+        self.claims = folder / "claims"
         self.checkpoint = folder / "meta_checkpoint.safetensors"
         self.losses = folder / "losses.csv"
         self.summary = folder / "summary.json"
@@ -47,7 +50,10 @@ class WorkDir:
         return all(path.exists() for path in self.surrogates.values())
 
     def open(self, run: dict[str, Any]) -> bool:
-        """Make the folder, or make sure that it is of this run.
+        """Make the folder, or make sure that it is of this run and that its file system can keep it.
+
+        Of several processes the first one opens it before the others do. Files that they, or other runs of the same
+        settings, are writing stay.
 
         Args:
             run: what makes it this one (see `describe_run`).
@@ -56,9 +62,9 @@ class WorkDir:
             whether the run has been here before.
 
         Raises:
-            ValueError: a folder of another run, or with other files in it.
+            ValueError: a folder of another run, with other files in it, or on a file system that cannot keep a run.
         """
-        folder, record = self.folder, self.folder / RECORD
+        folder, record = self.folder, self.record
         if record.exists():
             ours, theirs = _without_names(run), _without_names(read_json(record))
             if ours != theirs:
@@ -72,6 +78,8 @@ class WorkDir:
         images = self.pictures.parent
         remove_leftovers(folder)
         remove_leftovers(images)
+        if folder.exists():
+            require_shared_folder(folder)
         known = record.exists()
         if not known:
             write_json(record, run)  # first: whatever else is there is of this run

@@ -41,6 +41,7 @@ OTHER = {
     "prune_from": 0.9,
     "roll": 0.4,
     "flip": False,
+    "episodes_per_step": 2,
     "n_way": 3,
     "n_shot": 2,
     "n_query": 1,

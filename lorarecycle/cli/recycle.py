@@ -27,7 +27,8 @@ class Recycle:
     """Class whose names are written, which PEFT needs to load it: timm, vit (ViTModel), vit-classifier
     (ViTForImageClassification), clip (CLIPModel) and so on, see `Adapter.save`."""
     work_dir: Path | None = None
-    """Folder for images and checkpoints; a run stopped there goes on from it."""
+    """Folder for images and checkpoints; a run stopped there goes on from it. OUTPUT-run under torchrun, whose
+    processes share it."""
     report: bool = False
     """Write report.html into --work-dir (OUTPUT-run when that is left out): a page about the run."""
     report_data: str | None = None
@@ -59,6 +60,7 @@ class Recycle:
         from ..adapters.peft.names import check_layout
         from ..config import as_plain
         from ..pipeline import prepare
+        from ..runtime.distributed import launched, leads, leave
 
         quiet = self.manners.quiet
         check_layout(self.layout)
@@ -75,15 +77,20 @@ class Recycle:
             images=self.images,
             memory_budget=None if self.memory_budget is None else int(1e9 * self.memory_budget),
         )
+        first = leads()
         if self.plan:
-            print(job.plan().describe())
+            if first:
+                print(job.plan().describe())
             return
-        if not quiet:
+        if first and not quiet:
             print(job.plan().describe(), file=sys.stderr)
         work_dir = self.work_dir
-        if work_dir is None and (self.report or self.report_data):
+        if work_dir is None and (self.report or self.report_data or launched() > 1):
             work_dir = self.output.with_name(f"{self.output.name}-run")
         meta_lora = job.run(work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
+        if not first:
+            leave()
+            return
         config = as_plain(self.config)
         print(meta_lora.save(self.output, layout=self.layout, config=config, sources=job.adapters))
         if work_dir is not None and (self.report or self.report_data):
@@ -91,6 +98,7 @@ class Recycle:
 
             run = measured_run(work_dir, self.report_data, job.backbone, job.adapters, quiet=quiet)
             print(write_page([run], work_dir / "report.html", job.backbone))
+        leave()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class DrawnImages(NamedTuple):
         return self.offsets[-1]
 
 
+NOTHING_DRAWN = DrawnImages([].__getitem__, torch.empty(0, dtype=torch.int64), (0,))
+"""Of a training without steps."""
+
+
 def find_drawn(layouts: Sequence[Layout], config: MetaConfig, seed: int, *, everything: bool = False) -> DrawnImages:
     """Draw all episodes of a training beforehand.
 
@@ -57,7 +61,7 @@ def find_drawn(layouts: Sequence[Layout], config: MetaConfig, seed: int, *, ever
         ValueError: as the samplers do.
     """
     draw = ImageSampler(layouts, config, seed) if config.guide_weight == 1 else EpisodeSampler(layouts, config, seed)
-    episodes = [draw(number) for number in range(config.steps)]
+    episodes = [draw(number) for number in range(config.steps * config.episodes_per_step)]
     offsets = [0]
     for layout in layouts:
         offsets.append(offsets[-1] + layout.size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..inversion.stored import StoredImages
+from ..runtime.distributed import ALONE, Group
 from ..runtime.progress import track
 from ..vit.backbone import Backbone
 from ..vit.features import normalized_batches
@@ -28,6 +29,7 @@ def feature_targets(
     flip: bool = True,
     batch_size: int = 64,
     quiet: bool = True,
+    group: Group = ALONE,
 ) -> Tensor:
     """Features that the student is trained to give: those of the same images, enlarged, under a guide.
 
@@ -48,6 +50,7 @@ def feature_targets(
         flip: take the mean over an image and its mirror image, for students that see either.
         batch_size: images per forward pass.
         quiet: no progress bar.
+        group: processes that share out the images; each gets all features.
 
     Returns:
         float32 [n, D] on the backbone's device.
@@ -56,9 +59,10 @@ def feature_targets(
     model = backbone if guide is None else backbone.merge(guide)
     columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
     side = size // backbone.patch_size
-    own = itertools.repeat(None) if kept is None else kept.split(batch_size)
+    first, last = group.own(len(images))
+    own = itertools.repeat(None) if kept is None else kept[first:last].split(batch_size)
     parts = []
-    batches = _batches(model, images, size, batch_size, quiet)
+    batches = _batches(model, images, range(first, last), size, batch_size, quiet)
     for x, index in zip(batches, own, strict=False):
         views = [x, x.flip(-1)] if flip else [x]
         read = None
@@ -67,18 +71,27 @@ def feature_targets(
             read = torch.cat([finer, mirror(finer, side)] if flip else [finer])
         features = model(torch.cat(views), kept=read).float()
         parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
-    targets = torch.cat(parts)
+    targets = torch.cat(parts) if parts else torch.zeros(0, backbone.embed_dim, device=backbone.device)
+    if group.size > 1:
+        everybody = targets.new_zeros(len(images), targets.shape[1])
+        everybody[first:last] = targets
+        group.add(everybody)
+        targets = everybody
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
 
 
 def _batches(
-    model: Backbone, images: Tensor | StoredImages, size: int, batch_size: int, quiet: bool
+    model: Backbone, images: Tensor | StoredImages, own: range, size: int, batch_size: int, quiet: bool
 ) -> Iterator[Tensor]:
     title = "guide features"
     if isinstance(images, Tensor):
-        yield from normalized_batches(model, images, size=size, batch_size=batch_size, title=title, quiet=quiet)
+        part = images[own.start : own.stop]
+        if len(part):
+            yield from normalized_batches(model, part, size=size, batch_size=batch_size, title=title, quiet=quiet)
         return
-    for rows in track(torch.arange(len(images)).split(batch_size), title, unit="batches", quiet=quiet):
+    for rows in track(
+        torch.arange(own.start, own.stop).split(batch_size) if len(own) else (), title, unit="batches", quiet=quiet
+    ):
         yield from normalized_batches(model, images.read(rows), size=size, batch_size=batch_size)
 
 

@@ -16,7 +16,8 @@ from ..config import MetaConfig, as_config, as_plain
 from ..data.resolution import resampling
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.graphs import Graphs, adam
+from ..runtime.distributed import ALONE, Group
+from ..runtime.graphs import Graphs, adam, state_of
 from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiling
@@ -27,6 +28,7 @@ from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
+from .shares import own_shares
 from .step import EpisodeStep
 from .warm_start import start_factors
 
@@ -39,7 +41,7 @@ class MetaTraining(NamedTuple):
     meta_lora: Adapter
     """Without a head."""
     losses: Tensor
-    """float32 [steps]: loss of every episode."""
+    """float32 [steps]: loss of every step."""
     seconds: dict[str, float]
     """that each stage took"""
 
@@ -59,6 +61,7 @@ def meta_train(
     compile: Compile = None,
     graphs: Graphs = None,
     quiet: bool = False,
+    group: Group = ALONE,
 ) -> MetaTraining:
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
@@ -82,6 +85,9 @@ def meta_train(
         compile: whether the backbone's blocks run through `torch.compile`; on a GPU only when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: show no progress bar.
+        group: the processes that train together, each with the same arguments: they share out the episodes of a step
+            and the guide's images, add up their gradients, and end with the same meta-LoRA. The first one reads and
+            writes the checkpoint.
 
     Returns:
         `MetaTraining(meta_lora, losses, seconds)`.
@@ -95,6 +101,7 @@ def meta_train(
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     clock = Stopwatch()
     lora = first_factors(backbone, adapters, config, seed) if start is None else start
+    group.share(lora.parameters())
     guide = None
     if config.init == "adapters":
         guide = lora.to_adapter(name="guide", like=backbone)
@@ -115,7 +122,7 @@ def meta_train(
     if config.guide_weight > 0:
         size, flip = config.guide_size, config.flip
         targets = feature_targets(
-            backbone, guide, bank.all_images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet
+            backbone, guide, bank.all_images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet, group=group
         )
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
@@ -137,17 +144,31 @@ def meta_train(
     saved = Checkpoint(
         checkpoint, run, modules={"lora": lora}, optimizer=optimizer, histories={"loss": losses}, steps=config.steps
     )
-    done = saved.resume()
+    done = saved.resume() if group.leads else 0
+    if group.size > 1:
+        counted = torch.tensor([done], device=device)
+        group.share([counted, losses, *lora.parameters(), *state_of(optimizer)])
+        done = int(counted)
     clock.restart()
     rates = torch.tensor([learning_rate(step, config, lr) for step in range(config.steps)], device=device)
     draws = Draws.of(drawn.__call__, config, seed, first=done, device=device)
     step = EpisodeStep(
-        backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
+        backbone,
+        lora,
+        bank,
+        own_shares(draws, config, group),
+        rates,
+        config,
+        optimizer=optimizer,
+        losses=losses,
+        done=done,
+        graphs=graphs,
+        group=group,
     )
     with compiling(compile, device), closing(step):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()
-            if (i + 1) % CHECKPOINT_EVERY == 0:
+            if (i + 1) % CHECKPOINT_EVERY == 0 and group.leads:
                 saved.write(i + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)

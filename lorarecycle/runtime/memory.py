@@ -34,7 +34,8 @@ def image_budget(device: torch.device, given: int | None) -> int:
         ValueError: a negative number.
     """
     if given is None:
-        return int(SHARE * free_memory(device))
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's, here
+        return int(SHARE * free_memory(device) / sharing)
     if given < 0:
         raise ValueError(f"`memory_budget` must be at least 0 bytes, got {given}.")
     return given
