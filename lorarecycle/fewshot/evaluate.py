@@ -17,6 +17,7 @@ from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset
 from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
+from ..runtime.distributed import ALONE, join, launched
 from ..runtime.progress import track
 from ..runtime.seeds import derive
 from ..vit.backbone import Backbone
@@ -92,7 +93,8 @@ def evaluate(
     """Accuracy of a method on few-shot tasks (Sec. 3, testing setup); of nearest class means unless told otherwise.
 
     Features that do not depend on the task are computed once for all tasks. Equal labels, config and seed give equal
-    tasks, whatever the method, the backbone and the adapters. Everything is checked before anything runs.
+    tasks, whatever the method, the backbone and the adapters. Everything is checked before anything runs. Under
+    `torchrun` each process solves its part of the tasks, and all get the accuracies of all.
 
     Args:
         backbone: the frozen model.
@@ -143,7 +145,11 @@ def evaluate(
     clock = time.perf_counter()
     method.prepare(backbone, adapters, surrogates, aside, text_encoder)
     prepared = time.perf_counter()
-    found = make_tasks(_task_images(data, backbone, tasks, **images), tasks, data.class_names)
+    group = join(backbone.device) if len(tasks) >= launched() else ALONE
+    first, last = group.own(len(tasks))
+    own = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
+    found = make_tasks(_task_images(data, backbone, own, **images), own, data.class_names)
+    quiet = quiet or not group.leads
     with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
 
         def answers(blind: list[Task]) -> Iterator[Tensor]:
@@ -151,9 +157,11 @@ def evaluate(
                 bar.update()
                 yield logits
 
-        accuracies = accuracy(answers, found)
+        accuracies = torch.zeros(len(tasks), device=backbone.device)
+        accuracies[first:last] = accuracy(answers, found).to(accuracies)
     solved = time.perf_counter()
-    return Evaluation(accuracies, tasks, prepared - clock, (solved - prepared) / len(tasks))
+    group.add(accuracies)
+    return Evaluation(accuracies.cpu(), tasks, prepared - clock, (solved - prepared) / len(found))
 
 
 def _draw(data: LabelledImages | Dataset, config: EvaluateConfig, n_tasks: int, seed: int) -> Tasks:

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from scale_job import make_adapter, tiny_backbone
 
-from lorarecycle import InversionConfig, MetaConfig, RecycleConfig, recycle
+from lorarecycle import InversionConfig, LabelledImages, MetaConfig, RecycleConfig, evaluate, recycle
 from lorarecycle.runtime.distributed import leads, leave
 from lorarecycle.runtime.files import save_tensors
 
@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+", choices=sorted(SETTINGS))
     parser.add_argument("--budget", type=int)
-    parser.add_argument("--tag", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
     adapters = [make_adapter(i) for i in range(6)]
@@ -51,11 +50,17 @@ def main() -> None:
             dtype="float32",
             quiet=True,
         )
+        images = torch.randint(256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        data = LabelledImages(images, torch.arange(24) % 6, tuple("abcdef"))
+        measured = evaluate(
+            tiny_backbone(), data, found, config={"n_way": 3, "n_query": 2, "n_tasks": 7}, quiet=True
+        ).accuracies
         if leads():
             losses = [float(line.split(",")[1]) for line in (work / "losses.csv").read_text().splitlines()[1:]]
             updates = {site: found.delta(site) for site in found.sites}
             save_tensors(
-                options.folder / f"{name}{options.tag}.safetensors", {**updates, "losses": torch.tensor(losses)}
+                options.folder / f"{name}.safetensors",
+                {**updates, "losses": torch.tensor(losses), "accuracies": measured},
             )
     sys.stdout.write(f"rank {os.environ.get('RANK', '0')} is done\n")
     sys.stdout.flush()
