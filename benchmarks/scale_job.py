@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lorarecycle import Adapter, Backbone, Head
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.pipeline import prepare
+from lorarecycle.runtime.distributed import leads
 from lorarecycle.runtime.files import write_text
 
 
@@ -65,7 +66,7 @@ def peak_bytes() -> int:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Of the run: the default preset, or inversion and episodes."""
-    meta: dict[str, Any] = {"steps": options.steps}
+    meta: dict[str, Any] = {"steps": options.steps, "episodes_per_step": options.episodes}
     if options.default:
         return {"meta": meta}
     inversion = {"steps": options.inversion_steps, "init": "noise", "prior": None}
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=10, help="how many")
     parser.add_argument("--folder", type=Path, required=True, help="where they are, or will be")
     parser.add_argument("--steps", type=int, default=100, help="of meta-training")
+    parser.add_argument("--episodes", type=int, default=1, help="of each step")
     parser.add_argument("--inversion-steps", type=int, default=10, help="of each batch of images")
     parser.add_argument("--images", choices=["drawn", "all"], default="drawn", help="which images are made")
     parser.add_argument("--default", action="store_true", help="the default preset, which inverts nothing")
@@ -104,6 +106,8 @@ def main() -> None:
     prepared, cpu = time.perf_counter(), time.process_time()
     job.run(options.work_dir, quiet=True)
     ended = time.perf_counter()
+    if not leads():
+        return
     seconds = {"read": prepared - started, **job.seconds, "whole": ended - started}
     print(
         json.dumps(

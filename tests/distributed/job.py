@@ -1,6 +1,6 @@
 """What the processes of a test run: `recycle` on tiny adapters, under torchrun or alone.
 
-    torchrun --standalone --nproc-per-node 2 tests/distributed/job.py FOLDER {guide,episodes} [--steps N]
+    torchrun --standalone --nproc-per-node 2 tests/distributed/job.py FOLDER {guide,episodes,long}
 
 Rank 0 writes FOLDER/NAME.safetensors: the updates and the losses.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ from lorarecycle.runtime.files import save_tensors
 INVERSION = InversionConfig(images_per_class=4, batch_size=5, steps=4, init="noise", prior=None)
 SETTINGS = {
     "guide": RecycleConfig(INVERSION, MetaConfig(steps=6, n_query=1, guide_weight=1.0)),
+    "long": RecycleConfig(
+        replace(INVERSION, images_per_class=3, steps=60),
+        MetaConfig(steps=150, n_query=2, guide_weight=0.25, episodes_per_step=2),
+    ),
     "episodes": RecycleConfig(
         INVERSION, MetaConfig(steps=6, n_query=2, guide_weight=0.25, episodes_per_step=4, resolutions=(8, 32))
     ),
