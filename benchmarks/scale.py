@@ -8,9 +8,9 @@
     python benchmarks/scale.py exchange
     python benchmarks/scale.py page
 
-Each row is measured in a process of its own with one thread, and kept in benchmarks/results/scale.json with its command,
-machine and commit; `page` writes scale.md of what is there. `jobs`: the default preset, and inversion of what episodes
-draw; `all`: inversion of everything. Adapters are synthetic (see `scale_job.py`).
+Each row is measured in a process of its own with one thread, and kept in benchmarks/results/scale.json with its
+command, machine and commit; `page` writes scale.md of what is there. `jobs`: the default preset, and inversion of
+what episodes draw; `all`: inversion of everything. Adapters are synthetic (see `scale_job.py`).
 """
 
 from __future__ import annotations
@@ -81,7 +81,17 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     else:
         run([script, "--adapters", "20", "--folder", str(folder / "adapters-20"), "--steps", "1"])  # writes them
         for count in options.processes:
-            job = [script, "--adapters", "20", "--folder", str(folder / "adapters-20"), "--steps", "100"]
+            job = [
+                script,
+                "--adapters",
+                "20",
+                "--folder",
+                str(folder / "adapters-20"),
+                "--steps",
+                "100",
+                "--episodes",
+                "4",
+            ]
             job += ["--inversion-steps", "40", "--work-dir", str(folder / f"work-{count}")]
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
             row = run([*launch, *job] if count > 1 else job)

@@ -147,8 +147,8 @@ def evaluate(
     prepared = time.perf_counter()
     group = join(backbone.device) if len(tasks) >= launched() else ALONE
     first, last = group.own(len(tasks))
-    own = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
-    found = make_tasks(_task_images(data, backbone, own, **images), own, data.class_names)
+    part = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
+    found = make_tasks(_task_images(data, backbone, part, **images), part, data.class_names)
     quiet = quiet or not group.leads
     with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
 

@@ -70,14 +70,16 @@ def stage(folder: Path) -> str:
 
 def broken_run(folder: Path, draw: random.Random, seconds: float) -> tuple[str, str]:
     """Where the run was when a rank was killed, and how it ended."""
-    agent = start(folder)
+    agent, where = start(folder), "the start"
     try:
-        time.sleep(draw.uniform(0.15, 1.0) * seconds)
-        where, alive = stage(folder), ranks(agent.pid)
-        if not alive:
-            where = "nobody was there to kill"
-        else:
+        time.sleep(draw.uniform(0.25, 1.0) * seconds)
+        while not (alive := ranks(agent.pid)) and agent.poll() is None:  # not started yet
+            time.sleep(0.1)
+        where = stage(folder)
+        if alive:
             os.kill(draw.choice(alive), signal.SIGKILL)
+        else:
+            where = "after the end"
         code = agent.wait(timeout=60 + 20 * seconds)
     except subprocess.TimeoutExpired:
         agent.terminate()
