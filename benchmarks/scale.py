@@ -10,7 +10,8 @@
 
 Each row is measured in a process of its own with one thread, and kept in benchmarks/results/scale.json with its
 command, machine and commit; `page` writes scale.md of what is there. `jobs`: the default preset, and inversion of
-what episodes draw; `all`: inversion of everything. Adapters are synthetic (see `scale_job.py`).
+what episodes draw; `all`: inversion of everything. Adapters are synthetic (see `scale_job.py`). Seconds of stages of
+jobs are by the clock, beside the machine's load at the end; those of the warm start and of classes are CPU seconds.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def warm_start(n: int) -> dict[str, Any]:
 
         def __iter__(self) -> Iterator[Adapter]:
             for seed in range(n):
-                began = time.perf_counter()
+                began = time.process_time()
                 g = torch.Generator().manual_seed(seed)
                 factors = {
                     f"blocks.{block}.attn.{part}": LoRAFactors(
@@ -135,15 +136,15 @@ def warm_start(n: int) -> dict[str, Any]:
                     for part in "qv"
                 }
                 made = Adapter(factors)
-                making[0] += time.perf_counter() - began
+                making[0] += time.process_time() - began
                 yield made
 
     torch.manual_seed(0)
     backbone = Backbone(timm.create_model("vit_base_patch16_224", num_classes=0).eval(), name="vit_base_patch16_224")
     like = LoRA.random(backbone, r=16, lora_alpha=16, generator=torch.Generator().manual_seed(0))
-    before, began = peak_mb(), time.perf_counter()
+    before, began = peak_mb(), time.process_time()
     found = start_factors(Made(), like, backbone)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert all(bool(torch.isfinite(p).all()) for p in found.parameters())
     return {
         "adapters": n,
@@ -163,18 +164,18 @@ def classes(n: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     labels = torch.randperm(10 * n, generator=g) % n
     images = torch.randint(256, (10 * n, 3, 32, 32), generator=g, dtype=torch.uint8)
-    classifier, before, began = FewShotClassifier(tiny_backbone()), peak_mb(), time.perf_counter()
+    classifier, before, began = FewShotClassifier(tiny_backbone()), peak_mb(), time.process_time()
     classifier.fit(images, labels)
-    fitted = time.perf_counter()
+    fitted = time.process_time()
     classifier.predict(images[:1000])
-    predicted, tiny_peak = time.perf_counter(), peak_mb()
+    predicted, tiny_peak = time.process_time(), peak_mb()
     features, queries = torch.randn(10 * n, 768, generator=g), torch.randn(1000, 768, generator=g)
-    made = time.perf_counter()
+    made = time.process_time()
     centres = class_centres(features, labels, n)
-    centred = time.perf_counter()
+    centred = time.process_time()
     for part in queries.split(419):
         nearest_centres(part, centres)
-    done = time.perf_counter()
+    done = time.process_time()
     return {
         "classes": n,
         "support": 10 * n,
@@ -256,6 +257,8 @@ def write_page() -> Path:
         if len(rows) > 2 and "adapters" in rows[0] and "processes" not in rows[0]:
             stages = [s for s in rows[0]["seconds"] if all(r["seconds"].get(s) for r in rows)]
             found = {s: exponent(rows, lambda r, s=s: r["seconds"][s]) for s in stages}
+            if "cpu_seconds" in rows[0]:
+                found = {"CPU seconds": exponent(rows, lambda r: r["cpu_seconds"]), "reading": found["read"]}
             growth = exponent(rows, lambda r: r["peak_mb"])
             text = ", ".join(f"{stage} {value:.2f}" for stage, value in found.items())
             lines += [f"Exponents over the number of adapters (1 is linear): {text}; peak memory {growth:.3f}.", ""]
@@ -268,10 +271,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """A row for each size."""
     leading = [k for k in ("adapters", "classes", "support", "processes", "images", "images_described") if k in rows[0]]
     stages = list(dict.fromkeys(stage for row in rows for stage in row["seconds"]))
-    head = [*(key.replace("_", " ") for key in leading), *(f"{s}, s" for s in stages), "peak, MB", "of it before, MB"]
+    cpu = ["CPU seconds"] * ("cpu_seconds" in rows[0])
+    head = [*(key.replace("_", " ") for key in leading), *(f"{s}, s" for s in stages), *cpu]
+    head += ["peak, MB", "of it before, MB"]
     lines = [f"| {' | '.join([*head, 'load'])} |", f"|{' --- |' * (len(head) + 1)}"]
     for row in rows:
         cells = [*(row[key] for key in leading), *(row["seconds"].get(s, "") for s in stages)]
+        cells += [row["cpu_seconds"]] * len(cpu)
         cells += [row["peak_mb"], row["before_mb"], round(row["load"], 1)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

@@ -93,7 +93,7 @@ def main() -> None:
         )
         writer.start()
         writer.join()
-    before, started = peak_bytes(), time.perf_counter()
+    before, started, cpu = peak_bytes(), time.perf_counter(), time.process_time()
     job = prepare(
         options.folder,
         base=tiny_backbone(),
@@ -103,7 +103,7 @@ def main() -> None:
         memory_budget=options.memory_budget,
         **settings(options),
     )
-    prepared, cpu = time.perf_counter(), time.process_time()
+    prepared = time.perf_counter()
     job.run(options.work_dir, quiet=True)
     ended = time.perf_counter()
     if not leads():
