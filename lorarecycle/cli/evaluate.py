@@ -58,7 +58,7 @@ class Evaluate:
         from ..fewshot.evaluate import evaluate
         from ..fewshot.methods.registry import describe_methods, find_method, make_method
         from ..fewshot.tasks import Tasks
-        from ..runtime.distributed import leads, leave
+        from ..runtime.distributed import join, leads, leave
 
         if self.method == "list":
             print(describe_methods())
@@ -87,6 +87,7 @@ class Evaluate:
             tasks=tasks,
             workers=self.workers,
             quiet=quiet,
+            group=join(backbone.device),
         )
         if leads():
             print(result)

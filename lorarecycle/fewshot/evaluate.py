@@ -17,7 +17,7 @@ from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset
 from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
-from ..runtime.distributed import ALONE, join, launched
+from ..runtime.distributed import ALONE, Group
 from ..runtime.progress import track
 from ..runtime.seeds import derive
 from ..vit.backbone import Backbone
@@ -89,12 +89,12 @@ def evaluate(
     batch_size: int = 64,
     workers: int | None = None,
     quiet: bool = False,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Accuracy of a method on few-shot tasks (Sec. 3, testing setup); of nearest class means unless told otherwise.
 
     Features that do not depend on the task are computed once for all tasks. Equal labels, config and seed give equal
-    tasks, whatever the method, the backbone and the adapters. Everything is checked before anything runs. Under
-    `torchrun` each process solves its part of the tasks, and all get the accuracies of all.
+    tasks, whatever the method, the backbone and the adapters. Everything is checked before anything runs.
 
     Args:
         backbone: the frozen model.
@@ -112,6 +112,9 @@ def evaluate(
         batch_size: images per forward pass.
         workers: threads that read image files; one when None.
         quiet: no progress bar.
+        group: processes that call this together, such as `runtime.distributed.join(device)` under torchrun: each solves
+            its part of the tasks, and all get the accuracies of all. Each computes the features of its own tasks'
+            images, so this pays for methods that fine-tune.
 
     Raises:
         ValueError: an adapter that does not fit; fewer classes than `n_way` or fewer images of a class than
@@ -145,7 +148,7 @@ def evaluate(
     clock = time.perf_counter()
     method.prepare(backbone, adapters, surrogates, aside, text_encoder)
     prepared = time.perf_counter()
-    group = join(backbone.device) if len(tasks) >= launched() else ALONE
+    group = group if len(tasks) >= group.size else ALONE
     first, last = group.own(len(tasks))
     part = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
     found = make_tasks(_task_images(data, backbone, part, **images), part, data.class_names)

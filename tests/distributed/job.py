@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from scale_job import make_adapter, tiny_backbone
 
 from lorarecycle import InversionConfig, LabelledImages, MetaConfig, RecycleConfig, evaluate, recycle
-from lorarecycle.runtime.distributed import leads, leave
+from lorarecycle.runtime.distributed import join, leads, leave
 from lorarecycle.runtime.files import save_tensors
 
 INVERSION = InversionConfig(images_per_class=4, batch_size=5, steps=4, init="noise", prior=None)
@@ -58,7 +58,12 @@ def main() -> None:
         images = torch.randint(256, (24, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         data = LabelledImages(images, torch.arange(24) % 6, tuple("abcdef"))
         measured = evaluate(
-            tiny_backbone(), data, found, config={"n_way": 3, "n_query": 2, "n_tasks": 7}, quiet=True
+            tiny_backbone(),
+            data,
+            found,
+            config={"n_way": 3, "n_query": 2, "n_tasks": 7},
+            group=join(torch.device("cpu")),
+            quiet=True,
         ).accuracies
         if leads():
             losses = [float(line.split(",")[1]) for line in (work / "losses.csv").read_text().splitlines()[1:]]
