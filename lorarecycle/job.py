@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from .adapters.adapter import Adapter
-from .adapters.stored import known_facts
+from .adapters.stored import head_of
 from .config import RecycleConfig, as_plain
 from .image_stage import ImageStage
 from .inversion.invert import load_prior
@@ -95,7 +95,7 @@ class Job:
         if needs.pictures:
             layouts = [Layout("", (), None, inversion.pictures, teacher_logits=False)]
         else:
-            heads = [(a.name, known_facts(a).head) for a in self.inverted]
+            heads = [(a.name, head_of(a)) for a in self.inverted]
             per_class, logits = inversion.images_per_class, needs.teacher_logits
             layouts = [
                 Layout.planned(name, head.class_names, per_class, teacher_logits=logits) for name, head in heads if head

@@ -10,7 +10,7 @@ import torch
 
 from . import costs
 from .adapters.adapter import Adapter
-from .adapters.stored import known_facts
+from .adapters.stored import shapes_of
 from .config import RecycleConfig
 from .inversion.pictures import PAINTED_TOGETHER
 from .inversion.prior import BatchNormPrior
@@ -121,7 +121,7 @@ class StageMaker:
 
     def warm_start(self, adapters: Sequence[Adapter]) -> Stage:
         width = self.backbone.embed_dim
-        shapes = [known_facts(a).shapes for a in adapters]
+        shapes = [shapes_of(a) for a in adapters]
         numbers = sum(s.r * (s.out + s.width) for own in shapes for s in own.values())
         ranks = sum(max(s.r for s in own.values()) for own in shapes)
         rank, sites = min(ranks, width), max(map(len, shapes))

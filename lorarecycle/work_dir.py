@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapters.adapter import Adapter
-from .adapters.stored import known_facts
+from .adapters.stored import signature_of
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
 from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
@@ -109,7 +109,7 @@ def describe_run(
 
 def canonical_order(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in an order that their names and places do not change, nor the rounding of a file format."""
-    return sorted(adapters, key=lambda adapter: known_facts(adapter).signature)
+    return sorted(adapters, key=signature_of)
 
 
 def _is_empty(folder: Path) -> bool:

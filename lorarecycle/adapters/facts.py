@@ -48,21 +48,31 @@ class Facts(NamedTuple):
 
 
 def facts_of(adapter: AdapterValue) -> Facts:
-    """The facts of an adapter whose tensors are at hand; computed once, unless a tensor was written to in place."""
-    digest = adapter.digest()
-    known = adapter.__dict__.get("_facts")
-    if known is None or known.digest != digest:
-        head = adapter.head
-        known = Facts(
-            _shared(tuple((s, SiteShape(len(B), len(A), A.shape[1])) for s, (A, B, _) in adapter.factors.items())),
-            None if head is None else HeadFacts(head.weight.shape[1], head.pool, head.class_names),
-            not any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in adapter.factors.values()),
-            signature(adapter),
-            digest,
-            adapter.weights_digest(),
-        )
-        adapter.__dict__["_facts"] = known
-    return known
+    """The facts of an adapter whose tensors are at hand."""
+    return Facts(
+        _shared(tuple(shapes(adapter).items())),
+        head_facts(adapter),
+        is_dead(adapter),
+        signature(adapter),
+        adapter.digest(),
+        adapter.weights_digest(),
+    )
+
+
+def shapes(adapter: AdapterValue) -> dict[str, SiteShape]:
+    """Site -> sizes, in model order."""
+    return {site: SiteShape(len(B), len(A), A.shape[1]) for site, (A, B, _) in adapter.factors.items()}
+
+
+def head_facts(adapter: AdapterValue) -> HeadFacts | None:
+    """The head without its tensors."""
+    head = adapter.head
+    return None if head is None else HeadFacts(head.weight.shape[1], head.pool, head.class_names)
+
+
+def is_dead(adapter: AdapterValue) -> bool:
+    """Whether every update is zero."""
+    return not any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in adapter.factors.values())
 
 
 def signature(adapter: AdapterValue) -> float:

@@ -6,8 +6,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+from . import facts
 from .adapter import Adapter
-from .facts import Facts, facts_of
+from .facts import Facts, HeadFacts, SiteShape, facts_of, head_facts, shapes, signature
 from .value import AdapterValue, Head, LoRAFactors
 
 KEPT = 2
@@ -96,9 +97,24 @@ class StoredAdapter(Adapter):
         return f"StoredAdapter({self.name!r}, {len(self.sites)} sites, base={self.base_model!r})"
 
 
-def known_facts(adapter: AdapterValue) -> Facts:
-    """Facts of any adapter, without reading one that is stored."""
-    return adapter.facts if isinstance(adapter, StoredAdapter) else facts_of(adapter)
+def shapes_of(adapter: AdapterValue) -> dict[str, SiteShape]:
+    """Site -> sizes, of any adapter; one that is stored is not read for it. So with what follows."""
+    return adapter.facts.shapes if isinstance(adapter, StoredAdapter) else shapes(adapter)
+
+
+def head_of(adapter: AdapterValue) -> HeadFacts | None:
+    """The head without its tensors; None where there is none."""
+    return adapter.facts.head if isinstance(adapter, StoredAdapter) else head_facts(adapter)
+
+
+def is_dead(adapter: AdapterValue) -> bool:
+    """Whether every update is zero: all of a B, all of an A, or a scaling of 0."""
+    return adapter.facts.dead if isinstance(adapter, StoredAdapter) else facts.is_dead(adapter)
+
+
+def signature_of(adapter: AdapterValue) -> float:
+    """The number that adapters are ordered by, see `facts.signature`."""
+    return adapter.facts.signature if isinstance(adapter, StoredAdapter) else signature(adapter)
 
 
 _last: OrderedDict[int, Adapter] = OrderedDict()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import SITE_PATTERN, Adapter
-from ..adapters.stored import known_facts
+from ..adapters.stored import head_of, shapes_of
 from ..data.images import Fit
 from .attention import AttentionKind
 from .forward import Encoder
@@ -127,8 +127,7 @@ class Backbone(Encoder):
         Raises:
             ValueError: other depth, width or sites; the message names adapter, site and both shapes.
         """
-        facts = known_facts(adapter)
-        for site, own in facts.shapes.items():
+        for site, own in shapes_of(adapter).items():
             try:
                 shape = self.site_shape(site)
             except ValueError as error:
@@ -142,7 +141,7 @@ class Backbone(Encoder):
                     f"{[own.out, own.width]}, the backbone has {list(shape)}. Choose the base that it "
                     f"was tuned on ({adapter.base_model or 'unknown'})."
                 )
-        head = facts.head
+        head = head_of(adapter)
         if head is not None:
             try:
                 self.check_pool(head.pool)
