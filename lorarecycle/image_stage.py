@@ -67,8 +67,9 @@ class ImageStage:
             folder: where the files go.
         """
         if Needs.of(self.config).pictures:
-            if not self.group.leads:  # the first process paints them
+            if not self.group.leads and folder is not None:  # the first process paints them
                 self.group.wait()
+                require_seen(folder.pictures)
             found = self._pictures(start, folder)
             if self.group.leads:
                 self.group.wait()
