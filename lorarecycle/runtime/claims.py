@@ -73,7 +73,7 @@ class Claims:
         for _ in range(2):
             try:
                 self.folder.mkdir(exist_ok=True)
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # on network file systems too
+                _create_whole(path, text)
             except FileExistsError:
                 if not self._is_stale(path):
                     return False
@@ -81,8 +81,6 @@ class Claims:
                 continue
             except FileNotFoundError:  # the folder was removed between the two
                 continue
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
             self._watched.pop(path.name, None)
             return True
         return False
@@ -109,6 +107,24 @@ class Claims:
             return isinstance(found, dict) and _is_gone(found)
         except ValueError:  # its owner is writing it, or died while it did
             return False
+
+
+def _create_whole(path: Path, text: str) -> None:
+    """Make a file with its content in one step, or raise FileExistsError; on network file systems too.
+
+    Where the file system has no links, a process that is killed between two steps leaves a claim without an owner.
+    """
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    beside.write_text(text, encoding="utf-8")
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _describe() -> str:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another one; one that dies is noticed by torchrun, which ends or restarts all."""
+MEETING = timedelta(minutes=2)
+"""How long the processes may take to find one another; gloo was seen to lose a connection then, and to wait for ever.
+Processes that end with an error are restarted by torchrun."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def join(device: torch.device) -> Group:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+        dist.barrier()  # all connections are there
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
     if device.type == "cpu" and "gloo" not in str(dist.get_backend_config()):
         raise RuntimeError(
             f"the process group must exchange tensors of a CPU, got backend {dist.get_backend()!r}; make it with "
