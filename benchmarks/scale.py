@@ -277,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join([*head, 'load'])} |", f"|{' --- |' * (len(head) + 1)}"]
     for row in rows:
         cells = [*(row[key] for key in leading), *(row["seconds"].get(s, "") for s in stages)]
-        cells += [row["cpu_seconds"]] * len(cpu)
+        cells += [row["cpu_seconds"] for _ in cpu]
         cells += [row["peak_mb"], row["before_mb"], round(row["load"], 1)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

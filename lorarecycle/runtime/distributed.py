@@ -13,8 +13,7 @@ from torch import Tensor
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another one; one that dies is noticed by torchrun, which ends or restarts all."""
 MEETING = timedelta(minutes=2)
-"""How long the processes may take to find one another; gloo was seen to lose a connection then, and to wait for ever.
-Processes that end with an error are restarted by torchrun."""
+"""How long the processes may take to find one another; those that end with an error then are restarted by torchrun."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,14 @@ def join(device: torch.device) -> Group:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=MEETING)
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        # torchrun's store outlives a restart: without a name of their own, processes find addresses of those before
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
         dist.barrier()  # all connections are there
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, dist.group.WORLD)
+        be_patient = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        be_patient(PATIENCE, dist.group.WORLD)
     if device.type == "cpu" and "gloo" not in str(dist.get_backend_config()):
         raise RuntimeError(
             f"the process group must exchange tensors of a CPU, got backend {dist.get_backend()!r}; make it with "
