@@ -27,6 +27,7 @@ from lorarecycle import Backbone, BatchNormPrior, FewShotClassifier, Head, Inver
 from lorarecycle.inversion.optimise import BatchOptimiser
 from lorarecycle.meta.bank import Bank
 from lorarecycle.meta.draws import Draws
+from lorarecycle.meta.shares import Share
 from lorarecycle.meta.step import EpisodeStep
 from lorarecycle.runtime.device import default_dtype
 from lorarecycle.runtime.graphs import Step, adam
@@ -194,7 +195,8 @@ def bench_meta_step(form, sparsity, model, vit, place, time_step, benchmark):
     )
     rates, losses = torch.full((STEPS,), 1e-3, device=place), torch.zeros(STEPS, device=place)
     optimizer = adam(lora.parameters(), place)
-    step = EpisodeStep(backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, graphs=graphs)
+    shares = [Share(draws, 1)]
+    step = EpisodeStep(backbone, lora, bank, shares, rates, config, optimizer=optimizer, losses=losses, graphs=graphs)
     with compiling(compile, place):
         time_step(step)
 

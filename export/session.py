@@ -18,6 +18,9 @@ from .folder_config import CONFIG, check_hash, model_hash, read_config
 from .pixels import normalize, to_batches
 from .runtime import Graph
 
+DIFFERENCES = 1 << 24
+"""Numbers that the head holds at a time, 64 MB of them."""
+
 
 class FewShotSession:
     """Classify images from a handful of labelled ones with an exported model (Eq. 3).
@@ -99,8 +102,10 @@ class FewShotSession:
         classes = sort_classes(labels)
         index = match_labels(labels, classes)
         features = self._features(images, "support_images")
-        member = (index == np.arange(len(classes))[:, None]).astype(np.float32)
-        self.prototypes_ = member @ features / member.sum(axis=1, keepdims=True)
+        order = np.argsort(index, kind="stable")
+        first = np.searchsorted(index[order], np.arange(len(classes)))  # every class has an image
+        counts = np.diff(first, append=len(order)).astype(np.float32)
+        self.prototypes_ = np.add.reduceat(features[order], first, axis=0) / counts[:, None]
         self.classes_ = class_array(classes, dtype)
         return self
 
@@ -129,8 +134,8 @@ class FewShotSession:
 
     def predict(self, query_images: Any) -> np.ndarray:
         """The label of the nearest class centre, [Q]."""
-        logits = self.decision_function(query_images)
-        return self.classes_[logits.argmax(axis=-1)]
+        self._require_fitted()
+        return self.classes_[self._nearest(list_images(query_images))]
 
     def score(self, query_images: Any, query_labels: Iterable[Hashable]) -> float:
         """Share of the images whose predicted label is the given one, 0 to 1."""
@@ -139,7 +144,7 @@ class FewShotSession:
         labels, _ = label_list(query_labels, "query_labels")
         require_same_length(count_images(images), labels, "query_labels")
         truth = match_labels(labels, self.classes_.tolist())
-        return float(np.mean(self.decision_function(images).argmax(axis=-1) == truth))
+        return float(np.mean(self._nearest(images) == truth))
 
     def solve(self, support_images: Any, support_labels: Iterable[int], query_images: Any) -> np.ndarray:
         """A whole task in one call of episode.onnx, which keeps no centres.
@@ -208,11 +213,27 @@ class FewShotSession:
 
     def _ask(self, query_images: Any, output: str) -> np.ndarray:
         self._require_fitted()
-        rows = []
-        for embeddings, n in self._embeddings(list_images(query_images), "query_images"):
-            answers = self._head.run({"embeddings": embeddings, "prototypes": self.prototypes_})
-            rows.append(answers[output].numpy()[:n])
-        return np.concatenate(rows)
+        return np.concatenate(list(self._answers(list_images(query_images), output)))
+
+    def _nearest(self, images: Any) -> np.ndarray:
+        """Place of the nearest class centre, [Q]: never all distances at a time."""
+        return np.concatenate([logits.argmax(axis=-1) for logits in self._answers(images, "logits")])
+
+    def _answers(self, images: Any, output: str) -> Iterable[np.ndarray]:
+        """What the head says of each batch, [B, C]. It is asked about part of the classes at a time where there are
+        many, as it holds a difference of width D for each pair."""
+        centres = self.prototypes_
+        step = max(1, DIFFERENCES // (self.batch_size * centres.shape[1]))
+        for embeddings, n in self._embeddings(images, "query_images"):
+            if len(centres) <= step:
+                yield self._head.run({"embeddings": embeddings, "prototypes": centres})[output].numpy()[:n]
+                continue
+            parts = [centres[start : start + step] for start in range(0, len(centres), step)]
+            logits = np.concatenate(
+                [self._head.run({"embeddings": embeddings, "prototypes": p})["logits"].numpy()[:n] for p in parts],
+                axis=1,
+            )
+            yield logits if output == "logits" else _softmax(logits)
 
     def _features(self, images: Any, name: str) -> np.ndarray:
         return np.concatenate([embeddings.numpy()[:n] for embeddings, n in self._embeddings(images, name)])
@@ -238,3 +259,8 @@ class FewShotSession:
                 "the session must have class centres first, got none; call `fit(support_images, support_labels)` or "
                 "`load_prototypes(path)`."
             )
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

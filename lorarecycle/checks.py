@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .adapters.adapter import Adapter
+from .adapters.stored import head_of
 from .config import RecycleConfig
 from .meta.episodes import check_episodes
 from .stages import Needs
@@ -38,8 +39,8 @@ def choose_inverted(adapters: Sequence[Adapter], config: RecycleConfig) -> tuple
     needs = Needs.of(config)
     if not needs.heads:
         return [], []
-    chosen = [adapter for adapter in adapters if adapter.head is not None]
-    headless = sorted(adapter.name for adapter in adapters if adapter.head is None)
+    chosen = [adapter for adapter in adapters if head_of(adapter) is not None]
+    headless = sorted(adapter.name for adapter in adapters if head_of(adapter) is None)
     if headless and (not chosen or not needs.warm_start):
         raise ValueError(
             f"adapters must have a classification head to have images of their own, got none in {', '.join(headless)}; "
@@ -71,7 +72,7 @@ def check_adapters(
         patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
         backbone.kept_per_layer(config.inversion.prune, patches)
     if needs.labels:
-        counts = [len(a.head.class_names) for a in inverted if a.head is not None]
+        counts = [len(head.class_names) for head in (head_of(a) for a in inverted) if head is not None]
         check_episodes(counts, [a.name for a in inverted], config.meta)
         wanted = config.meta.n_shot + config.meta.n_query
         if config.inversion.images_per_class < wanted:

@@ -113,7 +113,10 @@ class MetaConfig:
     """Meta-training of the meta-LoRA (Eq. 3, 4)."""
 
     steps: int = 100
-    """Episodes, one optimiser step each."""
+    """Optimiser steps, of `episodes_per_step` episodes each."""
+    episodes_per_step: int = 1
+    """Episodes whose mean loss one optimiser step follows. Several processes share them out, so that the result does
+    not depend on how many there are."""
     n_way: int = 5
     """Classes of an episode."""
     n_shot: int = 1
@@ -161,6 +164,7 @@ class MetaConfig:
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 0)
+        _at_least("episodes_per_step", self.episodes_per_step, 1)
         _at_least("n_way", self.n_way, 2)
         _at_least("n_shot", self.n_shot, 1)
         _at_least("n_query", self.n_query, 1)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,31 +14,21 @@ from .adapters.adapter import Adapter
 from .adapters.dead import leave_out_dead
 from .adapters.load_many import AdapterLike, HubOptions, Loaded, load_all
 from .checks import check_adapters, choose_inverted, leave_out_unfit
-from .config import InversionConfig, MetaConfig, RecycleConfig, as_config, as_plain
-from .inversion.invert import Inverter, load_prior
-from .inversion.pictures import painted_surrogate
+from .config import InversionConfig, MetaConfig, RecycleConfig, as_config
 from .inversion.prior import BatchNormPrior
-from .inversion.surrogate import Surrogate
-from .meta.train import first_factors, meta_train, random_factors
+from .job import ImageChoice, Job
+from .meta.train import random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
-from .runtime.files import write_json, write_text
 from .runtime.graphs import Graphs
-from .runtime.progress import Stopwatch, track
-from .runtime.seeds import derive
 from .runtime.steps import Compile
 from .runtime.strict import left_out_error
-from .stages import Needs, StageMaker
-from .summary import summarise
-from .vit.backbone import Backbone
+from .stages import Needs
 from .vit.base import BaseLike, doubts, find_base
-from .vit.lora import LoRA
-from .work_dir import WorkDir, canonical_order, describe_run
+from .work_dir import canonical_order
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-logger = logging.getLogger(__name__)
 
 
 def recycle(
@@ -58,6 +45,8 @@ def recycle(
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    images: ImageChoice = "drawn",
+    memory_budget: int | None = None,
     name: str = "meta-lora",
     compile: Compile = None,
     graphs: Graphs = None,
@@ -80,7 +69,8 @@ def recycle(
         work_dir: folder for images and checkpoints. A run that was stopped there, however abruptly, goes on
             where it was and ends with the same bits (on a CPU; some of CUDA's operations are not exactly repeatable);
             it repeats at most one adapter's images or 100 meta-steps. The meta-LoRA is also saved there, as
-            `meta_lora`.
+            `meta_lora`. Under `torchrun` the processes share the run through it: on several machines it must lie on a
+            disk that all see, and a run that was begun by some processes may be finished by more or fewer.
         preset: which settings (see `RecycleConfig.preset`).
         config: settings of all stages in place of a preset's, or a mapping of those that differ; `inversion`, `meta`
             and `seed` replace its parts.
@@ -93,6 +83,12 @@ def recycle(
         prior: batch-norm network in place of `inversion.prior`; its normalisation is ImageNet's unless it is a
             `BatchNormPrior`.
         device, dtype: where and in which precision; the GPU and bfloat16 where the machine has them.
+        images: "drawn" makes and keeps only the images that meta-training will draw, so that the work grows with
+            its steps and not with the adapters. "all" makes all: for other uses of the images. It changes no image and
+            no loss but the guide's, whose targets have the mean length of all images that are made.
+        memory_budget: bytes of images that may be held in memory (the GPU's where it trains). What is more stays in
+            `work_dir`, or in a temporary folder, and is read ahead of each step. Half of what is free when None; the
+            plan says which it is. It does not change the result.
         name: of the meta-LoRA.
         compile: whether the ViT's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. A step that cannot be captured
@@ -120,6 +116,8 @@ def recycle(
         prior=prior,
         device=device,
         dtype=dtype,
+        images=images,
+        memory_budget=memory_budget,
         **hub,
     )
     return job.run(work_dir, name=name, compile=compile, graphs=graphs, quiet=quiet)
@@ -132,156 +130,13 @@ def make_plan(adapters: AdapterLike | Iterable[AdapterLike], **settings: Any) ->
 
     Args:
         adapters: as in `recycle`.
-        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `strict`, `prior`, `device`, `dtype` and
-            those for the Hub, as in `recycle`.
+        settings: `base`, `preset`, `config`, `inversion`, `meta`, `seed`, `strict`, `prior`, `device`, `dtype`,
+            `images`, `memory_budget` and those for the Hub, as in `recycle`.
 
     Raises:
         ValueError, FileNotFoundError, TypeError: as `recycle` does.
     """
     return prepare(adapters, **settings).plan()
-
-
-@dataclass
-class Job:
-    """A run of `recycle` with everything loaded and checked; `prepare` makes it.
-
-    Attributes:
-        adapters: all that take part, in canonical order.
-        inverted: those with images of their own.
-        backbone: in float32, as adapters are merged before it is cast.
-        config: settings.
-        given_prior: network in place of `config.inversion.prior`.
-        dtype: precision of the run.
-        notes: what a user should know, a line each.
-        said: how many of them, from the first, are in the log already.
-        seconds: that each stage took, once it has run.
-    """
-
-    adapters: list[Adapter]
-    inverted: list[Adapter]
-    backbone: Backbone
-    config: RecycleConfig
-    given_prior: BatchNormPrior | None
-    dtype: torch.dtype
-    notes: tuple[str, ...]
-    said: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def needs(self) -> Needs:
-        """What the settings ask for."""
-        return Needs.of(self.config)
-
-    @cached_property
-    def prior(self) -> BatchNormPrior | None:
-        """The network that is given, else the one that the settings name; None where none is needed."""
-        if not self.needs.prior or self.given_prior is not None:
-            return self.given_prior
-        return load_prior(self.backbone, self.config.inversion, self.dtype)
-
-    def plan(self) -> Plan:
-        """What the run does and about how long it takes."""
-        return self._plan(self.prior)
-
-    def _plan(self, prior: BatchNormPrior | None) -> Plan:
-        stages = StageMaker(self.backbone, self.config, self.dtype).all(self.adapters, self.inverted, prior)
-        model, precision = self.backbone, str(self.dtype).removeprefix("torch.")
-        title = f"{len(self.adapters)} adapters of {model.name}, on {model.device} in {precision}"
-        return Plan(stages, self.needs, unused_settings(self.config), self.notes, title)
-
-    def run(
-        self,
-        work_dir: str | PathLike[str] | None = None,
-        *,
-        name: str = "meta-lora",
-        compile: Compile = None,
-        graphs: Graphs = None,
-        quiet: bool = False,
-    ) -> Adapter:
-        """Do it; arguments and errors as in `recycle`."""
-        for line in self.notes[self.said :]:
-            logger.warning(line)
-        folder, resumed = None, False
-        if work_dir is not None:
-            folder = WorkDir(Path(work_dir).expanduser(), self.inverted)
-            if not folder.finished:
-                _ = self.prior  # not to be had: said before anything is written
-            resumed = folder.open(describe_run(self.config, self.adapters, self.backbone, self.dtype, self.given_prior))
-        plan = None  # where a summary is wanted: of the backbone as it is now
-        if folder is not None and not (resumed and folder.summary.exists()):
-            plan = self._plan(None if folder.finished else self.prior)
-        clock = Stopwatch()
-        start = first_factors(self.backbone, self.adapters, self.config.meta, self.config.seed)
-        if self.needs.warm_start:
-            clock.lap("warm start")
-        clock.restart()
-        if self.needs.pictures:
-            surrogates = [self._pictures(start, folder, quiet)]
-        else:
-            surrogates = self._images(folder, compile, graphs, quiet) if self.needs.images else []
-        clock.lap("images")
-        trained = meta_train(
-            self.backbone.to(self.dtype),
-            surrogates,
-            config=self.config.meta,
-            adapters=self.adapters,
-            start=start,
-            seed=self.config.seed,
-            checkpoint=None if folder is None else folder.checkpoint,
-            name=name,
-            compile=compile,
-            graphs=graphs,
-            quiet=quiet,
-        )
-        self.seconds |= clock.laps | trained.seconds
-        if folder is not None:
-            rows = "".join(f"{step},{loss:.9g}\n" for step, loss in enumerate(trained.losses.tolist()))
-            write_text(folder.losses, "step,loss\n" + rows)
-            if plan is not None:
-                facts = summarise(plan, self.seconds, self.adapters, trained.meta_lora, resumed=resumed)
-                write_json(folder.summary, facts)
-            trained.meta_lora.save(folder.meta_lora, config=as_plain(self.config), sources=self.adapters)
-        return trained.meta_lora
-
-    def _pictures(self, start: LoRA, folder: WorkDir | None, quiet: bool) -> Surrogate:
-        """Painted pictures for all adapters, from the work folder where they are there."""
-        if folder is not None and folder.pictures.exists():
-            return Surrogate.load(folder.pictures)
-        teacher, config = self.backbone, self.config
-        if self.needs.warm_start and (self.needs.scores or config.inversion.prune):  # its attention masks the pictures
-            teacher = teacher.merge(start.to_adapter(name="warm start", like=teacher))
-        teacher = teacher.clone().to(self.dtype)
-        pictures = painted_surrogate(teacher, config.inversion, seed=config.seed, scores=self.needs.scores, quiet=quiet)
-        if folder is not None:
-            pictures.save(folder.pictures)
-        return pictures
-
-    def _images(self, folder: WorkDir | None, compile: Compile, graphs: Graphs, quiet: bool) -> list[Surrogate]:
-        """One surrogate for each adapter, those that are on disk already read from there."""
-        surrogates, count, optimised = [], len(self.inverted), self.config.inversion.steps > 0
-        invert: Inverter | None = None
-        for i, adapter in enumerate(track(self.inverted, "label pictures", unit="adapters", quiet=quiet or optimised)):
-            path = None if folder is None else folder.surrogates[i]
-            if path is not None and path.exists():
-                surrogates.append(Surrogate.load(path))
-                continue
-            if invert is None:
-                settings, prior = self.config.inversion, self.prior
-                invert = Inverter(
-                    self.backbone, config=settings, prior=prior, dtype=self.dtype, compile=compile, graphs=graphs
-                )
-            surrogate = invert(
-                adapter,
-                seed=derive(self.config.seed, "adapter", i),
-                teacher_logits=self.needs.teacher_logits,
-                scores=self.needs.scores,
-                title=f"invert adapters ({i + 1} of {count})",
-                quiet=quiet,
-            )
-            if path is not None:
-                surrogate.save(path)
-            surrogates.append(surrogate)
-        return surrogates
 
 
 def prepare(
@@ -297,9 +152,13 @@ def prepare(
     prior: BatchNormPrior | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    images: ImageChoice = "drawn",
+    memory_budget: int | None = None,
     **hub: Unpack[HubOptions],
 ) -> Job:
     """Load and check what a run needs; arguments and errors as in `recycle`."""
+    if images not in ("drawn", "all"):
+        raise ValueError(f"`images` must be 'drawn' or 'all', got {images!r}.")
     start = RecycleConfig.preset(preset)
     settings = as_config(RecycleConfig, config, default=start)
     settings = replace(
@@ -311,7 +170,7 @@ def prepare(
     if prior is not None and settings.inversion.prior is None:
         settings = replace(settings, inversion=replace(settings.inversion, prior="given"))
     where, precision = resolve(device, dtype)
-    loaded = load_all(adapters, strict=strict, **hub)
+    loaded = load_all(adapters, strict=strict, stored=True, **hub)
     found = canonical_order(loaded.adapters)
     backbone = find_base(base, found).to(where)
     found, dead = leave_out_dead(found)
@@ -333,7 +192,9 @@ def prepare(
         size, relative = settings.inversion.prior_size, settings.inversion.prior_relative
         prior = BatchNormPrior(prior, size=size, dtype=precision, relative=relative)
     network = None if prior is None else prior.to(where)
-    return Job(found, inverted, backbone, settings, network, precision, tuple(notes), len(loaded.notes))
+    return Job(
+        found, inverted, backbone, settings, network, precision, images, memory_budget, tuple(notes), len(loaded.notes)
+    )
 
 
 def _changed(config: RecycleConfig, start: RecycleConfig) -> list[tuple[str, Any]]:

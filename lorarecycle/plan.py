@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass, fields
 
 from .config import InversionConfig, MetaConfig, RecycleConfig
+from .runtime.memory import SHARE
 from .stages import Needs, Stage
 
 PRIOR = ("prior", "prior_weight", "prior_size", "prior_relative")
@@ -23,6 +24,7 @@ class Plan:
         unused: setting -> why it cannot move the result.
         notes: what else a user should know, such as adapters that a stage leaves out.
         title: base, adapters, device and precision in one line.
+        memory: where the images are kept for training, and the budget that decides it, in one line; "" without any.
     """
 
     stages: tuple[Stage, ...]
@@ -30,6 +32,7 @@ class Plan:
     unused: dict[str, str]
     notes: tuple[str, ...]
     title: str
+    memory: str = ""
 
     @property
     def seconds(self) -> float:
@@ -49,7 +52,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         needs = [f.name.replace("_", " ") for f in fields(Needs) if getattr(self.needs, f.name)]
-        text = [f"needs: {', '.join(needs) or 'nothing'}"]
+        text = [f"needs: {', '.join(needs) or 'nothing'}", *([self.memory] if self.memory else [])]
         if self.unused:
             groups: dict[str, list[str]] = {}
             for name, why in self.unused.items():
@@ -97,6 +100,14 @@ def unused_settings(config: RecycleConfig) -> dict[str, str]:
     if meta.init == "random":
         mark("training starts from random factors", "meta", "warm_start_gain")
     return found
+
+
+def where_images_are(bytes: int, budget: int, *, given: bool) -> str:
+    """In words: in memory, or read from disk, and why."""
+    limit = f"{_size(budget) or '0 B'} of memory" + ("" if given else f", {SHARE:.0%} of what is free")
+    if bytes <= budget:
+        return f"images for training: {_size(bytes)}, held in memory (budget: {limit})"
+    return f"images for training: {_size(bytes)}, read from disk step by step, as they are above the budget ({limit})"
 
 
 def _size(count: int) -> str:

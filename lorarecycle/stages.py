@@ -10,8 +10,11 @@ import torch
 
 from . import costs
 from .adapters.adapter import Adapter
+from .adapters.stored import shapes_of
 from .config import RecycleConfig
+from .inversion.pictures import PAINTED_TOGETHER
 from .inversion.prior import BatchNormPrior
+from .meta.drawn import DrawnImages
 from .meta.guide import native_size
 from .vit.backbone import Backbone
 
@@ -95,23 +98,21 @@ class StageMaker:
         self.forward = costs.forward_flops(backbone, self.size) / self.speed
 
     def all(
-        self, adapters: Sequence[Adapter], inverted: Sequence[Adapter], prior: BatchNormPrior | None
+        self, adapters: Sequence[Adapter], drawn: DrawnImages | None, prior: BatchNormPrior | None
     ) -> tuple[Stage, ...]:
         """The stages in their order.
 
         Args:
             adapters: all of them.
-            inverted: those with images of their own; none where pictures serve all.
+            drawn: the images that are made; None where there are none.
             prior: the loaded network, where one is needed.
         """
-        needs, images = self.needs, self._count(inverted)
+        needs, images = self.needs, 0 if drawn is None else len(drawn.rows)
         stages = []
         if needs.warm_start:
             stages.append(self.warm_start(adapters))
-        if needs.pictures:
-            stages.append(self.pictures(images))
-        elif needs.images:
-            stages.append(self.inversion(inverted, images, prior))
+        if drawn is not None:
+            stages.append(self.pictures(drawn) if needs.pictures else self.inversion(drawn, prior))
         if needs.guide:
             stages.append(self.guide(images))
         if needs.images:
@@ -120,21 +121,25 @@ class StageMaker:
 
     def warm_start(self, adapters: Sequence[Adapter]) -> Stage:
         width = self.backbone.embed_dim
-        numbers = sum(f.lora_A.numel() + f.lora_B.numel() for a in adapters for f in a.factors.values())
-        rank = min(sum(max(a.ranks.values()) for a in adapters), width)
-        sites = max(len(a.factors) for a in adapters)
+        shapes = [shapes_of(a) for a in adapters]
+        numbers = sum(s.r * (s.out + s.width) for own in shapes for s in own.values())
+        ranks = sum(max(s.r for s in own.values()) for own in shapes)
+        rank, sites = min(ranks, width), max(map(len, shapes))
         seconds = costs.DECOMPOSITION * sites * width * rank**2 / self.speed
+        if ranks > width:  # added to matrices of the sites' sizes
+            seconds += 2 * sites * width**2 * ranks / self.speed
         amount = f"{len(adapters)} adapters, {sites} sites"
         return Stage("warm start", "what the adapters' weights share", amount, 4 * numbers, seconds)
 
-    def pictures(self, images: int) -> Stage:
+    def pictures(self, drawn: DrawnImages) -> Stage:
+        images, painted = len(drawn.rows), PAINTED_TOGETHER * len((drawn.rows // PAINTED_TOGETHER).unique())
         passes = self.needs.scores + self._masks_by_pruning
-        seconds = images * (costs.painting_seconds(self.painted_size) + passes * self.forward)
-        amount = f"{images} pictures, {self.painted_size} px"
+        seconds = painted * costs.painting_seconds(self.painted_size) + images * passes * self.forward
+        amount = f"{_share(images, drawn.total, 'pictures')}, {self.painted_size} px"
         return Stage("paint pictures", "one set for all adapters", amount, self._bytes(images), seconds)
 
-    def inversion(self, inverted: Sequence[Adapter], images: int, prior: BatchNormPrior | None) -> Stage:
-        config = self.config.inversion
+    def inversion(self, drawn: DrawnImages, prior: BatchNormPrior | None) -> Stage:
+        config, images, makers = self.config.inversion, len(drawn.rows), drawn.adapters
         pruned = costs.forward_flops(self.backbone, self.size, config.prune) / self.speed
         share = 1 - config.prune_from if config.prune else 0.0
         step = (1 - share) * self.forward + share * pruned
@@ -147,8 +152,11 @@ class StageMaker:
         each += self.forward * (asked + bool(config.prune) + (config.candidates > 1))
         name = "invert adapters" if config.steps else "label pictures"
         what = f"{config.steps} steps from {config.init}" if config.steps else "pictures for each adapter"
-        amount = f"{images} images of {len(inverted)} adapters, {self.size} px"
-        return Stage(name, what, amount, self._bytes(images), images * each)
+        made = sum(_in_whole_batches(drawn, i, config.batch_size) for i in makers)
+        whole = len(drawn.offsets) - 1
+        adapters = f"{whole} adapters" if len(makers) == whole else f"{len(makers)} of {whole} adapters"
+        amount = f"{_share(images, drawn.total, 'images')} of {adapters}, {self.size} px"
+        return Stage(name, what, amount, self._bytes(images), made * each)
 
     def guide(self, images: int) -> Stage:
         meta = self.config.meta
@@ -167,6 +175,7 @@ class StageMaker:
         elif self.config.inversion.prune:
             left = list(self.backbone.kept_per_layer(self.config.inversion.prune, patches).values())[-1]
         share = (left + prefix) / (patches + prefix)
+        per_step *= meta.episodes_per_step
         seconds = meta.steps * per_step * share * costs.PASSES * self.forward
         loss = {1.0: "the guide", 0.0: "episodes"}.get(meta.guide_weight, "the guide and episodes")
         return Stage("meta-training", f"follows {loss}", f"{meta.steps} steps of {per_step} images", 0, seconds)
@@ -175,11 +184,16 @@ class StageMaker:
     def _masks_by_pruning(self) -> bool:
         return bool(self.config.inversion.prune) and self.config.meta.sparsity is None
 
-    def _count(self, inverted: Sequence[Adapter]) -> int:
-        if self.needs.pictures:
-            return self.config.inversion.pictures
-        classes = sum(len(a.head.class_names) for a in inverted if a.head is not None)
-        return classes * self.config.inversion.images_per_class
-
     def _bytes(self, images: int) -> int:
         return images * 3 * self.size * self.size
+
+
+def _share(made: int, total: int, what: str) -> str:
+    """How many are made: all, or those that training draws."""
+    return f"{made} {what}" if made == total else f"{made} drawn of {total} {what}"
+
+
+def _in_whole_batches(drawn: DrawnImages, i: int, batch_size: int) -> int:
+    """Images of an adapter that are optimised: batches are whole."""
+    total = drawn.offsets[i + 1] - drawn.offsets[i]
+    return sum(min(batch_size, total - batch_size * b) for b in (drawn.of(i) // batch_size).unique().tolist())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adapters.adapter import Adapter
+from .adapters.stored import head_of
 from .meta.influence import leave_one_out
 from .plan import Plan
 from .runtime.version import __version__
@@ -43,7 +44,7 @@ def summarise(
         "adapters": [
             {
                 "name": adapter.name,
-                "classes": list(adapter.head.class_names) if adapter.head is not None else [],
+                "classes": list(head.class_names) if (head := head_of(adapter)) is not None else [],
                 "rank": max(adapter.ranks.values()),
                 **found._asdict(),
             }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .adapters.adapter import Adapter
+from .adapters.stored import signature_of
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
 from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
-from .runtime.seeds import stream
+from .runtime.shared_folder import require_shared_folder
 from .runtime.version import __version__
 from .vit.backbone import Backbone
 
@@ -25,15 +26,19 @@ class WorkDir:
 
     Args:
         folder: where they are; nothing is made before `open`.
-        inverted: adapters with images of their own. Names of files follow from their weights.
+        inverted: number -> adapter, those that images are made of. Names of files follow from their weights.
     """
 
-    def __init__(self, folder: Path, inverted: Sequence[Adapter] = ()) -> None:
+    def __init__(self, folder: Path, inverted: Mapping[int, Adapter] | None = None) -> None:
         self.folder = folder
         images = folder / IMAGES
-        names = [f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors" for i, adapter in enumerate(inverted)]
-        self.surrogates = [images / name for name in names]
+        self.surrogates = {
+            i: images / f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors"
+            for i, adapter in (inverted or {}).items()
+        }
         self.pictures = images / "pictures.safetensors"
+        self.record = folder / RECORD
+        self.claims = folder / "claims"
         self.checkpoint = folder / "meta_checkpoint.safetensors"
         self.losses = folder / "losses.csv"
         self.summary = folder / "summary.json"
@@ -42,10 +47,13 @@ class WorkDir:
     @property
     def finished(self) -> bool:
         """Whether the images of every adapter are there."""
-        return all(path.exists() for path in self.surrogates)
+        return all(path.exists() for path in self.surrogates.values())
 
     def open(self, run: dict[str, Any]) -> bool:
-        """Make the folder, or make sure that it is of this run.
+        """Make the folder, or make sure that it is of this run and that its file system can keep it.
+
+        Of several processes the first one opens it before the others do. Files that they, or other runs of the same
+        settings, are writing stay.
 
         Args:
             run: what makes it this one (see `describe_run`).
@@ -54,9 +62,9 @@ class WorkDir:
             whether the run has been here before.
 
         Raises:
-            ValueError: a folder of another run, or with other files in it.
+            ValueError: a folder of another run, with other files in it, or on a file system that cannot keep a run.
         """
-        folder, record = self.folder, self.folder / RECORD
+        folder, record = self.folder, self.record
         if record.exists():
             ours, theirs = _without_names(run), _without_names(read_json(record))
             if ours != theirs:
@@ -70,6 +78,8 @@ class WorkDir:
         images = self.pictures.parent
         remove_leftovers(folder)
         remove_leftovers(images)
+        if folder.exists():
+            require_shared_folder(folder)
         known = record.exists()
         if not known:
             write_json(record, run)  # first: whatever else is there is of this run
@@ -83,6 +93,7 @@ def describe_run(
     backbone: Backbone,
     dtype: torch.dtype,
     prior: BatchNormPrior | None,
+    images: str = "drawn",
 ) -> dict[str, Any]:
     """What makes a run this one; names are there for people and may change."""
     return {
@@ -92,26 +103,13 @@ def describe_run(
         "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
         "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
         "config": as_plain(config),
+        "images": images,
     }
 
 
 def canonical_order(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters in an order that their names and places do not change, nor the rounding of a file format."""
-    return sorted(adapters, key=_signature)
-
-
-def _signature(adapter: Adapter) -> float:
-    """A number that an adapter's updates and head give: `u^T (scaling B A) v` for fixed random u, v, summed."""
-    total = 0.0
-    for site, (lora_A, lora_B, scaling) in adapter.factors.items():
-        generator = stream(0, "signature", site)
-        u = torch.randn(lora_B.shape[0], generator=generator, dtype=torch.float64)
-        v = torch.randn(lora_A.shape[1], generator=generator, dtype=torch.float64)
-        total += scaling * float((u @ lora_B.double()) @ (lora_A.double() @ v))
-    if adapter.head is not None:
-        weight = adapter.head.weight.double()
-        total += float((torch.randn(weight.shape, generator=stream(0, "head"), dtype=torch.float64) * weight).sum())
-    return total
+    return sorted(adapters, key=signature_of)
 
 
 def _is_empty(folder: Path) -> bool:

@@ -65,7 +65,7 @@ def test_settings_from_a_mapping():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"step": 1}, r"`meta` must name settings of MetaConfig \(steps, n_way, .*\), got step"),
+        ({"step": 1}, r"`meta` must name settings of MetaConfig \(steps, episodes_per_step, .*\), got step"),
         (3, "`meta` must be a MetaConfig or a mapping, got int"),
         (InversionConfig(), "`meta` must be a MetaConfig or a mapping, got InversionConfig"),
         ({"distill": 0.5, "guide_weight": 0.5}, "`distill` is the old name of `guide_weight`, got both"),

@@ -19,6 +19,8 @@ ROOMS = (
     "serve",
     "report",
     "pipeline",
+    "job",
+    "image_stage",
     "summary",
     "work_dir",
     "plan",

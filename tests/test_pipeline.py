@@ -19,7 +19,7 @@ from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Sur
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.data.images import normalize
-from lorarecycle.runtime import files
+from lorarecycle.runtime import files, owner
 from lorarecycle.work_dir import canonical_order
 
 FAST = {
@@ -80,7 +80,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     assert [Surrogate.load(p).adapter for p in sorted((work / "surrogates").iterdir())] == [
         a.name for a in canonical_order(adapters)
     ]
-    monkeypatch.setattr("lorarecycle.pipeline.Inverter", lambda *a, **k: pytest.fail("inverted again"))
+    monkeypatch.setattr("lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
     assert files.read_json(work / "summary.json") == summary, "the seconds of the work, not of reading it again"
 
@@ -139,7 +139,7 @@ def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (work / "meta_lora").exists(), "killed before the end"
-    leftover = f"{files.LEFTOVER}{socket.gethostname()}-{process.pid}-x"
+    leftover = f"{files.LEFTOVER}{socket.gethostname()}-{process.pid}-{owner.machine()}.x"
     (work / "surrogates" / leftover).write_text("half a surrogate")
     assert start(work).communicate()[0] == whole
     assert not list(work.rglob(f"{files.LEFTOVER}*"))
@@ -351,7 +351,7 @@ def test_names_and_order_change_nothing(tiny_backbone, adapters, tmp_path):
 
 def test_a_run_of_renamed_adapters_goes_on(tiny_backbone, adapters, tmp_path, monkeypatch):
     first = recycle(adapters, base=tiny_backbone, work_dir=tmp_path, **FAST)
-    monkeypatch.setattr("lorarecycle.pipeline.Inverter", lambda *a, **k: pytest.fail("inverted again"))
+    monkeypatch.setattr("lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("inverted again"))
     renamed = [replace(a, name=f"other-{a.name}") for a in adapters[::-1]]
     assert recycle(renamed, base=tiny_backbone, work_dir=tmp_path, **FAST).digest() == first.digest()
 
@@ -371,7 +371,9 @@ PICTURES = {"inversion": {"pictures": 12}, "meta": {"steps": 3}, "quiet": True}
 
 def test_pictures_need_no_heads_and_serve_any_number_of_adapters(tiny_backbone, adapters, tmp_path, monkeypatch):
     """One adapter, adapters without heads, with few classes: nothing that the work does not need is asked for."""
-    monkeypatch.setattr("lorarecycle.pipeline.Inverter", lambda *a, **k: pytest.fail("nothing depends on an adapter"))
+    monkeypatch.setattr(
+        "lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("nothing depends on an adapter")
+    )
     one = recycle(adapters[0].with_head(None), base=tiny_backbone, work_dir=tmp_path / "one", **PICTURES)
     many = recycle([a.with_head(None) for a in adapters], base=tiny_backbone, work_dir=tmp_path / "many", **PICTURES)
     assert one.digest() != many.digest()
@@ -379,7 +381,7 @@ def test_pictures_need_no_heads_and_serve_any_number_of_adapters(tiny_backbone, 
     one_set, other_set = (Surrogate.load(path).images for path in pictures)
     assert torch.equal(one_set, other_set)
     assert len(one_set) == 12
-    monkeypatch.setattr("lorarecycle.pipeline.painted_surrogate", lambda *a, **k: pytest.fail("painted again"))
+    monkeypatch.setattr("lorarecycle.image_stage.painted_surrogate", lambda *a, **k: pytest.fail("painted again"))
     again = recycle([a.with_head(None) for a in adapters], base=tiny_backbone, work_dir=tmp_path / "many", **PICTURES)
     assert again.digest() == many.digest()
 

@@ -41,6 +41,7 @@ OTHER = {
     "prune_from": 0.9,
     "roll": 0.4,
     "flip": False,
+    "episodes_per_step": 2,
     "n_way": 3,
     "n_shot": 2,
     "n_query": 1,
@@ -125,6 +126,7 @@ def test_arguments_of_recycle(tiny_backbone, adapters, prior, build_vit, tmp_pat
         "prior": (None, True),
         "device": ("cpu", False),
         "dtype": ("bfloat16", True),
+        "images": ("all", True),  # the targets of the guide have the mean length of all images that are made
         "name": ("other", False),
         "compile": (False, False),
         "quiet": (True, False),

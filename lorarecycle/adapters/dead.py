@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .adapter import Adapter
+from .stored import is_dead
 
 
 def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
@@ -18,8 +19,3 @@ def leave_out_dead(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str
     if not alive:
         raise ValueError(f"`adapters` must change the model, got updates of zero in all: {', '.join(dead)}.")
     return alive, [f"left out, as their update is zero: {len(dead)} adapters ({', '.join(dead)})"] if dead else []
-
-
-def is_dead(adapter: Adapter) -> bool:
-    """Whether every update is zero: all of a B, all of an A, or a scaling of 0."""
-    return not any(f.scaling and f.lora_A.any() and f.lora_B.any() for f in adapter.factors.values())

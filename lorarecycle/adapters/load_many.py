@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict
@@ -13,6 +14,7 @@ from .adapter import Adapter
 from .find import find_folders
 from .peft.in_memory import adapter_names, is_peft_model
 from .peft.read import read_peft
+from .stored import StoredAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def load_all(
     subfolder: str | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
+    stored: bool = False,
 ) -> Loaded:
     """Adapters from objects, PEFT models, PEFT folders, Hub ids, or one folder that holds many PEFT folders.
 
@@ -83,6 +86,7 @@ def load_all(
         revision: branch, tag or commit of every Hub id.
         subfolder: where the adapter (or the folders of many) lies inside each directory and repository.
         token, cache_dir, local_files_only: for Hub ids, as in `Adapter.from_pretrained`.
+        stored: leave the tensors of those that are read from files there until they are used (`StoredAdapter`).
 
     Raises:
         ValueError: none given or none readable, a `revision` or `subfolder` that nothing uses; with `strict=True`,
@@ -117,6 +121,7 @@ def load_all(
     if not sources:
         raise ValueError("`adapters` must hold at least one adapter, got none.")
     _check_sources(sources, revision, subfolder)
+    searched_below = set(map(id, below))
     loaded: list[Adapter] = []
     errors: list[Exception] = []
     for source in sources:
@@ -129,7 +134,7 @@ def load_all(
             "local_files_only": local_files_only,
         }
         try:
-            loaded.append(_load(source, options, searched=isinstance(source, Path) and source in below))
+            loaded.append(_load(source, options, searched=id(source) in searched_below, stored=stored))
         except (ValueError, OSError) as error:
             if strict is not False:
                 raise
@@ -145,13 +150,22 @@ def load_all(
     return Loaded(loaded, (*notes, *own))
 
 
-def _load(source: Any, options: HubOptions, *, searched: bool) -> Adapter:
+def _load(source: Any, options: HubOptions, *, searched: bool, stored: bool) -> Adapter:
     if isinstance(source, Adapter):
         return source
     if isinstance(source, _OfModel):
         return Adapter.from_peft(source.model, source.name)
+    read = _read(source, options, searched=searched)
+    if not stored:
+        return read
+    here = Path(source).expanduser().is_dir()
+    again: HubOptions = options if here else {**options, "local_files_only": True}  # what was fetched just now
+    return StoredAdapter(read, partial(_read, source, again, searched=searched))
+
+
+def _read(source: str | PathLike[str], options: HubOptions, *, searched: bool) -> Adapter:
     if searched:  # with all that is below it
-        return read_peft(source, Adapter, name=source.resolve().name)
+        return read_peft(Path(source), Adapter, name=Path(source).resolve().name)
     return Adapter.from_pretrained(source, **options)
 
 

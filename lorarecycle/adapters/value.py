@@ -181,6 +181,9 @@ class AdapterValue:
         return known[1]
 
     def _hash(self, names: bool) -> str:
+        if names:  # the tensors are hashed once
+            classes = None if self.head is None else self.head.class_names
+            return hashlib.sha256(f"{self._sha256(names=False)} {classes}".encode()).hexdigest()
         sha = hashlib.sha256()
         for site, (lora_A, lora_B, scaling) in self.factors.items():
             sha.update(f"{site} {tuple(lora_A.shape)} {tuple(lora_B.shape)} {scaling!r}".encode())
@@ -188,8 +191,7 @@ class AdapterValue:
             sha.update(_bytes(lora_B))
         if self.head is not None:
             assert self.head.bias is not None
-            facts = self.head.class_names if names else tuple(self.head.weight.shape)
-            sha.update(f"{facts} {self.head.pool}".encode())
+            sha.update(f"{tuple(self.head.weight.shape)} {self.head.pool}".encode())
             sha.update(_bytes(self.head.weight))
             sha.update(_bytes(self.head.bias))
         return sha.hexdigest()

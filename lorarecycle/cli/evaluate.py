@@ -58,6 +58,7 @@ class Evaluate:
         from ..fewshot.evaluate import evaluate
         from ..fewshot.methods.registry import describe_methods, find_method, make_method
         from ..fewshot.tasks import Tasks
+        from ..runtime.distributed import join, leads, leave
 
         if self.method == "list":
             print(describe_methods())
@@ -86,8 +87,11 @@ class Evaluate:
             tasks=tasks,
             workers=self.workers,
             quiet=quiet,
+            group=join(backbone.device),
         )
-        print(result)
+        if leads():
+            print(result)
+        leave()
 
     def _adapters(self) -> list[Adapter]:
         from ..adapters.load_many import load_all

@@ -27,7 +27,8 @@ class Recycle:
     """Class whose names are written, which PEFT needs to load it: timm, vit (ViTModel), vit-classifier
     (ViTForImageClassification), clip (CLIPModel) and so on, see `Adapter.save`."""
     work_dir: Path | None = None
-    """Folder for images and checkpoints; a run stopped there goes on from it."""
+    """Folder for images and checkpoints; a run stopped there goes on from it. OUTPUT-run under torchrun, whose
+    processes share it."""
     report: bool = False
     """Write report.html into --work-dir (OUTPUT-run when that is left out): a page about the run."""
     report_data: str | None = None
@@ -36,6 +37,10 @@ class Recycle:
     """Print what would be done and about how long it takes, and stop."""
     preset: Preset = "default"
     """Where the settings start from: "weights" is our recipe (the default), "paper" LoRA Recycle as published."""
+    images: Literal["drawn", "all"] = "drawn"
+    """Make only the images that meta-training draws, or all that the settings describe."""
+    memory_budget: float | None = None
+    """GB of images that may be held in memory; what is more is read from disk. Half of what is free when left out."""
     compile: bool | None = None
     """Run the ViT's blocks through torch.compile; on a GPU, for thousands of steps, when left out."""
     graphs: bool | None = None
@@ -55,11 +60,12 @@ class Recycle:
         from ..adapters.peft.names import check_layout
         from ..config import as_plain
         from ..pipeline import prepare
+        from ..runtime.distributed import launched, leads, leave
 
         quiet = self.manners.quiet
         check_layout(self.layout)
         strict = self.care.level
-        loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict)
+        loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict, stored=True)
         job = prepare(
             loaded,
             base=find_backbone(self.machine, loaded.adapters),  # adapters are merged before it is cast
@@ -68,16 +74,23 @@ class Recycle:
             config=self.config,
             device=self.machine.device,
             dtype=self.machine.dtype,
+            images=self.images,
+            memory_budget=None if self.memory_budget is None else int(1e9 * self.memory_budget),
         )
+        first = leads()
         if self.plan:
-            print(job.plan().describe())
+            if first:
+                print(job.plan().describe())
             return
-        if not quiet:
+        if first and not quiet:
             print(job.plan().describe(), file=sys.stderr)
         work_dir = self.work_dir
-        if work_dir is None and (self.report or self.report_data):
+        if work_dir is None and (self.report or self.report_data or launched() > 1):
             work_dir = self.output.with_name(f"{self.output.name}-run")
         meta_lora = job.run(work_dir, name=self.output.name, compile=self.compile, graphs=self.graphs, quiet=quiet)
+        if not first:
+            leave()
+            return
         config = as_plain(self.config)
         print(meta_lora.save(self.output, layout=self.layout, config=config, sources=job.adapters))
         if work_dir is not None and (self.report or self.report_data):
@@ -85,6 +98,7 @@ class Recycle:
 
             run = measured_run(work_dir, self.report_data, job.backbone, job.adapters, quiet=quiet)
             print(write_page([run], work_dir / "report.html", job.backbone))
+        leave()
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,8 @@ class WarmStart:
         from ..meta.warm_start import warm_start
 
         strict = self.care.level
-        adapters = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict).adapters
+        source = self.adapters[0] if len(self.adapters) == 1 else self.adapters
+        adapters = load_all(source, strict=strict, stored=True).adapters
         base = find_backbone(self.machine, adapters)
         made = warm_start(
             adapters,

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError as ScikitLearnNotFittedError
 from torch import Tensor
 
 from ..data.images import ImageInput, count_images
-from ..meta.prototypes import Distance, class_centres, distance_logits
+from ..meta.prototypes import Distance, class_centres, distance_logits, nearest_centres
 from ..runtime.deprecation import renamed_arguments
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
@@ -24,6 +24,9 @@ from .encoder import AdapterSource, BackboneSource, Encoder, share_encoder
 from .inputs import list_images, read_labels, read_weights, require_classes
 from .labels import class_array, match_labels, require_same_length, sort_classes
 from .prototype_files import read_prototypes, write_prototypes
+
+AT_ONCE = 1 << 22
+"""Distances that are held at a time where the nearest centre alone is asked for."""
 
 
 class NotFittedError(plain.NotFittedError, ScikitLearnNotFittedError):
@@ -50,6 +53,10 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     Images `X` may be whatever `lorarecycle.data.images.to_uint8` takes: PIL images, paths, numpy arrays such as
     [n, H, W, C], tensors, lists or object arrays of those, a pandas Series of paths. Labels may be anything hashable
     but numbers with a fraction.
+
+    Thousands of classes are fine: with C classes, S support images and width D, `fit` holds the features, 4 S D bytes,
+    and the centres, 4 C D, and its time is that of S forward passes; `predict` and `score` hold 16 MB of distances at a
+    time, whatever C and the number of queries (benchmarks/results/scale.md).
 
     Classifiers of the same backbone and meta-LoRA share one model within a process, clones among them. The models used
     last stay in memory until other ones are, or until `lorarecycle.fewshot.encoder.forget_encoders()`.
@@ -146,7 +153,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     @renamed_arguments(query_images="X")
     def predict(self, X: ImageInput) -> np.ndarray:
         """The label of the nearest class centre, [Q]."""
-        nearest = self.logits(X).argmax(axis=-1)
+        nearest = self._nearest(self._require_fitted(), self._images(X, fitting=False))
         return self.classes_[nearest]
 
     @renamed_arguments(query_images="X", query_labels="y")
@@ -167,7 +174,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         labels, _ = read_labels(y)
         require_same_length(count_images(images), labels, "y")
         weights = None if sample_weight is None else read_weights(sample_weight, len(labels))
-        hits = self._logits(fitted, images).argmax(axis=-1) == match_labels(labels, self.classes_.tolist())
+        hits = self._nearest(fitted, images) == match_labels(labels, self.classes_.tolist())
         return float(np.average(hits, weights=weights))
 
     def save_prototypes(self, path: str | PathLike[str]) -> Path:
@@ -236,6 +243,12 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     def _logits(self, fitted: _Fitted, images: ImageInput) -> np.ndarray:
         centres = torch.tensor(self.prototypes_)  # a copy: joblib may have mapped it read-only
         return distance_logits(_extract(fitted, images), centres, fitted.distance).numpy()
+
+    def _nearest(self, fitted: _Fitted, images: ImageInput) -> np.ndarray:
+        """Place of the nearest class centre, [Q]: never all distances at a time where they are many."""
+        centres = torch.tensor(self.prototypes_)
+        parts = _extract(fitted, images).split(max(1, AT_ONCE // len(centres)))
+        return torch.cat([nearest_centres(part, centres, fitted.distance) for part in parts]).numpy()
 
     def _require_fitted(self) -> _Fitted:
         if not self.__sklearn_is_fitted__():

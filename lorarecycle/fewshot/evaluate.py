@@ -17,6 +17,7 @@ from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset
 from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
+from ..runtime.distributed import ALONE, Group
 from ..runtime.progress import track
 from ..runtime.seeds import derive
 from ..vit.backbone import Backbone
@@ -88,6 +89,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int | None = None,
     quiet: bool = False,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Accuracy of a method on few-shot tasks (Sec. 3, testing setup); of nearest class means unless told otherwise.
 
@@ -110,6 +112,9 @@ def evaluate(
         batch_size: images per forward pass.
         workers: threads that read image files; one when None.
         quiet: no progress bar.
+        group: processes that call this together, such as `runtime.distributed.join(device)` under torchrun: each solves
+            its part of the tasks, and all get the accuracies of all. Each computes the features of its own tasks'
+            images, so this pays for methods that fine-tune.
 
     Raises:
         ValueError: an adapter that does not fit; fewer classes than `n_way` or fewer images of a class than
@@ -143,7 +148,11 @@ def evaluate(
     clock = time.perf_counter()
     method.prepare(backbone, adapters, surrogates, aside, text_encoder)
     prepared = time.perf_counter()
-    found = make_tasks(_task_images(data, backbone, tasks, **images), tasks, data.class_names)
+    group = group if len(tasks) >= group.size else ALONE
+    first, last = group.own(len(tasks))
+    part = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
+    found = make_tasks(_task_images(data, backbone, part, **images), part, data.class_names)
+    quiet = quiet or not group.leads
     with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
 
         def answers(blind: list[Task]) -> Iterator[Tensor]:
@@ -151,9 +160,11 @@ def evaluate(
                 bar.update()
                 yield logits
 
-        accuracies = accuracy(answers, found)
+        accuracies = torch.zeros(len(tasks), device=backbone.device)
+        accuracies[first:last] = accuracy(answers, found).to(accuracies)
     solved = time.perf_counter()
-    return Evaluation(accuracies, tasks, prepared - clock, (solved - prepared) / len(tasks))
+    group.add(accuracies)
+    return Evaluation(accuracies.cpu(), tasks, prepared - clock, (solved - prepared) / len(found))
 
 
 def _draw(data: LabelledImages | Dataset, config: EvaluateConfig, n_tasks: int, seed: int) -> Tasks:

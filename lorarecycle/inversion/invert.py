@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapters.adapter import Adapter, Head
 from ..config import InversionConfig, as_config, as_plain
@@ -101,22 +102,31 @@ class Inverter:
         seed: int = 0,
         teacher_logits: bool = True,
         scores: bool = True,
+        rows: Tensor | None = None,
         title: str | None = None,
         quiet: bool = False,
     ) -> Surrogate:
-        """The images of an adapter; arguments, result and errors as in `invert`."""
+        """The images of an adapter; arguments, result and errors as in `invert`.
+
+        Args:
+            rows: int64, ascending, the images that are wanted; all when None. Batches without any of them are not made,
+                the others are what they are in a full run, to the bit.
+        """
         config = self.config
         head = self._placed(check_invertible(self.backbone, adapter, config))
         teacher = self._merged(adapter)
         labels = torch.arange(len(head.class_names)).repeat(config.images_per_class)
-        batches = labels.split(config.batch_size)
+        index = torch.arange(len(labels)) if rows is None else rows
+        numbers = (index // config.batch_size).unique()
+        made = torch.cat([torch.arange(len(labels)).split(config.batch_size)[i] for i in numbers])
         images, curves = [], []
-        steps = range(len(batches) * config.steps)
+        steps = range(len(numbers) * config.steps)
         with (
             compiling(self._compile, teacher.device, len(steps)),
             track(steps, title or f"invert {adapter.name}", quiet=quiet) as bar,
         ):
-            for i, wanted in enumerate(batches):
+            for i in numbers.tolist():
+                wanted = labels.split(config.batch_size)[i]
                 generator = stream(seed, "inversion", i)
                 start = start_images(teacher, head, wanted.to(teacher.device), config, generator)
                 if config.steps == 0:
@@ -139,17 +149,19 @@ class Inverter:
             size=config.image_size,
             batch_size=config.batch_size,
         )
-        return Surrogate(
+        found = Surrogate(
             images=pixels,
-            labels=labels,
+            labels=labels[made],
             class_names=head.class_names,
             patch_size=teacher.patch_size,
             adapter=adapter.name,
             adapter_digest=adapter.weights_digest(),
             config=as_plain(config),
             curves=torch.cat(curves) if curves else None,
+            rows=None if len(made) == len(labels) else made,
             **answers._asdict(),
         )
+        return found if len(index) == len(made) else found.select(torch.searchsorted(made, index))
 
     def _merged(self, adapter: Adapter) -> Backbone:
         """The backbone with the adapter, in weights that are this object's own and stay where they are."""

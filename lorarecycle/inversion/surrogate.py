@@ -18,6 +18,8 @@ from ..runtime.files import load_tensors, save_tensors
 
 FORMAT = 2
 READABLE = (1, 2)
+PER_IMAGE = ("labels", "teacher_logits", "kept", "scores", "curves", "rows")
+"""Tensors with a row for each image, beside the images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,8 @@ class Surrogate:
         config: settings it was made with.
         curves: float32 [n, 2, T], cross-entropy of each image and the prior of its batch on the way, at every
             `ceil(steps / 100)`-th step of the optimisation, NaN after an early end; None where nothing was optimised.
+        rows: int64 [n], ascending, which of all images these are where only those were kept that training draws; None
+            where all are here.
 
     Raises:
         ValueError: lengths that do not fit together.
@@ -53,15 +57,16 @@ class Surrogate:
     adapter_digest: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     curves: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8 [n, 3, H, W], got {self.images.dtype} {list(self.images.shape)}.")
-        for name in ("labels", "teacher_logits", "kept", "scores", "curves"):
-            rows = getattr(self, name)
-            if rows is not None and len(rows) != n:
-                raise ValueError(f"`{name}` must have one row per image ({n}), got {len(rows)}.")
+        for name in PER_IMAGE:
+            values = getattr(self, name)
+            if values is not None and len(values) != n:
+                raise ValueError(f"`{name}` must have one row per image ({n}), got {len(values)}.")
         if self.teacher_logits is not None and self.teacher_logits.shape[1] != len(self.class_names):
             raise ValueError(
                 f"`teacher_logits` must have a column per class ({len(self.class_names)}), "
@@ -79,12 +84,14 @@ class Surrogate:
         Raises:
             ValueError: no scores are stored, or `sparsity` is outside [0, 1).
         """
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}; no token would be left.")
-        if self.scores is None:
-            raise ValueError(f"surrogate of {self.adapter!r} must hold scores to be masked, got none; invert it anew.")
-        N = self.scores.shape[1]
-        return replace(self, kept=reference.top_patches(self.scores, N - math.floor(N * sparsity)))
+        return replace(self, kept=mask_scores(self.scores, sparsity, self.adapter))
+
+    def select(self, index: Tensor) -> Surrogate:
+        """Some of the images, those at `index` [k], ascending, with what is known of them."""
+        rows = index if self.rows is None else self.rows[index]
+        own = {name: getattr(self, name) for name in PER_IMAGE[:-1]}
+        parts: dict[str, Any] = {name: None if values is None else values[index] for name, values in own.items()}
+        return replace(self, images=self.images[index], rows=rows, **parts)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one safetensors file atomically."""
@@ -93,9 +100,10 @@ class Surrogate:
             "kept": torch.int32,
             "scores": torch.float32,
             "curves": torch.float32,
+            "rows": torch.int32,
         }
         tensors = {}
-        for name in ("images", "labels", "teacher_logits", "kept", "scores", "curves"):
+        for name in ("images", *PER_IMAGE):
             tensor = getattr(self, name)
             if tensor is not None:
                 tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
@@ -144,4 +152,15 @@ class Surrogate:
             adapter_digest=meta["adapter_digest"],
             config=meta["config"],
             curves=tensors.get("curves"),
+            rows=tensors["rows"].long() if "rows" in tensors else None,
         )
+
+
+def mask_scores(scores: Tensor | None, sparsity: float, adapter: str) -> Tensor:
+    """The patches that are left, int64 [n, k]; see `Surrogate.masked`."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"`sparsity` must be in [0, 1), got {sparsity}; no token would be left.")
+    if scores is None:
+        raise ValueError(f"surrogate of {adapter!r} must hold scores to be masked, got none; invert it anew.")
+    N = scores.shape[1]
+    return reference.top_patches(scores, N - math.floor(N * sparsity))

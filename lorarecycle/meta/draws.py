@@ -14,7 +14,7 @@ from .episodes import Episode
 
 
 class Draw(NamedTuple):
-    """What one step draws."""
+    """What one episode draws."""
 
     rows: Tensor
     """int64 [n], images of the bank: the support, class after class, then the queries."""
@@ -29,7 +29,7 @@ class Draw(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The draws of all steps, one above the other."""
+    """The draws of all episodes, or of one in each step, one above the other."""
 
     rows: Tensor
     mirrored: Tensor
@@ -44,20 +44,21 @@ class Draws(NamedTuple):
         """Draw beforehand.
 
         Args:
-            draw: the episode of a step.
-            config: `steps`, `n_way`, `flip`, `resolutions`.
+            draw: the episode of a number; those of step s have the numbers from `s * episodes_per_step` on.
+            config: `steps`, `episodes_per_step`, `n_way`, `flip`, `resolutions`.
             seed: of the flips and the resolutions.
             first: step to begin at; what comes before it is left zero.
             device: where the tables are wanted.
         """
-        steps = range(first, config.steps)
+        total = config.steps * config.episodes_per_step
+        steps = range(first * config.episodes_per_step, total)
         episodes = [draw(step) for step in steps]
         width = len(episodes[0].images) if episodes else 0
-        classes = torch.zeros(config.steps, config.n_way, dtype=torch.int64)
-        rows = torch.zeros(config.steps, width, dtype=torch.int64)
-        mirrored = torch.zeros(config.steps, width, dtype=torch.bool)
+        classes = torch.zeros(total, config.n_way, dtype=torch.int64)
+        rows = torch.zeros(total, width, dtype=torch.int64)
+        mirrored = torch.zeros(total, width, dtype=torch.bool)
         resolution = torch.zeros_like(rows)
-        cross_task = torch.zeros(config.steps, dtype=torch.bool)
+        cross_task = torch.zeros(total, dtype=torch.bool)
         for step, episode in zip(steps, episodes, strict=True):
             rows[step], cross_task[step] = episode.images, episode.cross_task
             if config.flip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,43 @@ class Episode(NamedTuple):
     """Classes come from different adapters: no teacher knows all of them (Eq. 4)."""
 
 
+class Layout(NamedTuple):
+    """What a sampler has to know of an adapter's images, which need not be there yet."""
+
+    adapter: str
+    """name"""
+    class_names: tuple[str, ...]
+    labels: Tensor | None
+    """int64 [n]; None for images that show no class"""
+    size: int
+    """n"""
+    teacher_logits: bool
+    """the adapter's own answers are, or will be, there"""
+
+    @classmethod
+    def of(cls, surrogate: Surrogate) -> Layout:
+        """That of images that are there."""
+        answered = surrogate.teacher_logits is not None
+        return cls(surrogate.adapter, surrogate.class_names, surrogate.labels, len(surrogate.images), answered)
+
+    @classmethod
+    def planned(cls, adapter: str, class_names: tuple[str, ...], per_class: int, *, teacher_logits: bool) -> Layout:
+        """That of images which inversion will make."""
+        labels = planned_labels(len(class_names), per_class)
+        return cls(adapter, class_names, labels, len(labels), teacher_logits)
+
+
+@lru_cache(maxsize=64)
+def planned_labels(n_classes: int, per_class: int) -> Tensor:
+    """Labels of the images that inversion makes, int64 [n_classes * per_class]; not to be written to."""
+    return torch.arange(n_classes).repeat(per_class)
+
+
 class EpisodeSampler:
     """Draws episodes; the episode of a step depends on the seed and the step alone.
 
     Args:
-        surrogates: labelled images of each adapter.
+        surrogates: labelled images of each adapter, or their layouts.
         config: n_way, n_shot, n_query, interpolation.
         seed: of all episodes.
 
@@ -38,29 +71,35 @@ class EpisodeSampler:
         ValueError: too few classes, adapters or images for such episodes.
     """
 
-    def __init__(self, surrogates: Sequence[Surrogate], config: MetaConfig, seed: int = 0) -> None:
-        class_counts = [len(s.class_names) for s in surrogates]
-        check_episodes(class_counts, [s.adapter for s in surrogates], config)
-        for surrogate in surrogates:
-            if surrogate.teacher_logits is None and config.interpolation < 1:
+    def __init__(self, surrogates: Sequence[Surrogate | Layout], config: MetaConfig, seed: int = 0) -> None:
+        layouts = [s if isinstance(s, Layout) else Layout.of(s) for s in surrogates]
+        class_counts = [len(s.class_names) for s in layouts]
+        check_episodes(class_counts, [s.adapter for s in layouts], config)
+        for layout in layouts:
+            if not layout.teacher_logits and config.interpolation < 1:
                 raise ValueError(
-                    f"surrogate of {surrogate.adapter!r} must hold teacher logits for episodes within its classes, got "
+                    f"surrogate of {layout.adapter!r} must hold teacher logits for episodes within its classes, got "
                     "none; make it with teacher_logits=True, or set interpolation=1.0."
                 )
         self.config, self.seed = config, seed
-        self.members: list[list[Tensor]] = []
+        self.members: list[tuple[int, list[Tensor]]] = []
+        """Of each adapter: its first row, and the rows of each class counted from there."""
+        known: dict[tuple[int, int], list[Tensor]] = {}  # adapters of equal labels share them
         offset = 0
-        for surrogate in surrogates:
-            assert surrogate.labels is not None  # it has classes
-            rows = [offset + (surrogate.labels == c).nonzero()[:, 0] for c in range(len(surrogate.class_names))]
-            for name, row in zip(surrogate.class_names, rows, strict=True):
+        for layout in layouts:
+            assert layout.labels is not None  # it has classes
+            key = (id(layout.labels), len(layout.class_names))
+            if key not in known:
+                known[key] = [(layout.labels == c).nonzero()[:, 0] for c in range(len(layout.class_names))]
+            for name, row in zip(layout.class_names, known[key], strict=True):
                 if len(row) < config.n_shot + config.n_query:
                     raise ValueError(
                         f"`images_per_class` must be at least n_shot + n_query = {config.n_shot + config.n_query}, got "
-                        f"{len(row)} images of class {name!r} of {surrogate.adapter!r}."
+                        f"{len(row)} images of class {name!r} of {layout.adapter!r}; in a run's folder are those that "
+                        "its episodes drew, all of them with images='all'."
                     )
-            self.members.append(rows)
-            offset += len(surrogate.labels)
+            self.members.append((offset, known[key]))
+            offset += layout.size
         self.classes = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
 
     def __call__(self, step: int) -> Episode:
@@ -72,13 +111,13 @@ class EpisodeSampler:
             chosen = self._cross_task_classes(generator)
         else:
             adapter = int(torch.randint(len(self.members), (), generator=generator))
-            order = torch.randperm(len(self.members[adapter]), generator=generator)[: config.n_way]
+            order = torch.randperm(len(self.members[adapter][1]), generator=generator)[: config.n_way]
             chosen = [(adapter, int(c)) for c in order]
         per_class = config.n_shot + config.n_query
         drawn = []
         for adapter, c in chosen:
-            rows = self.members[adapter][c]
-            drawn.append(rows[torch.randperm(len(rows), generator=generator)[:per_class]])
+            offset, own = self.members[adapter]
+            drawn.append(offset + own[c][torch.randperm(len(own[c]), generator=generator)[:per_class]])
         rows = torch.stack(drawn)  # [n_way, n_shot + n_query]
         images = torch.cat([rows[:, : config.n_shot].flatten(), rows[:, config.n_shot :].flatten()])
         ways = torch.arange(config.n_way)
@@ -99,7 +138,7 @@ class ImageSampler:
     the step alone.
 
     Args:
-        surrogates: any images.
+        surrogates: any images, or their layouts.
         config: n_way, n_shot, n_query: their number is `n_way * (n_shot + n_query)`, or all there are.
         seed: of all draws.
 
@@ -107,8 +146,8 @@ class ImageSampler:
         ValueError: no images.
     """
 
-    def __init__(self, surrogates: Sequence[Surrogate], config: MetaConfig, seed: int = 0) -> None:
-        self.total = sum(len(s.images) for s in surrogates)
+    def __init__(self, surrogates: Sequence[Surrogate | Layout], config: MetaConfig, seed: int = 0) -> None:
+        self.total = sum(s.size if isinstance(s, Layout) else len(s.images) for s in surrogates)
         if not self.total:
             raise ValueError("`surrogates` must hold at least one image, got none.")
         self.count = min(self.total, config.n_way * (config.n_shot + config.n_query))

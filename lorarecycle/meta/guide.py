@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..inversion.stored import StoredImages
+from ..runtime.distributed import ALONE, Group
+from ..runtime.progress import track
 from ..vit.backbone import Backbone
 from ..vit.features import normalized_batches
 from ..vit.positions import magnify, mirror
@@ -18,13 +22,14 @@ from ..vit.positions import magnify, mirror
 def feature_targets(
     backbone: Backbone,
     guide: Adapter | None,
-    images: Tensor,
+    images: Tensor | StoredImages,
     *,
     kept: Tensor | None = None,
     image_size: int | None = None,
     flip: bool = True,
     batch_size: int = 64,
     quiet: bool = True,
+    group: Group = ALONE,
 ) -> Tensor:
     """Features that the student is trained to give: those of the same images, enlarged, under a guide.
 
@@ -36,7 +41,7 @@ def feature_targets(
     Args:
         backbone: its device and dtype are used.
         guide: adapter merged into it, such as the warm start; none when None.
-        images: uint8 [n, 3, H, W], on any device.
+        images: uint8 [n, 3, H, W], on any device, or in files.
         kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
             it when None. A guide that saw more would teach the student to make up for what is missing, which whole
             images then pay for.
@@ -45,6 +50,7 @@ def feature_targets(
         flip: take the mean over an image and its mirror image, for students that see either.
         batch_size: images per forward pass.
         quiet: no progress bar.
+        group: processes that share out the images; each gets all features.
 
     Returns:
         float32 [n, D] on the backbone's device.
@@ -53,9 +59,10 @@ def feature_targets(
     model = backbone if guide is None else backbone.merge(guide)
     columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
     side = size // backbone.patch_size
-    own = itertools.repeat(None) if kept is None else kept.split(batch_size)
+    first, last = group.own(len(images))
+    own = itertools.repeat(None) if kept is None else kept[first:last].split(batch_size)
     parts = []
-    batches = normalized_batches(model, images, size=size, batch_size=batch_size, title="guide features", quiet=quiet)
+    batches = _batches(model, images, range(first, last), size, batch_size, quiet)
     for x, index in zip(batches, own, strict=False):
         views = [x, x.flip(-1)] if flip else [x]
         read = None
@@ -64,8 +71,28 @@ def feature_targets(
             read = torch.cat([finer, mirror(finer, side)] if flip else [finer])
         features = model(torch.cat(views), kept=read).float()
         parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
-    targets = torch.cat(parts)
+    targets = torch.cat(parts) if parts else torch.zeros(0, backbone.embed_dim, device=backbone.device)
+    if group.size > 1:
+        everybody = targets.new_zeros(len(images), targets.shape[1])
+        everybody[first:last] = targets
+        group.add(everybody)
+        targets = everybody
     return F.normalize(targets, dim=-1) * targets.norm(dim=-1).mean()
+
+
+def _batches(
+    model: Backbone, images: Tensor | StoredImages, own: range, size: int, batch_size: int, quiet: bool
+) -> Iterator[Tensor]:
+    title = "guide features"
+    if isinstance(images, Tensor):
+        part = images[own.start : own.stop]
+        if len(part):
+            yield from normalized_batches(model, part, size=size, batch_size=batch_size, title=title, quiet=quiet)
+        return
+    for rows in track(
+        torch.arange(own.start, own.stop).split(batch_size) if len(own) else (), title, unit="batches", quiet=quiet
+    ):
+        yield from normalized_batches(model, images.read(rows), size=size, batch_size=batch_size)
 
 
 def native_size(backbone: Backbone) -> int:

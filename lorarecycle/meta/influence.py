@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..adapters.adapter import Adapter, LoRAFactors
+from .sums import in_parts, sum_updates
 
 
 class Influence(NamedTuple):
@@ -29,7 +31,8 @@ def leave_one_out(adapters: Sequence[Adapter], meta_lora: Adapter) -> list[Influ
         moves_mean = |M_i - M| / |M| = |D_i - M| / ((n - 1) |M|)
         likeness   = <D_i, D_meta> / (|D_i| |D_meta|)
 
-    Inner products come from the factors, without the products B A, so the cost is linear in the number of adapters.
+    Adapters are gone through twice, for the sum and for inner products with it, so the cost is linear in their number
+    and memory does not grow with it.
 
     Args:
         adapters: for one base model; an adapter without a site counts as zero there.
@@ -45,15 +48,16 @@ def leave_one_out(adapters: Sequence[Adapter], meta_lora: Adapter) -> list[Influ
     if n == 0:
         raise ValueError("`adapters` must hold at least one adapter, got none.")
     own, with_sum, with_meta = torch.zeros(3, n, dtype=torch.float64)
-    meta_length = 0.0
-    for site, meta in meta_lora.factors.items():
-        meta_length += _inner([meta], [meta])
-        parts = {i: a.factors[site] for i, a in enumerate(adapters) if site in a.factors}
-        everything = list(parts.values())
-        for i, part in parts.items():
-            own[i] += _inner([part], [part])
-            with_sum[i] += _inner([part], everything)
-            with_meta[i] += _inner([part], [meta])
+    meta_length = sum(_inner(f, f) for f in meta_lora.factors.values())
+    shapes = {site: (f.lora_B.shape[0], f.lora_A.shape[1]) for site, f in meta_lora.factors.items()}
+    for part in in_parts(shapes):
+        sums = sum_updates(adapters, part).sites
+        for i, adapter in enumerate(adapters):
+            for site, update in adapter.factors.items():
+                if site in sums:
+                    own[i] += _inner(update, update)
+                    with_sum[i] += _inner_with(update, sums[site].times(update.lora_A.T))
+                    with_meta[i] += _inner(update, meta_lora.factors[site])
     mean_length = float(with_sum.sum()) / n**2
     found = []
     for i in range(n):
@@ -64,8 +68,12 @@ def leave_one_out(adapters: Sequence[Adapter], meta_lora: Adapter) -> list[Influ
     return found
 
 
-def _inner(left: Sequence[LoRAFactors], right: Sequence[LoRAFactors]) -> float:
-    """<sum of the left updates, sum of the right ones>."""
-    A1, A2 = (torch.cat([p.lora_A.double() for p in side]) for side in (left, right))
-    B1, B2 = (torch.cat([p.lora_B.double() * p.scaling for p in side], dim=1) for side in (left, right))
-    return float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+def _inner(left: LoRAFactors, right: LoRAFactors) -> float:
+    """<left update, right update>."""
+    A1, A2, B1, B2 = (t.double() for t in (left.lora_A, right.lora_A, left.lora_B, right.lora_B))
+    return left.scaling * right.scaling * float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+
+
+def _inner_with(update: LoRAFactors, product: Tensor) -> float:
+    """<update, S> of `S A^T`, float64 [out, r]."""
+    return update.scaling * float((update.lora_B.double() * product).sum())

@@ -20,7 +20,7 @@ from .prototypes import distance_logits
 def episode_loss(backbone: Backbone, lora: LoRA, bank: Bank, draw: Draw, config: MetaConfig) -> Tensor:
     """Loss of one episode, a float32 scalar: Eq. 3 within an adapter, Eq. 4 across adapters, and the guide's share."""
     rows, S = draw.rows, config.n_way * config.n_shot
-    images, kept = bank.images[rows], None if bank.kept is None else bank.kept[rows]
+    images, kept = bank.step_images(rows), None if bank.kept is None else bank.kept[rows]
     if config.flip:
         images = torch.where(draw.mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
         kept = None if kept is None else torch.where(draw.mirrored.view(-1, 1), mirror(kept, bank.columns), kept)

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DENSE = 1 << 22
+"""Features times classes up to which class means are one matrix product."""
+FEW, CANDIDATES = 1024, 16
+"""Of `nearest_centres`."""
 Distance = Literal["euclidean", "sqeuclidean", "cosine"]
 
 
@@ -31,6 +35,8 @@ def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
             f"{list(labels.shape)}."
         )
     features = _at_least_float32(features)
+    if features.ndim == 2 and len(labels) * n_classes > DENSE:
+        return _many_centres(features, labels.to(features.device), n_classes)
     member = labels.to(features.device).unsqueeze(-1) == torch.arange(n_classes, device=features.device)
     counts = member.sum(dim=-2)
     if not bool((counts > 0).all() & member.any(dim=-1).all()):
@@ -38,6 +44,17 @@ def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
             f"`labels` must hold every class 0 to {n_classes - 1} and no other, got {labels.unique().tolist()}."
         )
     return member.to(features.dtype).transpose(-2, -1) @ features / counts.unsqueeze(-1)
+
+
+def _many_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """The same in memory and time linear in the number of features, whatever that of classes."""
+    inside = bool(((labels >= 0) & (labels < n_classes)).all())
+    counts = torch.bincount(labels, minlength=n_classes) if inside else labels.new_zeros(n_classes)
+    if not inside or not bool((counts > 0).all()):
+        wrong = f"{int((counts == 0).sum())} without features" if inside else "labels out of range"
+        raise ValueError(f"`labels` must hold every class 0 to {n_classes - 1} and no other, got {wrong}.")
+    sums = features.new_zeros(n_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / counts.unsqueeze(-1)
 
 
 def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "euclidean") -> Tensor:
@@ -68,6 +85,26 @@ def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "
     # the shortcut through a matrix product loses the digits of small distances
     d = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     return -d if distance == "euclidean" else -d.square()
+
+
+def nearest_centres(features: Tensor, prototypes: Tensor, distance: Distance = "euclidean") -> Tensor:
+    """Which class centre is nearest, int64 [Q]: `distance_logits(...).argmax(-1)`, fast for thousands of classes.
+
+    Among more than `FEW` classes a matrix product chooses `CANDIDATES`, between which the distances decide.
+
+    Args:
+        features: [Q, D].
+        prototypes: [C, D].
+        distance: see `distance_logits`.
+    """
+    if len(prototypes) <= FEW or distance == "cosine":  # that is one matrix product already
+        return distance_logits(features, prototypes, distance).argmax(dim=-1)
+    features, prototypes = _at_least_float32(features), _at_least_float32(prototypes)
+    middle = prototypes.mean(dim=0)  # taken off, it costs no digits
+    x, c = features - middle, prototypes - middle
+    likely = (x @ c.T - c.square().sum(dim=1) / 2).topk(CANDIDATES, dim=1).indices.sort(dim=1).values
+    exact = (features.unsqueeze(1) - prototypes[likely]).square().sum(dim=-1)
+    return likely.gather(1, exact.argmin(dim=1, keepdim=True))[:, 0]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

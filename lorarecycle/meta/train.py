@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -15,16 +16,19 @@ from ..config import MetaConfig, as_config, as_plain
 from ..data.resolution import resampling
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.graphs import Graphs, adam
+from ..runtime.distributed import ALONE, Group
+from ..runtime.graphs import Graphs, adam, state_of
 from ..runtime.progress import Stopwatch, track
 from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
-from .bank import fill_bank
+from .bank import AnySurrogate, fill_bank
+from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
 from .guide import feature_targets
+from .shares import own_shares
 from .step import EpisodeStep
 from .warm_start import start_factors
 
@@ -37,24 +41,27 @@ class MetaTraining(NamedTuple):
     meta_lora: Adapter
     """Without a head."""
     losses: Tensor
-    """float32 [steps]: loss of every episode."""
+    """float32 [steps]: loss of every step."""
     seconds: dict[str, float]
     """that each stage took"""
 
 
 def meta_train(
     backbone: Backbone,
-    surrogates: Sequence[Surrogate],
+    surrogates: Sequence[AnySurrogate],
     *,
     config: MetaConfig | Mapping[str, Any] | None = None,
     adapters: Sequence[Adapter] = (),
     start: LoRA | None = None,
+    drawn: DrawnImages | None = None,
+    memory_budget: int | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     name: str = "meta-lora",
     compile: Compile = None,
     graphs: Graphs = None,
     quiet: bool = False,
+    group: Group = ALONE,
 ) -> MetaTraining:
     """Train a meta-LoRA so that class centres of a few images classify the rest.
 
@@ -65,16 +72,22 @@ def meta_train(
 
     Args:
         backbone: frozen; its device and dtype are used.
-        surrogates: of one image size; real images work too.
+        surrogates: of one image size; real images work too. `StoredSurrogate`s, which are files, come with `drawn`.
         config: settings, or a mapping of those that differ; `MetaConfig()` when None.
         adapters: what `init="adapters"` starts from (see `warm_start`); heads are not needed.
         start: what `init="adapters"` leads to, where it has been computed already; trained in place.
+        drawn: the draws, where `surrogates` hold no other images than those (see `find_drawn`); drawn here when None.
+        memory_budget: bytes of images that may be held on the device; those of `StoredSurrogate`s are read step by
+            step, ahead of it, where they are more. No limit when None.
         seed: of the first factors, the episodes and the flips.
         checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
         name: of the meta-LoRA.
         compile: whether the backbone's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
         quiet: show no progress bar.
+        group: the processes that train together, each with the same arguments: they share out the episodes of a step
+            and the guide's images, add up their gradients, and end with the same meta-LoRA. The first one reads and
+            writes the checkpoint.
 
     Returns:
         `MetaTraining(meta_lora, losses, seconds)`.
@@ -88,6 +101,7 @@ def meta_train(
         raise ValueError("`adapters` must be given to start from them, got none; pass them, or set init='random'.")
     clock = Stopwatch()
     lora = first_factors(backbone, adapters, config, seed) if start is None else start
+    group.share(lora.parameters())
     guide = None
     if config.init == "adapters":
         guide = lora.to_adapter(name="guide", like=backbone)
@@ -95,19 +109,26 @@ def meta_train(
             clock.lap("warm start")
     if config.steps == 0:
         return MetaTraining(lora.to_adapter(name=name, like=backbone), torch.zeros(0), clock.laps)
-    draw = (
-        ImageSampler(surrogates, config, seed) if config.guide_weight == 1 else EpisodeSampler(surrogates, config, seed)
-    )
-    bank = fill_bank(backbone, surrogates, config.sparsity)
+    if drawn is None:
+        kind = ImageSampler if config.guide_weight == 1 else EpisodeSampler
+        held = [s for s in surrogates if isinstance(s, Surrogate)]
+        if len(held) < len(surrogates):
+            raise ValueError(
+                "`drawn` must be given with surrogates in files, got none; load them, or see `find_drawn`."
+            )
+        drawn = all_of(kind(held, config, seed), sum(len(s.images) for s in held))
+    bank = fill_bank(backbone, surrogates, config.sparsity, budget=memory_budget)
     clock.restart()
     if config.guide_weight > 0:
         size, flip = config.guide_size, config.flip
-        targets = feature_targets(backbone, guide, bank.images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet)
+        targets = feature_targets(
+            backbone, guide, bank.all_images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet, group=group
+        )
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
     if config.resolutions:
-        side = bank.images.shape[-1]
-        seen = [resampling(side, lower, bank.images.device) for lower in config.resolutions]
+        side = bank.all_images.shape[-1]
+        seen = [resampling(side, lower, backbone.device) for lower in config.resolutions]
         bank = bank._replace(resampling=torch.stack(seen))
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     device = backbone.device
@@ -123,17 +144,31 @@ def meta_train(
     saved = Checkpoint(
         checkpoint, run, modules={"lora": lora}, optimizer=optimizer, histories={"loss": losses}, steps=config.steps
     )
-    done = saved.resume()
+    done = saved.resume() if group.leads else 0
+    if group.size > 1:
+        counted = torch.tensor([done], device=device)
+        group.share([counted, losses, *lora.parameters(), *state_of(optimizer)])
+        done = int(counted)
     clock.restart()
     rates = torch.tensor([learning_rate(step, config, lr) for step in range(config.steps)], device=device)
-    draws = Draws.of(draw, config, seed, first=done, device=device)
+    draws = Draws.of(drawn.__call__, config, seed, first=done, device=device)
     step = EpisodeStep(
-        backbone, lora, bank, draws, rates, config, optimizer=optimizer, losses=losses, done=done, graphs=graphs
+        backbone,
+        lora,
+        bank,
+        own_shares(draws, config, group),
+        rates,
+        config,
+        optimizer=optimizer,
+        losses=losses,
+        done=done,
+        graphs=graphs,
+        group=group,
     )
-    with compiling(compile, device, config.steps - done):
+    with compiling(compile, device, config.steps - done), closing(step):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()
-            if (i + 1) % CHECKPOINT_EVERY == 0:
+            if (i + 1) % CHECKPOINT_EVERY == 0 and group.leads:
                 saved.write(i + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,7 @@ from ..runtime.strict import left_out_error
 from ..vit.backbone import Backbone
 from ..vit.base import BaseLike, doubts, find_base
 from ..vit.lora import LoRA
+from .sums import Sums, in_parts, sum_updates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,7 +68,7 @@ def warm_start(
         ValueError, FileNotFoundError: no adapters, adapters that do not fit, no base that can be found, `gain` not
             positive.
     """
-    loaded = load_all(adapters, strict=strict, **hub)
+    loaded = load_all(adapters, strict=strict, stored=True, **hub)
     found, dead = leave_out_dead(loaded.adapters)
     if strict and dead:
         raise left_out_error(dead[0])
@@ -81,18 +82,18 @@ def warm_start(
     return start_factors(found, like, backbone, gain=gain).to_adapter(name=name, like=backbone)
 
 
-def start_factors(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone, *, gain: float | None = None) -> LoRA:
+def start_factors(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone, *, gain: float | None = None) -> LoRA:
     """Factors that start where many adapters point: `gain` times the mean of their updates `scaling * B A`.
 
     What adapters of different tasks share is small in each one, as each update is confined to a random subspace of
     its rank, and it is spread over all of them; averaging uncovers it, and the gain brings it to size. At each site the
-    mean is cut to the rank of `like` by a singular value decomposition of the stacked factors, one site after the
-    other: never more than a matrix of one site's size. The cost grows with the square of the ranks' sum up to the
-    width, linearly from there.
+    mean is cut to the rank of `like` by a singular value decomposition. Adapters are read one after the other, and
+    what is held of them is never more than the weights of the sites (see `UpdateSum`), so memory does not grow with
+    their number and time does linearly.
 
     Args:
         adapters: for one base model; ranks, scalings and sites may differ, heads are not used. An adapter without a
-            site counts as zero there.
+            site counts as zero there. An iterable that can be gone through again, such as a list.
         like: gives sites, ranks and scalings; what the adapters leave open stays as it is there: sites that none of
             them has, ranks beyond the sum of theirs. It is not changed.
         backbone: that the adapters are for.
@@ -104,16 +105,24 @@ def start_factors(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone, *
     Raises:
         ValueError: no adapters, `gain` not positive, shapes that differ at a site.
     """
-    gain = common_gain(adapters, like, backbone) if gain is None else gain
-    if not 0 < gain < math.inf:
+    if gain is not None and not 0 < gain < math.inf:
         raise ValueError(f"`gain` must be positive and finite, got {gain}.")
     factors = like.factors()
-    for site, parts in _by_site(adapters, factors).items():
-        factors[site] = _sum(parts, factors[site], gain / len(adapters))
+    lengths, tops = _Lengths(), {}
+    for part in in_parts(_shapes(factors)):
+        found = sum_updates(adapters, part)
+        lengths.add(found)
+        for site, one in found.sites.items():
+            tops[site] = one.top(factors[site].r)
+        del found
+    n = _count(adapters)
+    gain = lengths.gain(n, backbone) if gain is None else gain
+    for site, (U, S, Vh) in tops.items():
+        factors[site] = _refactored(U, S, Vh, factors[site], gain / n)
     return LoRA(factors).to(next(like.parameters()).device)
 
 
-def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> float:
+def common_gain(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone) -> float:
     """How far to amplify the mean of n updates D_i, from their lengths and likeness.
 
     With `L = mean over pairs <D_i, D_j> / mean |D_i|^2` (their likeness), W the weights and |.| the length over all
@@ -132,56 +141,51 @@ def common_gain(adapters: Sequence[Adapter], like: LoRA, backbone: Backbone) -> 
     Raises:
         ValueError: no adapters, or shapes that differ at a site.
     """
-    n, by_site = len(adapters), _by_site(adapters, like.factors())
-    together = sum(_squared_length(*_stacked(parts)) for parts in by_site.values())
-    apart = sum(_squared_length(*_stacked([part])) for parts in by_site.values() for part in parts)
-    if n == 1 or together == 0:
-        return 1.0
-    weights = sum(backbone.site_weight(site).float().square().sum().item() for site in by_site)
-    likeness = (together - apart) / ((n - 1) * apart)
-    wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
-    return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / together), n))
+    lengths = _Lengths()
+    for part in in_parts(_shapes(like.factors())):
+        lengths.add(sum_updates(adapters, part))
+    return lengths.gain(_count(adapters), backbone)
 
 
-def _by_site(adapters: Sequence[Adapter], factors: Mapping[str, LoRAFactors]) -> dict[str, list[LoRAFactors]]:
-    """The adapters' factors at each site that any of them has."""
-    if not adapters:
+class _Lengths:
+    """Squared lengths over the sites that any adapter has: of the sum, and of the adapters' own updates together."""
+
+    def __init__(self) -> None:
+        self.together = self.apart = 0.0
+        self.sites: list[str] = []
+
+    def add(self, sums: Sums) -> None:
+        self.together += sum(one.squared_length() for one in sums.sites.values())
+        self.apart += sums.apart
+        self.sites += sums.sites
+
+    def gain(self, n: int, backbone: Backbone) -> float:
+        """See `common_gain`."""
+        if n == 1 or self.together == 0:
+            return 1.0
+        weights = sum(backbone.site_weight(site).float().square().sum().item() for site in self.sites)
+        likeness = (self.together - self.apart) / ((n - 1) * self.apart)
+        wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
+        return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / self.together), n))
+
+
+def _count(adapters: Iterable[Adapter]) -> int:
+    n = len(adapters) if isinstance(adapters, Sized) else sum(1 for _ in adapters)
+    if not n:
         raise ValueError("`adapters` must hold at least one adapter, got none; use init='random'.")
-    by_site = {}
-    for site, start in factors.items():
-        parts = [adapter.factors[site] for adapter in adapters if site in adapter.factors]
-        shapes = {(p.lora_B.shape[0], p.lora_A.shape[1]) for p in parts}
-        if shapes - {(start.lora_B.shape[0], start.lora_A.shape[1])}:
-            raise ValueError(
-                f"`adapters` must fit the model that the meta-LoRA is for, got updates {sorted(shapes)} at {site} "
-                f"where it has {[start.lora_B.shape[0], start.lora_A.shape[1]]}."
-            )
-        if parts:
-            by_site[site] = parts
-    return by_site
+    return n
 
 
-def _stacked(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:
-    """[R, in] and [out, R], R the sum of the ranks; their product is the sum of the updates."""
-    return torch.cat([p.lora_A for p in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1)
+def _shapes(factors: Mapping[str, LoRAFactors]) -> dict[str, tuple[int, int]]:
+    """Site -> (out, in)."""
+    return {site: (f.lora_B.shape[0], f.lora_A.shape[1]) for site, f in factors.items()}
 
 
-def _squared_length(lora_A: Tensor, lora_B: Tensor) -> float:
-    """|B A|^2 without the product, where the rank is the smaller side: the inner product of two matrices [R, R]."""
-    if lora_A.shape[0] > min(lora_A.shape[1], lora_B.shape[0]):
-        return (lora_B @ lora_A).double().square().sum().item()
-    return ((lora_B.T @ lora_B).double() * (lora_A @ lora_A.T).double()).sum().item()
-
-
-def _sum(parts: Sequence[LoRAFactors], start: LoRAFactors, factor: float) -> LoRAFactors:
-    """`factor` times the sum of updates, in the rank and scaling of `start`."""
-    lora_A, lora_B = _stacked(parts)
-    basis_in, small_A = torch.linalg.qr(lora_A.T)
-    basis_out, small_B = torch.linalg.qr(lora_B)
-    U, S, Vh = torch.linalg.svd(small_B @ small_A.T, full_matrices=False)
+def _refactored(U: Tensor, S: Tensor, Vh: Tensor, start: LoRAFactors, factor: float) -> LoRAFactors:
+    """`factor` times `U S Vh`, in the rank and scaling of `start`."""
     r = min(start.r, len(S))
     root = (S[:r] * (factor / start.scaling)).sqrt()
     new_A, new_B = start.lora_A.clone(), start.lora_B.clone()
-    new_A[:r] = (root[:, None] * (Vh[:r] @ basis_in.T)).to(new_A)
-    new_B[:, :r] = (basis_out @ U[:, :r] * root).to(new_B)
+    new_A[:r] = (root[:, None] * Vh[:r]).to(new_A)
+    new_B[:, :r] = (U[:, :r] * root).to(new_B)
     return LoRAFactors(new_A, new_B, start.scaling)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .distributed import local_rank
+
 
 def default_device() -> torch.device:
     """The GPU where there is one, else the CPU."""
@@ -24,13 +26,16 @@ def resolve(device: str | torch.device | None, dtype: str | torch.dtype | None) 
     """Device and dtype with the defaults filled in.
 
     Args:
-        device: None or "auto" for the default.
+        device: None or "auto" for the default. Of several GPUs each of torchrun's processes gets its own.
         dtype: None or "auto" for the default; or a dtype, or one of "float32", "bfloat16", "float16".
 
     Raises:
         ValueError: no such device or dtype here.
     """
     chosen = default_device() if device in (None, "auto") else torch.device(device)  # type: ignore[arg-type]
+    own = local_rank()
+    if chosen == torch.device("cuda") and own is not None:  # torchrun: each process has a GPU of its own
+        chosen = torch.device("cuda", own)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` must be one that this machine has, got {str(chosen)!r} without a GPU; use 'cpu'.")
     if dtype in (None, "auto"):

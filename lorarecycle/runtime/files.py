@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import owner
+
 if TYPE_CHECKING:  # the exported session writes files without torch
     from torch import Tensor
 
 LEFTOVER = ".partly-written-"
-"""How the names of hidden folders start: `.partly-written-HOST-PID-...`."""
+"""How the names of hidden folders start: `.partly-written-HOST-PID-MACHINE.rRANK.XXXX`."""
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that is read."""
 OLD = 7 * 24 * 3600.0
 """Seconds without a change after which a leftover is nobody's, whoever wrote it."""
+_NO_CROSSING = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _POINTER = b"version https://git-lfs.github.com"
-_NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?[^-.]+")
+_NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?(?:r\d+\.)?[^-.]+")
 
 
 def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -45,7 +48,7 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
             temporary = folder / path.name
             write(temporary)
             flush(temporary)
-            os.replace(temporary, path)
+            move(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {reason(error)}; an earlier file is unchanged") from error
     flush_folder(path.parent)
@@ -61,7 +64,7 @@ def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
     """
     parent = Path(parent)
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    folder = parent / f"{LEFTOVER}{_host()}-{os.getpid()}-{_pid_space()}.{secrets.token_hex(4)}"
+    folder = parent / _hidden_name()
     try:
         folder.mkdir(parents=True)
         yield folder
@@ -72,11 +75,16 @@ def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
                 empty.rmdir()
 
 
+def _hidden_name() -> str:
+    """A new name that says whose it is."""
+    return f"{LEFTOVER}{owner.host()}-{os.getpid()}-{owner.machine()}.r{owner.rank()}.{secrets.token_hex(4)}"
+
+
 def remove_leftovers(folder: str | PathLike[str]) -> None:
     """Remove what writers left in a folder when they were killed: processes of this host that are gone.
 
-    What living processes, other hosts or other containers may be writing stays, unless that is `OLD` and not of a
-    living process of this host.
+    What living processes, other machines (of the same name too) or other containers may be writing stays, unless that
+    is `OLD` and not of a living process of this host.
     """
     for path in Path(folder).glob(f"{LEFTOVER}*"):
         abandoned = _is_abandoned(path.name)
@@ -106,6 +114,25 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def move(source: Path, target: Path) -> None:
+    """Put a file in the place of another in one step, by way of a copy beside it where folders cannot be crossed."""
+    try:
+        os.replace(source, target)
+        return
+    except OSError as error:
+        if error.errno not in _NO_CROSSING:
+            raise
+    beside = target.with_name(_hidden_name())
+    try:
+        shutil.copyfile(source, beside)
+        shutil.copymode(source, beside)
+        with open(beside, "rb+") as opened:
+            os.fsync(opened.fileno())
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def reason(error: OSError) -> str:
     """What went wrong at first, in the system's words."""
     while isinstance(error.__cause__, OSError):
@@ -114,9 +141,11 @@ def reason(error: OSError) -> str:
 
 
 def _age(path: Path) -> float:
-    """Seconds since anything in a leftover changed; 0 where that cannot be told."""
+    """Seconds since anything in a leftover changed, by the file system's own clock; 0 where that cannot be told."""
     try:
-        return time.time() - max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
+        return now - max(found.lstat().st_mtime for found in (path, *path.rglob("*")))
     except OSError:
         return 0.0
 
@@ -124,27 +153,9 @@ def _age(path: Path) -> float:
 def _is_abandoned(name: str) -> bool | None:
     """Whether the process that a leftover is of is gone; None where that cannot be told."""
     found = _NAME.fullmatch(name)
-    if found is None or found["host"] != _host() or found["space"] not in (None, _pid_space()) or os.name != "posix":
-        return None
-    try:
-        os.kill(int(found["pid"]), 0)  # sends nothing: asks whether there is such a process
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # somebody else's
-        return False
-    return False
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "localhost"
-
-
-def _pid_space() -> str:
-    """Number of the container's own space of process ids, for containers may share a host's name."""
-    try:
-        return re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        return ""
+    if found is None or found["host"] != owner.host() or found["space"] != owner.machine():
+        return None  # machines may share a name, and a disk
+    return owner.is_gone(int(found["pid"]))
 
 
 def write_text(path: str | PathLike[str], text: str) -> Path:
@@ -265,8 +276,12 @@ def _sort_header(path: Path) -> None:
             file.write(text.ljust(size))
 
 
-def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | PathLike[str], *, skip: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: tensors on the CPU, and the metadata as stored (strings).
+
+    Args:
+        path: the file.
+        skip: names of tensors that are not read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -279,7 +294,8 @@ def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise FileNotFoundError(f"no file {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         refuse_pointer(path)
         raise ValueError(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
-from .files import flush, flush_folder, hidden_folder, reason, remove_leftovers
+from .files import flush, flush_folder, hidden_folder, move, reason, remove_leftovers
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -93,12 +93,12 @@ def _put_in_place(
                     raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
             with _alone(real):
                 for name in before:
-                    os.replace(folder / name, real / name)
+                    move(folder / name, real / name)
                     placed.append(name)
                 for name in stale:
                     (real / name).unlink(missing_ok=True)
                 for name in last:
-                    os.replace(folder / name, real / name)
+                    move(folder / name, real / name)
                     placed.append(name)
     except OSError as error:
         if made:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import SITE_PATTERN, Adapter
+from ..adapters.stored import head_of, shapes_of
 from ..data.images import Fit
 from .attention import AttentionKind
 from .forward import Encoder
@@ -126,7 +127,7 @@ class Backbone(Encoder):
         Raises:
             ValueError: other depth, width or sites; the message names adapter, site and both shapes.
         """
-        for site, (lora_A, lora_B, _) in adapter.factors.items():
+        for site, own in shapes_of(adapter).items():
             try:
                 shape = self.site_shape(site)
             except ValueError as error:
@@ -134,24 +135,25 @@ class Backbone(Encoder):
                     f"adapter {adapter.name!r} must have sites of backbone {self.name!r} only: {error} Choose the base "
                     f"that it was tuned on ({adapter.base_model or 'unknown'})."
                 ) from None
-            if (lora_B.shape[0], lora_A.shape[1]) != shape:
+            if (own.out, own.width) != shape:
                 raise ValueError(
                     f"adapter {adapter.name!r} must fit backbone {self.name!r}: at {site} it is for a weight "
-                    f"{[lora_B.shape[0], lora_A.shape[1]]}, the backbone has {list(shape)}. Choose the base that it "
+                    f"{[own.out, own.width]}, the backbone has {list(shape)}. Choose the base that it "
                     f"was tuned on ({adapter.base_model or 'unknown'})."
                 )
-        if adapter.head is not None:
+        head = head_of(adapter)
+        if head is not None:
             try:
-                self.check_pool(adapter.head.pool)
+                self.check_pool(head.pool)
             except ValueError as error:
                 raise ValueError(
                     f"the head of adapter {adapter.name!r} must read what the backbone has: {error}"
                 ) from None
-            width = self.feature_width(adapter.head.pool)
-            if adapter.head.weight.shape[1] != width:
+            width = self.feature_width(head.pool)
+            if head.features != width:
                 raise ValueError(
                     f"the head of adapter {adapter.name!r} must read {width} features of backbone {self.name!r}, "
-                    f"got weight {list(adapter.head.weight.shape)}."
+                    f"got weight {[len(head.class_names), head.features]}."
                 )
 
     def merge(self, adapter: Adapter) -> Backbone:

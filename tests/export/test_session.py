@@ -480,3 +480,13 @@ def test_an_export_that_is_replaced_while_it_is_opened(exported, tmp_path, monke
     (folder / "config.json").write_text(json.dumps(torn))
     with pytest.raises(TornFolderError, match=r"head\.onnx must be the file that config\.json describes"):
         FewShotSession(folder, threads=1)
+
+
+def test_many_classes_a_part_of_them_at_a_time(exported, pictures, monkeypatch):
+    images, labels = pictures.images.numpy(), list(range(60))
+    session = FewShotSession(exported).fit(images, labels)
+    whole, shares, found = (f(images) for f in (session.decision_function, session.predict_proba, session.predict))
+    monkeypatch.setattr("lorarecycle.export.session.DIFFERENCES", 8 * 32 * 7)  # seven classes
+    np.testing.assert_allclose(session.decision_function(images), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(session.predict_proba(images), shares, rtol=1e-4, atol=1e-6)
+    assert list(session.predict(images)) == list(found) == labels

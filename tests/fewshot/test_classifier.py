@@ -184,3 +184,12 @@ def test_compiled_blocks_give_the_same_answers(
         for compile in (False, True)
     )
     np.testing.assert_allclose(compiled.logits(query.images), plain.logits(query.images), rtol=1e-3, atol=1e-4)
+
+
+def test_many_classes_a_part_of_the_distances_at_a_time(tiny_backbone, tiny_data, monkeypatch):
+    labels = [f"c{i}" for i in range(len(tiny_data))]
+    classifier = FewShotClassifier(tiny_backbone).fit(tiny_data.images, labels)
+    whole = classifier.logits(tiny_data.images).argmax(axis=-1)
+    monkeypatch.setattr("lorarecycle.fewshot.classifier.AT_ONCE", 100)  # two queries of 48 classes
+    assert list(classifier.predict(tiny_data.images)) == list(classifier.classes_[whole]) == labels
+    assert classifier.score(tiny_data.images, labels) == 1

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lorarecycle.meta.prototypes import class_centres, distance_logits
+from lorarecycle.meta import prototypes
+from lorarecycle.meta.prototypes import class_centres, distance_logits, nearest_centres
 
 
 def test_class_centres_are_means() -> None:
@@ -81,3 +82,36 @@ def test_errors() -> None:
         distance_logits(features, torch.zeros(2, 5))
     with pytest.raises(ValueError, match="`distance` must be 'euclidean'"):
         distance_logits(features, features, "manhattan")
+
+
+def test_many_classes_give_the_same_centres(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(90, 5, generator=g), torch.arange(90) % 30
+    whole = class_centres(features, labels, 30)
+    monkeypatch.setattr(prototypes, "DENSE", 100)
+    torch.testing.assert_close(class_centres(features, labels, 30), whole)
+    for bad, message in ((labels.clamp(max=28), "1 without features"), (labels + 1, "labels out of range")):
+        with pytest.raises(ValueError, match=f"must hold every class 0 to 29 and no other, got {message}"):
+            class_centres(features, bad, 30)
+
+
+def test_ten_thousand_classes_and_a_hundred_thousand_features():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randperm(100_000, generator=g) % 10_000
+    features = torch.randn(100_000, 16, generator=g) * 0.1 + labels[:, None] % 7
+    centres = class_centres(features, labels, 10_000)  # one matrix of members would take 4 GB
+    torch.testing.assert_close(centres[1234], features[labels == 1234].mean(0))
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+def test_the_nearest_of_many_is_the_nearest(distance):
+    g = torch.Generator().manual_seed(0)
+    centres = 100 + torch.randn(3000, 24, generator=g)  # far from the origin, where a bare product loses digits
+    features = centres[torch.randint(3000, (200,), generator=g)] + torch.randn(200, 24, generator=g)
+    expected = distance_logits(features.double(), centres.double(), distance).argmax(dim=-1)
+    assert torch.equal(nearest_centres(features.double(), centres.double(), distance), expected)
+    if distance != "cosine":
+        agree = nearest_centres(features, centres, distance) == expected
+        assert agree.float().mean() > 0.99
+    few = centres[:5]
+    assert torch.equal(nearest_centres(features, few, distance), distance_logits(features, few, distance).argmax(-1))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarecycle.runtime import files
+from lorarecycle.runtime import files, owner
+from lorarecycle.runtime.folders import atomic_folder
 
 
 def dead_pid():
@@ -21,7 +22,9 @@ def dead_pid():
     return process.pid
 
 
-def leftover(pid, host=None, rest="abc"):
+def leftover(pid, host=None, rest=None):
+    """Name of what a process was writing, of this machine unless told otherwise."""
+    rest = f"{owner.machine()}.r0.abc" if rest is None else rest
     return f"{files.LEFTOVER}{host or socket.gethostname()}-{pid}-{rest}"
 
 
@@ -92,13 +95,15 @@ def test_rights_follow_the_umask(tmp_path, mask, rights):
 def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path):
     dead = dead_pid()
     (tmp_path / leftover(dead)).write_text("half")
-    (tmp_path / leftover(dead, rest="def")).mkdir()
-    (tmp_path / leftover(dead, rest="def") / "inner").write_text("half")
+    (tmp_path / leftover(dead, rest=f"{owner.machine()}.def")).mkdir()
+    (tmp_path / leftover(dead, rest=f"{owner.machine()}.def") / "inner").write_text("half")
     others = {
         leftover(os.getpid()),  # alive: this one
         leftover(1),  # alive and somebody else's, where the tests do not run as root
         leftover(dead, host="another-host"),
-        leftover(dead, rest="123.abc"),  # of another container under this host's name
+        leftover(dead, rest="123.abc"),  # of another container or machine under this host's name
+        leftover(dead, rest="123.r3.abc"),
+        leftover(dead, rest="abc"),  # of an earlier version, which did not tell machines of one name apart
         f"{files.LEFTOVER}abc",  # nobody knows whose
     }
     for name in others:
@@ -202,3 +207,43 @@ assert "torch" not in sys.modules
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b" / "c.txt").read_text() == "text"
+
+
+def test_a_machine_of_the_same_name_keeps_its_unfinished_files(tmp_path):
+    """On a shared disk: its process numbers mean nothing here, even where its kernel numbers containers as this one."""
+    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "pid:[7]"
+    digits = "".join(filter(str.isdigit, space))
+    earlier = tmp_path / leftover(dead_pid(), rest=f"{digits}.abc")  # as the version before named it
+    earlier.mkdir()
+    (earlier / "00000-a.safetensors").write_text("another machine is writing this")
+    files.remove_leftovers(tmp_path)
+    assert (earlier / "00000-a.safetensors").exists()
+
+
+def test_names_say_host_process_machine_and_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with files.hidden_folder(tmp_path) as folder:
+        assert folder.name.startswith(leftover(os.getpid(), rest=f"{owner.machine()}.r3."))
+        assert files._is_abandoned(folder.name) is False
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_that_renames_in_one_folder_only(tmp_path, monkeypatch, code):
+    rename = os.replace
+
+    def within(source, target):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(code, os.strerror(code))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", within)
+    monkeypatch.setattr(os, "rename", within)
+    path = files.write_text(tmp_path / "a.txt", "one")
+    files.write_text(path, "two")
+    assert path.read_text() == "two"
+    for text in ("1", "2"):
+        with atomic_folder(tmp_path / "f", last=["b.json"]) as folder:
+            for name in ("a.txt", "b.json"):
+                files.write_text(folder / name, text)
+        assert [p.read_text() for p in sorted((tmp_path / "f").iterdir())] == [text, text]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "f"]

@@ -107,8 +107,9 @@ def _site_factors(keys: FoundKeys, config: AdapterConfig, metadata: Metadata) ->
             except ValueError as error:
                 raise ValueError(f"{keys.path}, qkv of block {block}: {error}") from error
             for site, part in zip(PARTS[name], parts, strict=True):
-                if part is not None:
-                    factors[f"blocks.{block}.{site}"] = part
+                if part is not None:  # a copy: not a view that keeps the whole layer's factors
+                    own = LoRAFactors(part.lora_A.clone(), part.lora_B.clone(), part.scaling)
+                    factors[f"blocks.{block}.{site}"] = own
         elif name in PARTS["mlp.fc1"]:
             halves = [layers.get((block, half)) for half in PARTS["mlp.fc1"]]
             factors[f"blocks.{block}.mlp.fc1"] = stack_factors(halves)[0]

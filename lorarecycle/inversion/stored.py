@@ -1,0 +1,108 @@
+"""Surrogates that stay on disk: their images are mapped into memory row by row, the small tensors are read whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.files import load_tensors
+from .surrogate import mask_scores
+
+
+class Tables(NamedTuple):
+    """What is known of a surrogate's images, without the images."""
+
+    teacher_logits: Tensor | None
+    kept: Tensor | None
+    scores: Tensor | None
+
+    def masked(self, sparsity: float | None, adapter: str) -> Tables:
+        """With the kept tokens of a mask from the scores, see `Surrogate.masked`; as it is for None."""
+        return self if sparsity is None else self._replace(kept=mask_scores(self.scores, sparsity, adapter))
+
+
+class StoredSurrogate:
+    """A file of a `Surrogate`, whose images stay there.
+
+    Args:
+        path: that `Surrogate.save` wrote.
+
+    Attributes:
+        shape: of the images, (n, 3, H, W).
+        patch_size, adapter, adapter_digest, class_names: as in `Surrogate`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or no surrogate.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        tensors, meta = load_tensors(self.path, skip=("images",))
+        self.tables = Tables(
+            tensors.get("teacher_logits"), tensors["kept"].long() if "kept" in tensors else None, tensors.get("scores")
+        )
+        try:
+            self.patch_size: int = json.loads(meta["patch_size"])
+            self.adapter: str = json.loads(meta["adapter"])
+            self.adapter_digest: str = json.loads(meta["adapter_digest"])
+            self.class_names = tuple(json.loads(meta["class_names"]))
+            self.shape, self._offset = _place(self.path)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} must be a surrogate, got a file without {error}; make it again.") from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def images(self, rows: Tensor) -> Tensor:
+        """uint8 [k, 3, H, W], the images at `rows` [k]: a copy, after which nothing stays mapped."""
+        mapped = np.memmap(self.path, np.uint8, "r", self._offset, self.shape)
+        return torch.from_numpy(mapped[rows.numpy()])
+
+
+class StoredImages:
+    """The images of several surrogates side by side, read when they are asked for.
+
+    Args:
+        surrogates: of one image size.
+    """
+
+    def __init__(self, surrogates: Sequence[StoredSurrogate]) -> None:
+        self._surrogates = surrogates
+        self._ends = torch.tensor([len(s) for s in surrogates]).cumsum(0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n, 3, H, W)"""
+        return (int(self._ends[-1]), *self._surrogates[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: Tensor) -> Tensor:
+        """uint8 [k, 3, H, W], the images at `rows`, int64 [k] on the CPU."""
+        found = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
+        owners = torch.bucketize(rows, self._ends, right=True)
+        for owner in owners.unique().tolist():
+            mine = owners == owner
+            start = 0 if owner == 0 else int(self._ends[owner - 1])
+            found[mine] = self._surrogates[owner].images(rows[mine] - start)
+        return found
+
+
+def _place(path: Path) -> tuple[tuple[int, int, int, int], int]:
+    """Shape of the images in a safetensors file, and the byte at which they start."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        images = json.loads(file.read(size))["images"]
+    n, channels, height, width = images["shape"]
+    if images["dtype"] != "U8":
+        raise ValueError(f"uint8 images ({images['dtype']})")
+    return (n, channels, height, width), 8 + size + images["data_offsets"][0]
