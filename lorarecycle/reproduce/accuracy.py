@@ -94,7 +94,8 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     missing = [package for package in needs.packages if find_spec(package) is None]
     if missing:
         raise ImportError(f"method {name!r} needs {', '.join(missing)}; `pip install {' '.join(missing)}`.")
-    if needs.text_encoder and world.text_encoder is None:
+    words = needs.text_encoder or (needs.surrogates and settings["surrogates"].get("head") == "text")
+    if words and world.text_encoder is None:
         raise ValueError(f"`text_encoder` must be given for method {name!r}, got none: a CLIP model of transformers.")
     per_class = config.n_shot + config.n_query
     for one in set_names(settings):

@@ -91,7 +91,9 @@ def experiment_text(source: str | PathLike[str]) -> str:
     if name in experiment_names():
         return resources.files(__package__).joinpath(f"experiments/{name}.json").read_text(encoding="utf-8")
     if path.suffix != ".json":
-        raise ValueError(f"`table` must be one of {', '.join(experiment_names())}, or a JSON file, got {str(source)!r}.")
+        raise ValueError(
+            f"`table` must be one of {', '.join(experiment_names())}, or a JSON file, got {str(source)!r}."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"`table` must be a file that is there, got {path}.")
     return path.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from . import accuracy, losses, speed
+from . import accuracy, generation, images, language, losses, speed
 from .settings import Settings, key_of, pick
 from .world import World
 
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     """Names of the settings that move its result."""
     check: Callable[[World, Mapping[str, Any]], None]
     shows: tuple[str, ...]
-    """Figures of its result that a column may show."""
+    """Figures of its result that a column may show; where none are named, whatever the result has."""
 
 
 def _adapters(world: World, settings: Mapping[str, Any]) -> None:
@@ -47,6 +47,14 @@ KINDS: dict[str, Kind] = {
         ("iterations_per_second", "gflops", "memory"),
     ),
     "losses": Kind(losses.area_losses, lambda s: losses.READS, _adapters, ("before", "after")),
+    "pictures": Kind(images.pictures, lambda s: images.READS, _adapters, ("images", "loss")),
+    "generation": Kind(
+        generation.generation,
+        lambda s: generation.READS,
+        generation.check,
+        ("accuracy", "storage", *(f"task {i}" for i in range(1, 21))),
+    ),
+    "language": Kind(language.language, lambda s: language.READS, language.check, ()),
 }
 
 

@@ -30,9 +30,7 @@ def area_losses(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     became. The areas are those of the finished image: the quarter of the patches that is attended to most, and the
     rest."""
     before, after = [], []
-    for i, (surrogate, adapter) in enumerate(
-        zip(world.surrogates(settings), world.adapters(settings), strict=True)
-    ):
+    for i, (surrogate, adapter) in enumerate(zip(world.surrogates(settings), world.adapters(settings), strict=True)):
         teacher = world.backbone(settings).merge(adapter).to(dtype=world.dtype)
         start = _started(teacher, adapter, settings, derive(settings["seed"], "inversion", i))
         kept = area(surrogate, settings["area"])
@@ -64,7 +62,8 @@ def _started(teacher: Backbone, adapter: Adapter, settings: Mapping[str, Any], s
 
 def _loss(teacher: Backbone, adapter: Adapter, images: Tensor, surrogate: Surrogate, kept: Tensor) -> float:
     head, total = adapter.head, 0.0
-    assert head is not None and surrogate.labels is not None
+    assert head is not None
+    assert surrogate.labels is not None
     for part in torch.arange(len(images)).split(64):
         x = normalize(images[part].to(teacher.device), teacher.mean, teacher.std, teacher.dtype)
         features = teacher(x, kept=kept[part].to(teacher.device), pool=head.pool)

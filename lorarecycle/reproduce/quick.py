@@ -23,6 +23,18 @@ from .settings import Settings, merge
 TINY, DEEP = "tiny", "tiny, 12 blocks"
 """Models of a rehearsal: 2 blocks, and as many as the papers' where settings count them."""
 SIDE, PER_CLASS, CLASSES = 32, 12, {"train": 8, "val": 6, "test": 6}
+GENERATOR_SIZES: Settings = {
+    "epochs": 1,
+    "batch_size": 2,
+    "kernel": 3,
+    "latent": 8,
+    "diffusion_steps": 4,
+    "diffusion_epochs": 2,
+    "hidden": 16,
+    "conv_layers": 12,
+}
+FEWER_LAYERS = 8
+"""Convolutions that generators have fewer in a rehearsal: each doubles the length of their vectors."""
 SIZES: Settings = {
     "base": TINY,
     "weights": None,
@@ -31,6 +43,21 @@ SIZES: Settings = {
     "meta": {"steps": 2, "n_query": 1},
     "tasks": {"n_query": 3, "n_tasks": 2, "n_validation_tasks": 1},
     "measure": {"steps": 2, "batch_size": 10},
+    "generator": {
+        "tasks": 2,
+        "per_class": 6,
+        "samples": 1,
+        "tune": {"epochs": 2, "save_last": 1, "batch_size": 30},
+        "config": GENERATOR_SIZES,
+    },
+    "language": {
+        "model": {"width": 16, "blocks": 1, "heads": 2},
+        "length": 16,
+        "model_steps": 20,
+        "steps": 6,
+        "checkpoints": 2,
+        "config": GENERATOR_SIZES,
+    },
 }
 """What a rehearsal makes small, whatever the file says; everything else is the file's."""
 METHOD_SIZES: dict[str, Any] = {
@@ -60,6 +87,12 @@ def shrink(settings: Mapping[str, Any]) -> Settings:
     small["options"] = {**small["options"], **{name: METHOD_SIZES[name] for name in sorted(known)}}
     if "steps" in settings["options"]:
         small["options"]["steps"] = min(2, settings["options"]["steps"])
+    for part in ("generator", "language"):
+        if part in small:
+            asked = settings[part].get("config", {}).get("conv_layers", 12)
+            small[part]["config"]["conv_layers"] = asked - FEWER_LAYERS
+    if settings["kind"] == "pictures":
+        small["adapters"]["count"] = 2
     if settings["kind"] == "training":
         small["meta"] = merge(small["meta"], {"n_way": 2})
     return small
@@ -126,6 +159,7 @@ class Letters:
         return features.float() @ torch.randn(features.shape[-1], 8, generator=stream(0, "eye")).to(features.device)
 
 
+@cache
 def drawn_text(name: str) -> str:
     """Some thousand letters of a chain whose next letter depends on the last one, other for each name."""
     letters = "abcdefghij "

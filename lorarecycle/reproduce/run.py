@@ -21,6 +21,7 @@ from ..runtime.files import read_json, write_json, write_text
 from ..runtime.progress import track
 from ..vit.backbone import Backbone
 from .experiment import Column, Experiment, Row, load_experiment
+from .images import draw_grid, draw_map, draw_shots
 from .kinds import cell_key, find_kind, read_settings
 from .quick import Letters, drawn_set, drawn_text, shrink, tiny_backbone, tiny_prior
 from .sets import Sets
@@ -113,6 +114,7 @@ class Run:
                 self.write()
                 written = time.perf_counter()
         table = self.write()
+        self.draw()
         if self.failed:
             raise RuntimeError("; ".join([f"{len(self.failed)} cells failed", *self.failed.values()]))
         return table
@@ -122,6 +124,22 @@ class Run:
         for cell in self.cells:
             path = self.path(cell)
             yield cell, read_json(path)["result"] if not cell.missing and path.exists() else None
+
+    def draw(self) -> Path | None:
+        """The experiment's picture, where it has one and all that it takes."""
+        kind, path = self.experiment.picture, self.folder / f"{self.experiment.name}.png"
+        found = [(cell, result) for cell, result in self.results() if result is not None]
+        if kind is None or not found:
+            return None
+        if kind == "shots":
+            lines: dict[str, list[tuple[int, float, float]]] = {}
+            for cell, result in found:
+                if "accuracy" in result:
+                    point = (cell.settings["tasks"]["n_shot"], result["accuracy"], result.get("interval", 0.0))
+                    lines.setdefault(cell.row.name, []).append(point)
+            return draw_shots(lines, path)
+        sheets = {cell.key: (cell.row.name, self.world.work / result["file"]) for cell, result in found}
+        return (draw_grid if kind == "grid" else draw_map)(list(sheets.values()), path)
 
     def write(self) -> Path:
         """Write results.json and table.md as far as there are results; the latter's path."""
@@ -252,7 +270,7 @@ def _checked(cell: Cell, world: World, skip_missing: bool) -> Cell:
     try:
         check_settings(cell.settings)
         kind = find_kind(cell.settings)
-        if cell.column.shows not in kind.shows:
+        if kind.shows and cell.column.shows not in kind.shows:
             raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {cell.column.shows!r}.")
         kind.check(world, cell.settings)
     except FileNotFoundError as error:

@@ -17,10 +17,12 @@ Settings = dict[str, Any]
 
 PARTS = {
     "adapters": ("of", "count", "n_way", "ranks", "tune", "folder"),
-    "surrogates": ("images", "mask", "inversion"),
-    "generator": ("method", "config", "r", "tasks", "tune", "per_class", "samples", "vector", "task"),
-    "language": ("texts", "model", "r", "steps", "checkpoints", "model_steps", "batch_size", "length", "method"),
-    "pictures": ("adapters", "per_class", "images"),
+    "surrogates": ("images", "mask", "head", "inversion"),
+    "generator": ("method", "config", "r", "tasks", "tune", "per_class", "samples", "vector"),
+    "language": (
+        *("texts", "method", "config", "model", "model_steps", "r", "steps", "checkpoints", "batch_size", "length"),
+    ),
+    "pictures": ("adapters", "per_class"),
     "measure": ("steps", "batch_size"),
 }
 """Settings that have settings; those of `tune`, `inversion`, `meta`, `tasks` and `config` are the library's own."""
@@ -32,11 +34,11 @@ CHOICES = {
     "learn": ("lora", "everything", "joint"),
     "surrogates.images": ("inverted", "real"),
     "surrogates.mask": ("last-layer", "first-layer"),
+    "surrogates.head": ("own", "text"),
     "area": ("foreground", "background"),
-    "generator.method": ("original", "plain", "soup", "cond-p-diff", "icm-lora"),
+    "generator.method": ("data", "original", "plain", "soup", "cond-p-diff", "icm-lora"),
     "generator.vector": ("vision", "text", "both"),
     "language.method": ("original", "plain", "soup", "cond-p-diff", "icm-lora"),
-    "pictures.images": ("inverted", "real"),
 }
 
 

@@ -10,7 +10,9 @@ from .experiment import Column, Experiment, Row
 REHEARSAL = "A rehearsal at small size on drawn images: these are no results."
 
 
-def markdown(experiment: Experiment, cells: Mapping[tuple[str, str], Mapping[str, Any]], record: Mapping[str, Any]) -> str:
+def markdown(
+    experiment: Experiment, cells: Mapping[tuple[str, str], Mapping[str, Any]], record: Mapping[str, Any]
+) -> str:
     """A table.
 
     Args:

@@ -16,11 +16,12 @@ from ..config import InversionConfig
 from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset
 from ..fewshot.methods.base import TextEncoder
+from ..fewshot.methods.zero_shot import text_head
 from ..inversion.prior import BatchNormPrior
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import derive, stream
 from ..vit.backbone import Backbone
-from .settings import Settings, inversion_config, key_of, pick, tune_config
+from .settings import inversion_config, key_of, pick, tune_config
 from .stages import draw_class_lists, inverted, label_by_teacher, tuned
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class World:
         return found
 
     def surrogates(self, settings: Mapping[str, Any]) -> list[Surrogate]:
-        """Images of the adapters' classes: inverted, or their own (Tab. 9); the last that were asked for stay loaded."""
+        """Images of the adapters' classes: inverted, or their own (Tab. 9); the last ones stay loaded."""
         wanted = pick(settings, SURROGATES)
         wanted["surrogates"] = {k: v for k, v in wanted["surrogates"].items() if k != "mask"}
         key = key_of(wanted)
@@ -153,6 +154,8 @@ class World:
     def _inverted(self, settings: Mapping[str, Any]) -> Callable[[Path], list[Surrogate]]:
         def make(folder: Path) -> list[Surrogate]:
             config, backbone, adapters = inversion_config(settings), self.backbone(settings), self.adapters(settings)
+            if settings["surrogates"].get("head") == "text":
+                adapters = [self._with_words(adapter, backbone) for adapter in adapters]
             paths = [folder / f"{i}.safetensors" for i in range(len(adapters))]
             prior = None if all(path.exists() for path in paths) else self.prior(config)
             if prior is None:
@@ -173,7 +176,9 @@ class World:
 
         return make
 
-
-def shallow(settings: Mapping[str, Any], **changes: Any) -> Settings:
-    """Settings with some of them replaced."""
-    return {**settings, **changes}
+    def _with_words(self, adapter: Adapter, backbone: Backbone) -> Adapter:
+        """The adapter with the text features of its classes for a head (Tab. 14)."""
+        assert self.text_encoder is not None  # checked
+        assert adapter.head is not None
+        head = text_head(self.text_encoder, adapter.head.class_names, backbone.embed_dim, pool=adapter.head.pool)
+        return adapter.with_head(head)

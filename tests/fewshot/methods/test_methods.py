@@ -21,6 +21,8 @@ QUICK = {
     "caml": {"steps": 150, "batch": 8, "hidden": 64, "layers": 2, "max_way": 3, "max_shot": 2, "learning_rate": 2e-3},
     "lorahub": {"budget": 4},
     "lorahub-nn": {"budget": 4},
+    **{name: {"steps": 2} for name in ("zero-shot-recycle", "zero-shot-mole")},
+    "zero-shot-lorahub": {"budget": 4},
     "pmf": {"meta_steps": 2, "steps": 3, "rates": (0.01, 0.001)},
     "full": {"steps": 10, "rates": (0.01, 0.001)},
     "lora-linear": {"steps": 10, "rates": (0.1, 0.01)},
@@ -30,20 +32,21 @@ QUICK = {
 
 
 class Words:
-    """A text encoder in whose space class 'kind c' is the mean feature of its images."""
+    """A text encoder in whose space class 'kind c' is the mean feature of its images, and every other name one word."""
 
     scale = 10.0
 
     def __init__(self, backbone, data):
         features = extract_features(backbone, data.images)
         self.centre = features.mean(dim=0)
+        self.unknown = F.normalize(torch.ones(features.shape[1]), dim=0)
         self.known = {
             name: F.normalize(features[data.labels == c].mean(dim=0) - self.centre, dim=0)
             for c, name in enumerate(data.class_names)
         }
 
     def encode(self, class_names):
-        return torch.stack([self.known[name] for name in class_names])
+        return torch.stack([self.known.get(name, self.unknown) for name in class_names])
 
     def project(self, features):
         return features - self.centre
