@@ -72,7 +72,8 @@ def check_adapters(
         backbone.kept_per_layer(config.inversion.prune, patches)
     if needs.labels:
         counts = [len(a.head.class_names) for a in inverted if a.head is not None]
-        check_episodes(counts, [a.name for a in inverted], config.meta)
+        class_names = [a.head.class_names for a in inverted if a.head is not None]
+        check_episodes(counts, [a.name for a in inverted], config.meta, class_names)
         wanted = config.meta.n_shot + config.meta.n_query
         if config.inversion.images_per_class < wanted:
             raise ValueError(
