@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from torch import Tensor
+
 from ..fewshot.evaluate import evaluate
+from ..fewshot.methods.base import Method, Task
 from ..fewshot.methods.nearest import NearestMean
 from ..fewshot.methods.recycled import LoRARecycle
 from ..fewshot.methods.registry import find_method, make_method
+from ..vit.backbone import Backbone
 from .learning import learned
 from .memory import peak, reset_peak
 from .sets import check_apart, with_enough
-from .settings import meta_config, method_options, set_names, task_config
+from .settings import key_of, meta_config, method_options, pick, set_names, task_config
 from .world import World
 
 Result = dict[str, Any]
+KEPT = 12
+"""Prepared methods that stay in memory."""
 
 
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
@@ -29,6 +36,8 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
         model, meta_lora = learned(world, settings)
         method, needs = NearestMean(distance=method.distance), NearestMean.needs
         reset_peak(world.device)
+    elif not needs.rate:
+        method = _ready(world, settings, method, model)
     found = {}
     for name in set_names(settings):
         data = with_enough(world.open(name, "test"), config.n_shot + config.n_query, config.n_way, name)
@@ -41,17 +50,16 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
             data,
             meta_lora,
             method=method,
-            adapters=world.adapters(settings) if needs.adapters else (),
-            surrogates=world.surrogates(settings) if needs.surrogates else None,
+            adapters=world.adapters(settings) if method.needs.adapters else (),
+            surrogates=world.surrogates(settings) if method.needs.surrogates else None,
             validation=aside,
-            text_encoder=world.text_encoder if needs.text_encoder else None,
             config=config,
             workers=world.workers,
             quiet=world.quiet,
         )
         found[name] = {
             **result.summary(),
-            "prepare_seconds": result.prepare_seconds,
+            "prepare_seconds": getattr(method, "seconds", result.prepare_seconds),
             "tasks_per_second": 1 / result.seconds_per_task,
             **({"rate": method.chosen} if needs.rate else {}),
         }
@@ -63,6 +71,47 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
         "memory": peak(world.device),
         **({"sets": {name: f["accuracy"] for name, f in found.items()}} if n > 1 else {}),
     }
+
+
+class Ready(Method):
+    """A method that is prepared already.
+
+    Args:
+        method: prepared.
+        seconds: that it took.
+    """
+
+    def __init__(self, method: Method, seconds: float) -> None:
+        self.method, self.seconds = method, seconds
+
+    def _prepare(self, *arguments: Any) -> None:
+        pass
+
+    def solve(self, task: Task) -> Tensor:
+        return self.method.solve(task)
+
+    def solve_all(self, tasks: Sequence[Task]) -> Iterator[Tensor]:
+        return self.method.solve_all(tasks)
+
+
+def _ready(world: World, settings: Mapping[str, Any], method: Method, model: Backbone) -> Ready:
+    """A method whose preparation hangs on no task, prepared once for all sets and shots; the last few are kept."""
+    needs = method.needs
+    names = [name for name in reads(settings) if name not in ("set", "tasks")]
+    key = key_of(pick(settings, names))
+    if key not in world.prepared:
+        start = time.perf_counter()
+        method.prepare(
+            model,
+            world.adapters(settings) if needs.adapters else (),
+            world.surrogates(settings) if needs.surrogates else None,
+            None,
+            world.text_encoder if needs.text_encoder else None,
+        )
+        while len(world.prepared) >= KEPT:
+            world.prepared.pop(next(iter(world.prepared)))
+        world.prepared[key] = method, time.perf_counter() - start
+    return Ready(*world.prepared[key])
 
 
 def reads(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -106,6 +155,9 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     if not needs.adapters and not needs.surrogates:
         return
     if chosen.get("folder"):
+        place = world.place(chosen["folder"])
+        if not place.is_dir():
+            raise FileNotFoundError(f"`adapters.folder` must be a folder of adapters, got {place}.")
         if settings["surrogates"]["images"] == "real" and needs.surrogates:
             raise ValueError("`surrogates.images` must be 'inverted' for adapters of a folder, got 'real'.")
         return

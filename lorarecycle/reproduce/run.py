@@ -241,6 +241,7 @@ def prepare_run(
             where,
             precision,
             read_text=sets.read_text,
+            root=sets.root,
         )
         if text_encoder is not None:
             from ..fewshot.methods.text import ClipText

@@ -41,7 +41,7 @@ KNOWN = {
     "chestx": Known(("chestx", "ChestX"), "chestx", ("test",)),
     "isic": Known(("isic", "ISIC2018"), "isic", ("test",)),
     "eurosat": Known(("eurosat.npz", "eurosat", "EuroSAT"), "eurosat", ("test",)),
-    "crop-diseases": Known(("crop_diseases", "CropDiseases", "plant_village"), "crop_diseases"),
+    "crop-diseases": Known(("crop_diseases", "CropDiseases", "plant_village"), "crop_diseases", ("test",)),
     "aircraft": Known(("aircraft", "fgvc_aircraft"), "aircraft"),
     "dtd": Known(("dtd", "DTD"), "dtd"),
 }
@@ -53,8 +53,8 @@ class Sets:
     Args:
         root: folder that holds them.
         own: sets of the experiment's file: name -> `{"path": under the root, or whatever `open_dataset` takes,
-            "train", "val", "test": the set's own name of that part, or a list of classes}`; without parts, the usual
-            names of parts are tried.
+            "train", "val", "test": the set's own name of that part, or a list of classes}`; where it names none, the
+            usual names of parts are tried, and a set without parts is one to test on.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -114,6 +114,11 @@ class Sets:
             return open_dataset(path, wanted)
         if isinstance(wanted, list):
             return open_dataset(path).select_classes(wanted)
+        if part == "test" and not set(facts) & set(PARTS):  # a set for tests alone
+            try:
+                return self._part(path, name, part, ())
+            except ValueError:
+                return open_dataset(path)
         return self._part(path, name, part, ())
 
     def _part(self, path: Any, name: str, part: Part, classes: Sequence[str]) -> Dataset:

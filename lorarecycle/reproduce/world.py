@@ -44,8 +44,10 @@ class World:
         text_encoder: of class names, for methods that read them.
         encode: sentences to vectors, for text task vectors; None where there is no encoder.
         read_text: name -> text, for the language table.
+        root: folder of the data.
         workers: threads that read images.
         quiet: no progress bars.
+        prepared: methods that are ready, with the seconds that it took: what does not hang on tasks is prepared once.
     """
 
     open: Callable[[str, str], Dataset]
@@ -57,8 +59,10 @@ class World:
     text_encoder: TextEncoder | None = None
     encode: Callable[[list[str]], Any] | None = None
     read_text: Callable[[str], str] | None = None
+    root: Path | None = None
     workers: int = 1
     quiet: bool = False
+    prepared: dict[str, tuple[Any, float]] = field(default_factory=dict, repr=False)
     _backbones: dict[tuple[str, str | None], Backbone] = field(default_factory=dict, repr=False)
     _models: dict[tuple[str, str | None], Backbone] = field(default_factory=dict, repr=False)
     _adapters: dict[str, list[Adapter]] = field(default_factory=dict, repr=False)
@@ -77,6 +81,11 @@ class World:
         if name not in self._models:
             self._models[name] = self.backbone(settings).clone().to(dtype=self.dtype)
         return self._models[name]
+
+    def place(self, path: str) -> Path:
+        """A folder of the user's: under the root where it is there, else as it stands."""
+        inside = (self.root or Path()) / path
+        return inside if inside.exists() else Path(path).expanduser()
 
     def folder(self, kind: str, settings: Mapping[str, Any]) -> Path:
         """Where what some settings make is kept."""
@@ -110,7 +119,7 @@ class World:
             return self._adapters[key]
         chosen = settings["adapters"]
         if chosen.get("folder"):
-            found = load_all(chosen["folder"]).adapters
+            found = load_all(self.place(chosen["folder"])).adapters
             for adapter in found:
                 self.backbone(settings).check(adapter)
             self._adapters[key] = found
