@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.lazy import Dataset
 from ..fewshot.evaluate import evaluate
+from ..fewshot.images import TaskImages
 from ..fewshot.methods.base import Method, Task
 from ..fewshot.methods.nearest import NearestMean
 from ..fewshot.methods.recycled import LoRARecycle
@@ -27,7 +29,8 @@ KEPT = 12
 
 
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
-    """Accuracy in percent with its interval, tasks per second, seconds of preparation, peak memory in GB."""
+    """Accuracy in percent with its interval, tasks per second (features that an earlier cell of the set left are not
+    counted), seconds of preparation, peak memory in GB."""
     method: Any = make_method(settings["method"], **method_options(settings))
     needs, config = method.needs, task_config(settings)
     model, meta_lora = world.model(settings), None
@@ -54,6 +57,7 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
             surrogates=world.surrogates(settings) if method.needs.surrogates else None,
             validation=aside,
             config=config,
+            images=_images(world, settings, name, data, model),
             workers=world.workers,
             quiet=world.quiet,
         )
@@ -71,6 +75,19 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
         "memory": peak(world.device),
         **({"sets": {name: f["accuracy"] for name, f in found.items()}} if n > 1 else {}),
     }
+
+
+def _images(world: World, settings: Mapping[str, Any], name: str, data: Dataset, model: Backbone) -> TaskImages | None:
+    """The images of a set, their features kept for the cells that follow; None where tasks want few of them."""
+    config = task_config(settings)
+    if config.n_tasks * config.n_way * (config.n_shot + config.n_query) < len(data):
+        return None
+    key = f"{name} {len(data)} {model.fit}"
+    if key not in world.images:
+        if len(world.images) >= KEPT:
+            world.images.clear()
+        world.images[key] = TaskImages(data.images, model.fit, workers=world.workers)
+    return world.images[key]
 
 
 class Ready(Method):

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import RecycleConfig
 from ..costs import PASSES, flops_per_second, forward_flops, network_flops
-from ..fewshot.methods.recycled import LoRARecycle
+from ..fewshot.methods.recycled import FromWeights, LoRARecycle
 from ..fewshot.methods.registry import find_method, make_method
+from ..meta.guide import native_size
 from ..plan import _duration
 from .accuracy import validation_set
 from .run import Cell, Run
@@ -86,6 +88,8 @@ def works(world: World, cell: Cell) -> Iterator[Work]:
     if kind == "accuracy":
         if isinstance(method, LoRARecycle):
             yield _meta_training(settings, cell.key, forward)
+        if isinstance(method, FromWeights):
+            yield _from_weights(world, settings, method, forward)
         yield _evaluation(world, settings, cell.key, forward)
     elif kind != "losses":
         yield Work(f"measure {kind}", cell.key, 1, "cells", 80 * 100 * PASSES * forward)
@@ -126,6 +130,18 @@ def _meta_training(settings: Mapping[str, Any], key: str, forward: float) -> Wor
     passes = ALL_WEIGHTS if settings["learn"] == "everything" else PASSES
     flops = images * (1 - (config.sparsity or 0)) * passes * forward
     return Work("meta-train", key, config.steps, "steps", flops)
+
+
+def _from_weights(world: World, settings: Mapping[str, Any], method: FromWeights, forward: float) -> Work:
+    """A meta-LoRA of the default preset, once for all sets and shots: steps on painted pictures, and the guide's
+    features of them."""
+    config, backbone = RecycleConfig.weights(), world.backbone(settings)
+    meta = config.meta
+    images = method.steps * meta.n_way * (meta.n_shot + meta.n_query)
+    side = meta.guide_size or max(native_size(backbone), backbone.image_size)
+    guide = config.inversion.pictures * (1 + meta.flip) * forward_flops(backbone, side)
+    key = key_of(pick(settings, (*ADAPTERS, "method", "options")))
+    return Work("meta-train", key, method.steps, "steps", images * PASSES * forward + guide)
 
 
 def _evaluation(world: World, settings: Mapping[str, Any], key: str, forward: float) -> Work:

@@ -15,6 +15,7 @@ from ..adapters.load_many import load_all
 from ..config import InversionConfig
 from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset
+from ..fewshot.images import TaskImages
 from ..fewshot.methods.base import TextEncoder
 from ..fewshot.methods.zero_shot import text_head
 from ..inversion.prior import BatchNormPrior
@@ -47,6 +48,7 @@ class World:
         root: folder of the data.
         workers: threads that read images.
         quiet: no progress bars.
+        images: of sets that were tested on, with the features that models gave them.
         prepared: methods that are ready, with the seconds that it took: what does not hang on tasks is prepared once.
     """
 
@@ -62,6 +64,7 @@ class World:
     root: Path | None = None
     workers: int = 1
     quiet: bool = False
+    images: dict[str, TaskImages] = field(default_factory=dict, repr=False)
     prepared: dict[str, tuple[Any, float]] = field(default_factory=dict, repr=False)
     _backbones: dict[tuple[str, str | None], Backbone] = field(default_factory=dict, repr=False)
     _models: dict[tuple[str, str | None], Backbone] = field(default_factory=dict, repr=False)

@@ -133,6 +133,25 @@ def test_features_are_computed_once(tiny_backbone, world, monkeypatch):
     assert sum(calls) == wanted
 
 
+def test_images_of_an_earlier_call_keep_their_features(tiny_backbone, world, monkeypatch):
+    """One and two shots of one set: the images go through the model once."""
+    plain = [
+        evaluate(tiny_backbone, world.data, config={"n_way": 3, "n_shot": k, "n_query": 4}).accuracy for k in (1, 2)
+    ]
+    calls = []
+    original = type(tiny_backbone).forward
+    monkeypatch.setattr(
+        type(tiny_backbone),
+        "forward",
+        lambda self, images, **k: calls.append(len(images)) or original(self, images, **k),
+    )
+    images = TaskImages(world.data.images, tiny_backbone.fit)
+    for n_shot, expected in zip((1, 2), plain, strict=True):
+        config = {"n_way": 3, "n_shot": n_shot, "n_query": 4}
+        assert evaluate(tiny_backbone, world.data, config=config, images=images).accuracy == expected
+    assert sum(calls) == len(world.data)
+
+
 def test_a_meta_lora_is_worn_by_methods_without_adapters(tiny_backbone, world, make_adapter):
     adapter = make_adapter(tiny_backbone, size=0.3, seed=7)
     worn = evaluate(tiny_backbone, world.data, adapter, method="tip-adapter", config=CONFIG, quiet=True)
