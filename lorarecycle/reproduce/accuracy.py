@@ -172,11 +172,7 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     if not needs.adapters and not needs.surrogates:
         return
     if chosen.get("folder"):
-        place = world.place(chosen["folder"])
-        if not place.is_dir():
-            raise FileNotFoundError(f"`adapters.folder` must be a folder of adapters, got {place}.")
-        if settings["surrogates"]["images"] == "real" and needs.surrogates:
-            raise ValueError("`surrogates.images` must be 'inverted' for adapters of a folder, got 'real'.")
+        _check_folder(world, settings, heads=needs.heads, surrogates=needs.surrogates)
         return
     for one in chosen["of"]:
         train = with_enough(world.open(one, "train"), 1, chosen["n_way"], f"set {one!r}")
@@ -186,3 +182,18 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
         meta = meta_config(settings)
         if meta.n_way > chosen["n_way"] and meta.interpolation < 1:
             raise ValueError(f"`meta.n_way` must be at most `adapters.n_way`, got {meta.n_way} and {chosen['n_way']}.")
+
+
+def _check_folder(world: World, settings: Mapping[str, Any], *, heads: bool, surrogates: bool) -> None:
+    """Make sure that adapters of the user's own are there and fit, and have heads where those are needed."""
+    place = world.place(settings["adapters"]["folder"])
+    if not place.is_dir():
+        raise FileNotFoundError(f"`adapters.folder` must be a folder of adapters, got {place}.")
+    if surrogates and settings["surrogates"]["images"] == "real":
+        raise ValueError("`surrogates.images` must be 'inverted' for adapters of a folder, got 'real'.")
+    headless = [adapter.name for adapter in world.adapters(settings) if adapter.head is None]
+    if heads and headless:
+        raise ValueError(
+            f"`adapters.folder` must hold adapters with classification heads for method {settings['method']!r}, got "
+            f"none in {', '.join(headless[:5])}; choose a method that needs none, such as 'recycle-weights'."
+        )

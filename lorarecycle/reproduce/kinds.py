@@ -24,8 +24,8 @@ class Kind(NamedTuple):
 
 
 def _adapters(world: World, settings: Mapping[str, Any]) -> None:
-    """Cells that only need adapters: their sets and classes."""
-    accuracy.check(world, {**settings, "kind": "accuracy", "method": "average"})
+    """Cells that need adapters with heads, and surrogates: what LoRA Recycle needs."""
+    accuracy.check(world, {**settings, "kind": "accuracy", "method": "lora-recycle", "options": {}})
 
 
 def _nothing(world: World, settings: Mapping[str, Any]) -> None:

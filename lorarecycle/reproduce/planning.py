@@ -156,7 +156,12 @@ def _evaluation(world: World, settings: Mapping[str, Any], key: str, forward: fl
     heavy = needs.fine_tuning and settings["method"] != "linear-probe"
     if not heavy:
         images = sum(min(len(world.open(name, "test")), tasks * per_task) for name in sets)
-        return Work("answer tasks", key, config.n_tasks * len(sets), "tasks", images * forward)
+        model = pick(
+            settings, ("base", "weights", "set")
+        )  # whose features serve all shots, and methods that adapt none
+        if needs.adapters:
+            model |= pick(settings, ("adapters", "surrogates", "learn", "meta", "method", "options", "seed"))
+        return Work("features", key_of(model), images, "images", images * forward)
     support = config.n_way * config.n_shot
     if hasattr(method, "budget"):
         training = method.budget * support * (1 + method.views)

@@ -15,6 +15,7 @@ from lorarecycle.reproduce.run import prepare_run, reproduce
 from lorarecycle.reproduce.sets import Sets
 from lorarecycle.reproduce.table import figure, markdown
 from lorarecycle.runtime.files import read_json, write_json
+from lorarecycle.vit.backbone import Backbone
 
 MACHINE = {"base": "demo", "device": "cpu", "dtype": "float32", "quiet": True}
 SMALL = {
@@ -102,6 +103,24 @@ def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkey
     assert len(prepare_run(experiment(), n_tasks=5, **settings).todo()) == 6
     with pytest.raises(ValueError, match="`work_dir` must be a new folder or one of the same kind of run"):
         prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **{**MACHINE, "dtype": "bfloat16"})
+
+
+def test_adapters_of_a_folder_are_looked_at_first(root, experiment, tmp_path, make_adapter):
+    """They must fit, have heads where a method needs them, and cannot show the images that they were tuned on."""
+    demo, place = Backbone.load("demo"), root / "adapters"
+    settings = {**SMALL, "adapters": {"folder": "adapters"}}
+    make_adapter(demo, head=False).save(place / "a")
+    file = {"data": root, "work_dir": tmp_path / "work", **MACHINE}
+    for kind in ("accuracy", "losses"):
+        rows = [{"name": "a", "settings": {"kind": kind}}]
+        columns = [{"name": "c", "shows": "accuracy" if kind == "accuracy" else "before"}]
+        with pytest.raises(ValueError, match="must hold adapters with classification heads .*, got none in adapter-0"):
+            prepare_run(experiment(settings=settings, rows=rows, columns=columns), **file)
+    rows = [{"name": "a", "settings": {"method": "warm-start"}}]
+    assert len(prepare_run(experiment(settings=settings, rows=rows), **file).todo()) == 2
+    rows = [{"name": "a", "settings": {"surrogates": {"images": "real"}}}]
+    with pytest.raises(ValueError, match="`surrogates.images` must be 'inverted' for adapters of a folder"):
+        prepare_run(experiment(settings=settings, rows=rows), **file)
 
 
 @pytest.mark.medium
