@@ -239,7 +239,7 @@ def _fewer(n: int, usual: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = [name for name in METHODS if name != "zero-shot"]  # ViT-Tiny has no text encoder
+    usual = [name for name, entry in METHODS.items() if not entry.needs.text_encoder]  # ViT-Tiny has none
     parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--methods", nargs="+", choices=usual, default=usual)

@@ -28,7 +28,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lorarecycle.data.dataset import LabelledImages, load_dataset
+from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.data.load import load_dataset
 from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.runtime.files import load_tensors, read_json, save_tensors, write_json

@@ -64,7 +64,7 @@ class Export:
 
     def run(self) -> None:
         from ..adapters.adapter import Adapter
-        from ..data.dataset import load_dataset
+        from ..data.load import load_dataset
         from ..vit.backbone import Backbone
         from .folder import export_onnx, require_free
         from .package import export_aoti, require_fp32

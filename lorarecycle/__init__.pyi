@@ -1,6 +1,7 @@
 from .adapters.adapter import Adapter, Head
 from .config import EvaluateConfig, InversionConfig, MetaConfig, RecycleConfig, TuneConfig
-from .data.dataset import LabelledImages, load_dataset
+from .data.dataset import LabelledImages
+from .data.load import load_dataset
 from .fewshot.classifier import FewShotClassifier
 from .fewshot.evaluate import evaluate
 from .inversion.invert import invert

@@ -72,8 +72,9 @@ def check_adapters(
         patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
         backbone.kept_per_layer(config.inversion.prune, patches)
     if needs.labels:
-        counts = [len(head.class_names) for head in (head_of(a) for a in inverted) if head is not None]
-        check_episodes(counts, [a.name for a in inverted], config.meta)
+        heads = [head for head in (head_of(a) for a in inverted) if head is not None]
+        class_names = [head.class_names for head in heads]
+        check_episodes([len(names) for names in class_names], [a.name for a in inverted], config.meta, class_names)
         wanted = config.meta.n_shot + config.meta.n_query
         if config.inversion.images_per_class < wanted:
             raise ValueError(

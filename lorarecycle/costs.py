@@ -19,9 +19,12 @@ DECOMPOSITION = 60.0
 than products do."""
 
 
-def forward_flops(backbone: Backbone, image_size: int, prune: Mapping[int, float] | None = None) -> float:
-    """Floating-point operations of one image's forward pass, two for a multiplication and an addition."""
-    D, patches = backbone.embed_dim, backbone.num_patches(image_size)
+def forward_flops(
+    backbone: Backbone, image_size: int, prune: Mapping[int, float] | None = None, *, patches: int | None = None
+) -> float:
+    """Floating-point operations of one image's forward pass, two for a multiplication and an addition; `patches` are
+    those that are read, all when None."""
+    D, patches = backbone.embed_dim, backbone.num_patches(image_size) if patches is None else patches
     total = 2.0 * patches * 3 * backbone.patch_size**2 * D
     kept, left = backbone.kept_per_layer(prune or {}, patches), patches
     for i, block in enumerate(backbone.vit.blocks):

@@ -20,6 +20,7 @@ from .adapters.adapter import Adapter, Head
 from .config import TuneConfig, as_config, as_plain
 from .data.dataset import LabelledImages
 from .data.images import normalize
+from .data.lazy import Dataset
 from .runtime.checkpoint import Checkpoint
 from .runtime.graphs import Graphs, Step, adam, state_of
 from .runtime.progress import track
@@ -37,7 +38,7 @@ READ_EVERY = 50
 
 def tune(
     backbone: Backbone,
-    data: LabelledImages,
+    data: LabelledImages | Dataset,
     *,
     config: TuneConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -55,7 +56,7 @@ def tune(
 
     Args:
         backbone: stays frozen and unchanged.
-        data: images of at least two classes; resized as `backbone.fit` says.
+        data: images of at least two classes, in memory or on disk; brought to size as `backbone.fit` says.
         config: settings, or a mapping of those that differ from the defaults of `TuneConfig`.
         seed: of everything random, in place of the settings'.
         name: of the adapter.
@@ -81,6 +82,7 @@ def tune(
     config = config if seed is None else replace(config, seed=seed)
     _check(data)
     folder = _checkpoint_folder(checkpoints, config.save_last)
+    data = data.load(backbone.fit, quiet=quiet) if isinstance(data, Dataset) else data
     lora = LoRA.random(
         backbone,
         r=config.r,
@@ -233,7 +235,7 @@ def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> No
         )
 
 
-def _check(data: LabelledImages) -> None:
+def _check(data: LabelledImages | Dataset) -> None:
     if len(data.class_names) < 2:
         raise ValueError(f"`data` must have at least two classes, got {list(data.class_names)}.")
     empty = [name for name, n in zip(data.class_names, data.counts, strict=True) if n == 0]

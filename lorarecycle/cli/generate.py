@@ -49,7 +49,7 @@ class TaskVector:
             vector = task_vectors.text_vector(self.text, task_vectors.clip_encoder(self.clip))
             facts = {"text": self.text, "encoder": self.clip}
         else:
-            from ..data.dataset import load_dataset
+            from ..data.load import load_dataset
 
             backbone = self.machine.backbone()
             quiet = self.manners.quiet

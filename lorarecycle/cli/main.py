@@ -1,5 +1,5 @@
 """The command line: `lorarecycle tune | recycle | warm-start | convert | evaluate | predict | task-vector | generate |
-report | serve | demo`."""
+reproduce | report | serve | demo`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .generate import Generate, TaskVector
 from .recycle import Preset, Recycle, WarmStart
 from .renamed import current_flags
 from .report import Report
+from .reproduce import Reproduce
 from .serve import Serve
 from .tune import Tune
 
@@ -57,6 +58,7 @@ def _parse(args: Sequence[str]) -> Any:
         | Annotated[Predict, subcommand("predict")]
         | Annotated[TaskVector, subcommand("task-vector")]
         | Annotated[Generate, subcommand("generate")]
+        | Annotated[Reproduce, subcommand("reproduce")]
         | Annotated[Report, subcommand("report")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[Demo, subcommand("demo")]

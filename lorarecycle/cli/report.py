@@ -84,7 +84,7 @@ def measured_run(
     quiet: bool = False,
 ) -> Run:
     """A run with its accuracy on the data, where data is named; arguments as in `measure_run`."""
-    from ..data.dataset import load_dataset
+    from ..data.load import load_dataset
     from ..report.measure import measure_run
     from ..report.run import read_run
 

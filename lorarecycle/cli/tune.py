@@ -18,7 +18,8 @@ class Tune:
     """Tune one adapter and its head on labelled images. A tuning that was stopped goes on where it was."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """A folder with a sub-folder of images per class, a npz file, or cifar-fs, flowers102, eurosat, digits."""
+    """A folder with a sub-folder of images per class, a npz file, a folder of parquet files, owner/name of the Hugging
+    Face Hub, or cifar-fs, flowers102, eurosat, digits."""
     output: Path
     """Folder to write the PEFT adapter to."""
     classes: tuple[str, ...] = ()
@@ -37,19 +38,12 @@ class Tune:
 
     def run(self) -> None:
         from ..adapters.peft.names import check_layout
-        from ..data.dataset import load_dataset
+        from ..data.sets import open_dataset
         from ..tuning import tune
 
         check_layout(self.layout)
         backbone = self.machine.backbone()
-        data = load_dataset(
-            self.data,
-            self.split,
-            download=self.download,
-            mixed=backbone.fit,
-            strict=self.care.level,
-            quiet=self.manners.quiet,
-        )
+        data = open_dataset(self.data, self.split, download=self.download, strict=self.care.level)
         if self.classes:
             data = data.select_classes(self.classes)
         output = Path(os.path.abspath(self.output))

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .dataset import NAMED_SOURCES
 from .folder import ClassFolders
 from .lazy import Dataset, LazyImages
 from .parquet import open_hub_dataset, open_parquet
-from .sources import Source, read_npz
+from .sources import NAMED_SOURCES, Source, read_npz
 
 PLACES = {
     "cub": "https://huggingface.co/datasets/dpdl-benchmark/caltech_birds2011",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +46,15 @@ class Source(NamedTuple):
     class_names: Sequence[str]
 
 
-def common_size(files: list[Path]) -> int | None:
-    """The side that all images share; None where there is none."""
+def common_size(images: Iterable[Any]) -> int | None:
+    """The side that all images share, which are files, contents of files, or PIL's; None where there is none."""
     from PIL import Image
 
     shared: tuple[int, int] | None = None
-    for file in files:
+    for one in images:
         try:
-            with Image.open(file) as image:
+            source = BytesIO(one) if isinstance(one, (bytes, bytearray)) else one
+            with nullcontext(one) if isinstance(one, Image.Image) else Image.open(source) as image:
                 if image.width != image.height or (shared or image.size) != image.size:
                     return None
                 shared = image.size
@@ -173,6 +176,15 @@ def read_digits(split: str | None, root: Path, download: bool) -> Source:
     digits = load_digits()
     grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))  # values are 0 to 16
     return Source(grey.unsqueeze(1).repeat(1, 3, 1, 1), digits.target, [str(d) for d in digits.target_names])
+
+
+NAMED_SOURCES = {
+    "cifar-fs": read_cifar_fs,
+    "flowers102": read_flowers102,
+    "eurosat": read_eurosat,
+    "digits": read_digits,
+}
+"""Sets by name, and what reads them."""
 
 
 def _fetch(name: str, make: Callable[[], Any]) -> Any:

@@ -10,7 +10,8 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..config import InversionConfig, MetaConfig, RecycleConfig, TuneConfig
-from ..data.dataset import LabelledImages, load_dataset
+from ..data.dataset import LabelledImages
+from ..data.load import load_dataset
 from ..fewshot.evaluate import Evaluation, task_accuracies
 from ..fewshot.methods.average import average
 from ..fewshot.tasks import sample_tasks

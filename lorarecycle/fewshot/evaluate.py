@@ -86,6 +86,7 @@ def evaluate(
     config: EvaluateConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
     tasks: Tasks | None = None,
+    images: TaskImages | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     quiet: bool = False,
@@ -109,6 +110,8 @@ def evaluate(
         config: settings, or a mapping of those that differ from the defaults of `EvaluateConfig`.
         seed: of the task list, in place of `config.seed`.
         tasks: a task list of `data` to use instead of the one that `config` describes.
+        images: those of `data`, from an earlier call whose features are worth keeping; `batch_size` and `workers` are
+            theirs.
         batch_size: images per forward pass.
         workers: threads that read image files; one when None.
         quiet: no progress bar.
@@ -128,12 +131,12 @@ def evaluate(
         method = make_method(method, **({"distance": config.distance} if "distance" in own else {}))
     tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
-    images = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
+    reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
     aside: list[Task] | None = None
     if validation is not None:
         like = replace(config, n_way=tasks.n_way, n_shot=tasks.n_shot, n_query=tasks.n_query)
         drawn = _draw(validation, like, config.n_validation_tasks, derive(seed, "validation"))
-        aside = make_tasks(_task_images(validation, backbone, drawn, **images), drawn, validation.class_names)
+        aside = make_tasks(_task_images(validation, backbone, drawn, **reading), drawn, validation.class_names)
     if meta_lora is not None:
         if method.needs.adapters:
             raise ValueError(
@@ -151,7 +154,8 @@ def evaluate(
     group = group if len(tasks) >= group.size else ALONE
     first, last = group.own(len(tasks))
     part = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
-    found = make_tasks(_task_images(data, backbone, part, **images), part, data.class_names)
+    seen = _task_images(data, backbone, part, **reading) if images is None else images
+    found = make_tasks(seen, part, data.class_names)
     quiet = quiet or not group.leads
     with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
 

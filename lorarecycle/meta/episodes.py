@@ -73,8 +73,9 @@ class EpisodeSampler:
 
     def __init__(self, surrogates: Sequence[Surrogate | Layout], config: MetaConfig, seed: int = 0) -> None:
         layouts = [s if isinstance(s, Layout) else Layout.of(s) for s in surrogates]
-        class_counts = [len(s.class_names) for s in layouts]
-        check_episodes(class_counts, [s.adapter for s in layouts], config)
+        class_names = [s.class_names for s in layouts]
+        class_counts = [len(names) for names in class_names]
+        check_episodes(class_counts, [s.adapter for s in layouts], config, class_names)
         for layout in layouts:
             if not layout.teacher_logits and config.interpolation < 1:
                 raise ValueError(
@@ -101,6 +102,7 @@ class EpisodeSampler:
             self.members.append((offset, known[key]))
             offset += layout.size
         self.classes = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
+        self.meanings = _meanings(class_names)
 
     def __call__(self, step: int) -> Episode:
         """The episode of a step."""
@@ -125,12 +127,15 @@ class EpisodeSampler:
         return Episode(images, labels, torch.tensor([c for _, c in chosen]), cross_task)
 
     def _cross_task_classes(self, generator: torch.Generator) -> list[tuple[int, int]]:
-        """`n_way` different classes from at least two adapters."""
+        """`n_way` different classes from at least two adapters, no two of one name."""
         while True:
-            order = torch.randperm(len(self.classes), generator=generator)[: self.config.n_way]
-            chosen = [self.classes[int(i)] for i in order]
-            if len({adapter for adapter, _ in chosen}) > 1:
-                return chosen
+            chosen: dict[object, tuple[int, int]] = {}
+            for i in torch.randperm(len(self.classes), generator=generator).tolist():
+                chosen.setdefault(self.meanings[i], self.classes[i])
+                if len(chosen) == self.config.n_way:
+                    break
+            if len({adapter for adapter, _ in chosen.values()}) > 1:
+                return list(chosen.values())
 
 
 class ImageSampler:
@@ -160,11 +165,27 @@ class ImageSampler:
         return Episode(rows, none, none, cross_task=False)
 
 
-def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: MetaConfig) -> None:
+def _meanings(class_names: Sequence[Sequence[str]]) -> list[object]:
+    """What each class is, adapter after adapter: its name, which adapters share; alone where it is a mere number."""
+    return [(i, name) if name.isdecimal() else name for i, names in enumerate(class_names) for name in names]
+
+
+def check_episodes(
+    class_counts: Sequence[int],
+    names: Sequence[str],
+    config: MetaConfig,
+    class_names: Sequence[Sequence[str]] | None = None,
+) -> None:
     """Make sure that episodes can be drawn from adapters with so many classes each.
 
+    Args:
+        class_counts, names: of the adapters.
+        config: n_way, interpolation.
+        class_names: of each adapter's classes; all different when None.
+
     Raises:
-        ValueError: fewer classes than `n_way`, or one adapter only where episodes should cross adapters.
+        ValueError: fewer classes than `n_way`, or one adapter only where episodes should cross adapters; classes of one
+            name count once across adapters.
     """
     if not class_counts:
         raise ValueError("`adapters` must hold at least one adapter, got none.")
@@ -181,8 +202,9 @@ def check_episodes(class_counts: Sequence[int], names: Sequence[str], config: Me
                 f"`interpolation` must be 0 with a single adapter, got {config.interpolation}: there is no second one "
                 "to mix classes with."
             )
-        if sum(class_counts) < config.n_way:
+        different = sum(class_counts) if class_names is None else len(set(_meanings(class_names)))
+        if different < config.n_way:
             raise ValueError(
-                f"`n_way` must be at most the classes of all adapters together ({sum(class_counts)}), got "
-                f"{config.n_way}."
+                f"`n_way` must be at most the classes of all adapters together ({different}, those of one name counted "
+                f"once), got {config.n_way}."
             )

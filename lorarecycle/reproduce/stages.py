@@ -53,11 +53,16 @@ def draw_class_lists(classes: Sequence[str], n_tasks: int, n_way: int, *, seed: 
 
 
 def tuned(
-    backbone: Backbone, images: LabelledImages, folder: Path, *, config: TuneConfig | Mapping[str, Any] | None = None
+    backbone: Backbone,
+    images: LabelledImages,
+    folder: Path,
+    *,
+    config: TuneConfig | Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> Adapter:
     """An adapter tuned on the images, from its folder where it is there; arguments as in `tune`."""
     if not folder.exists():
-        tune(backbone, images, config=config, name=folder.name).save(folder)
+        tune(backbone, images, config=config, name=folder.name, quiet=quiet).save(folder)
     return Adapter.load(folder)
 
 
@@ -70,11 +75,12 @@ def inverted(
     prior: BatchNormPrior | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    quiet: bool = False,
 ) -> Surrogate:
     """The surrogate of an adapter, from its file where it is there; arguments as in `invert`."""
     if path.exists():
         return Surrogate.load(path)
-    surrogate = invert(backbone, adapter, config=config, prior=prior, seed=seed, dtype=dtype)
+    surrogate = invert(backbone, adapter, config=config, prior=prior, seed=seed, dtype=dtype, quiet=quiet)
     surrogate.save(path)
     return surrogate
 
@@ -121,10 +127,11 @@ def trained(
     adapters: Sequence[Adapter] = (),
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    quiet: bool = False,
 ) -> Adapter:
     """A meta-LoRA, in the precision of the experiment; arguments as in `meta_train`."""
     student = backbone.clone().to(dtype=dtype)
-    return meta_train(student, surrogates, config=config, adapters=adapters, seed=seed).meta_lora
+    return meta_train(student, surrogates, config=config, adapters=adapters, seed=seed, quiet=quiet).meta_lora
 
 
 def measured(

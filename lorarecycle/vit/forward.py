@@ -16,6 +16,7 @@ from ..kernels import cls_topk_gather, reference, select_tokens
 from .attention import AttentionKind, check_attention
 from .block import attend_and_mix, queries_keys_values
 from .lora import NO_FACTORS, BlockFactors, LoRA
+from .lvvit import ConvStem
 from .rotary import Rotation
 from .support import own_pool, plain_form, require_plain_vit, share, square_size, with_rgb
 
@@ -265,10 +266,11 @@ class Encoder(nn.Module):
         self.num_patches(*images.shape[-2:])
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         patches, prefix, positions = vit.patch_embed, self._prefix(), self._positions(grid)
-        if kept is not None and positions is not None and isinstance(patches.norm, nn.Identity):
+        stem = isinstance(patches, ConvStem)  # looks across patches: all are computed
+        if kept is not None and positions is not None and isinstance(patches.norm, nn.Identity) and not stem:
             weight, bias = patches.proj.weight, patches.proj.bias
             return vit.norm_pre(select_tokens(images, kept, weight, bias, positions[0], prefix[0]))
-        x = patches.norm(_embed_patches(patches.proj, images))
+        x = patches(images) if stem else patches.norm(_embed_patches(patches.proj, images))
         x = x if positions is None else x + positions
         if kept is not None:
             x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -15,7 +15,7 @@ from ..runtime.files import load_tensors, read_json, read_object
 from ..runtime.hub import find_folder
 from .support import require_plain_vit
 
-CLASSIFIER_KEYS = ("head.", "head_dist.", "classifier.", "fc.")
+CLASSIFIER_KEYS = ("head.", "head_dist.", "aux_head.", "classifier.", "fc.")
 
 
 def find_vit(
@@ -80,6 +80,8 @@ def _timm_vit(
 ) -> tuple[nn.Module, dict[str, Any]]:
     import timm
     import torch
+
+    from . import lvvit  # noqa: F401  # registers its model with timm
 
     if not timm.is_model(name):
         raise ValueError(

@@ -9,6 +9,7 @@ from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from .lvvit import ConvStem
 from .rotary import PlainEva, is_eva, require_plain_eva
 
 _POOLS = {"token": "token", "avg": "avg", "map": "map", "": "token"}
@@ -30,13 +31,13 @@ def require_plain_vit(vit: Any) -> None:
             "`timm.list_models('vit_*_patch*')`."
         )
     patches: Any = vit.patch_embed
-    if type(patches) is not PatchEmbed or patches.patch_size[0] != patches.patch_size[1]:
+    if type(patches) not in (PatchEmbed, ConvStem) or patches.patch_size[0] != patches.patch_size[1]:
         raise ValueError(
             f"the backbone must cut images into square patches by one convolution, got {type(patches).__name__} with "
             f"patches {getattr(patches, 'patch_size', None)}."
         )
     _require_pool(vit)
-    channels = patches.proj.in_channels
+    channels = patches.conv1.in_channels if isinstance(patches, ConvStem) else patches.proj.in_channels
     if channels not in (1, 3):
         raise ValueError(
             f"the backbone must read colour or grey images, 3 channels or 1, got in_chans={channels}; photographs have "

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle.data.dataset import LabelledImages, load_dataset
+from lorarecycle.data.dataset import LabelledImages
+from lorarecycle.data.load import load_dataset
 from lorarecycle.data.splits import class_split
 
 CIFAR_FS = class_split("cifar_fs")

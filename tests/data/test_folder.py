@@ -10,8 +10,8 @@ from PIL import Image, features
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from lorarecycle.data.dataset import load_dataset
 from lorarecycle.data.folder import ClassFolders, read_image
+from lorarecycle.data.load import load_dataset
 
 
 def fill(root: Path, *names: str) -> Path:

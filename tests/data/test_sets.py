@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from lorarecycle.data.lazy import Dataset, LazyImages
+from lorarecycle.data.load import load_dataset
 from lorarecycle.data.sets import from_torchvision, open_dataset
 from lorarecycle.data.splits import class_split, refuse_overlap, split_names
 from lorarecycle.fewshot.tasks import sample_tasks
+from lorarecycle.tuning import tune
 
 
 def png(value: int, size: int = 8) -> bytes:
@@ -52,6 +54,30 @@ def test_parquet_files_of_hugging_face(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"`split` must be one of \['test', 'train'\].*got 'val'"):
         open_dataset(tmp_path, "val")
+
+
+def test_load_dataset_and_tune_take_what_open_dataset_reads(tmp_path, monkeypatch, tiny_backbone):
+    names = ["ant", "bee"]
+    write_parquet(tmp_path / "set" / "train.parquet", [0, 1] * 4, names)
+    write_parquet(tmp_path / "set" / "test.parquet", [1, 0], names, first=100)
+    loaded = load_dataset(tmp_path / "set", "test")
+    assert loaded.images.shape == (2, 3, 8, 8), "images that share a size keep it"
+    assert loaded.images[:, 0, 0, 0].tolist() == [100, 101]
+    assert load_dataset(tmp_path / "set" / "test.parquet", size=4).images.shape == (2, 3, 4, 4)
+    asked = []
+    monkeypatch.setattr(
+        "lorarecycle.data.sets.open_hub_dataset",
+        lambda *a, **k: asked.append(a) or open_dataset(tmp_path / "set", "test"),
+    )
+    assert load_dataset("owner/name", "test").class_names == ("ant", "bee")
+    assert asked == [("owner/name", "test")]
+    settings = {"epochs": 1, "batch_size": 4}
+    opened = tune(tiny_backbone, open_dataset(tmp_path / "set", "train"), config=settings, quiet=True)
+    memory = tune(tiny_backbone, load_dataset(tmp_path / "set", "train"), config=settings, quiet=True)
+    assert opened.digest() == memory.digest()
+    assert opened.head.class_names == ("ant", "bee")
+    with pytest.raises(FileNotFoundError, match="`source` must be a folder, a npz or parquet file"):
+        load_dataset(tmp_path / "nothing.npz")
 
 
 def test_parquet_labels_without_names_and_groups(tmp_path):

@@ -80,7 +80,11 @@ def test_seed_and_step_decide():
             "`n_way` must be at most the classes of every adapter, got n_way=4 and 3",
         ),
         (POOLS[:1], CONFIG, "`interpolation` must be 0 with a single adapter, got 0.5"),
-        (POOLS[1:], MetaConfig(n_way=9, interpolation=1.0), r"all adapters together \(8\), got 9"),
+        (
+            POOLS[1:],
+            MetaConfig(n_way=9, interpolation=1.0),
+            r"all adapters together \(8, those of one name counted once\), got 9",
+        ),
         (
             POOLS,
             MetaConfig(n_way=3, n_shot=3, n_query=4),
@@ -108,3 +112,31 @@ def test_episodes_within_an_adapter_ask_for_its_answers():
     with pytest.raises(ValueError, match=r"surrogate of 'a' must hold teacher logits .* or set interpolation=1.0"):
         EpisodeSampler([silent, *POOLS[1:]], CONFIG)
     EpisodeSampler([silent, *POOLS[1:]], replace(CONFIG, interpolation=1.0))
+
+
+def named(adapter: str, *names: str) -> Surrogate:
+    return replace(pool(adapter, len(names)), class_names=names)
+
+
+def test_cross_task_episodes_never_oppose_two_classes_of_one_name():
+    """Two adapters that were tuned on cats both have a class "cat": an episode that asked which is which would teach
+    noise. Mere numbers are no names."""
+    pools = [named("a", "cat", "dog", "fox"), named("b", "cat", "dog", "owl"), named("c", "cat", "elk", "fox")]
+    sampler = EpisodeSampler(pools, replace(CONFIG, interpolation=1.0), seed=2)
+    seen = set()
+    for step in range(200):
+        episode = sampler(step)
+        assert episode.cross_task
+        chosen = []
+        for row in episode.images[:: CONFIG.n_shot][: CONFIG.n_way].tolist():
+            i, row = divmod(row, 18)
+            chosen.append((i, pools[i].class_names[int(pools[i].labels[row])]))
+        assert len({name for _, name in chosen}) == 3
+        assert len({i for i, _ in chosen}) > 1
+        seen |= set(chosen)
+    assert seen == {(i, name) for i, p in enumerate(pools) for name in p.class_names}, "none is left out for good"
+    twins = [named("a", "cat", "dog", "fox"), named("b", "cat", "dog", "fox")]
+    with pytest.raises(ValueError, match=r"all adapters together \(3, those of one name counted once\), got 4"):
+        EpisodeSampler(twins, MetaConfig(n_way=4, n_shot=1, n_query=2, interpolation=1.0))
+    numbered = [named("a", "0", "1", "2"), named("b", "0", "1", "2")]
+    EpisodeSampler(numbered, MetaConfig(n_way=4, n_shot=1, n_query=2, interpolation=1.0))

@@ -93,7 +93,7 @@ class TextEncoder(Protocol):
         """Unit vectors, float32 [C, E]."""
 
     def project(self, features: Tensor) -> Tensor:
-        """Image features [n, D] in the same space, float32 [n, E]."""
+        """Image features [n, D] in the same space, float32 [n, E]; differentiable, for methods that train under it."""
 
 
 class Needs(NamedTuple):

@@ -23,6 +23,7 @@ from .pmf import PMF
 from .recycled import FromWeights, LoRARecycle, WarmStart
 from .shrunk import ShrunkMean
 from .text import ZeroShot
+from .zero_shot import ZeroShotHub, ZeroShotMole, ZeroShotRecycle
 
 RECYCLE = "LoRA Recycle (CVPR 2025)"
 
@@ -66,6 +67,9 @@ METHODS: dict[str, Entry] = {
     },
     "caml": Entry(CAML, "CAML", "Fifty et al., ICLR 2024"),
     "zero-shot": Entry(ZeroShot, "CLIP zero-shot", "Radford et al., ICML 2021"),
+    "zero-shot-recycle": Entry(ZeroShotRecycle, "zero-shot LoRA Recycle", f"{RECYCLE}, Tab. 14"),
+    "zero-shot-lorahub": Entry(ZeroShotHub, "zero-shot LoRAHub", f"{RECYCLE}, Tab. 14"),
+    "zero-shot-mole": Entry(ZeroShotMole, "zero-shot MOLE", f"{RECYCLE}, Tab. 14"),
     "tip-adapter": Entry(SupportCache, "Tip-Adapter's cache", "Zhang et al., ECCV 2022"),
     "laplacian-shot": Entry(LaplacianShot, "LaplacianShot (transductive)", "Ziko et al., ICML 2020"),
     "shrunk": Entry(ShrunkMean, "class means shrunk towards known ones", "ours"),

@@ -61,9 +61,8 @@ class ClipText:
         pooled = self.text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
-    @torch.no_grad()
     def project(self, features: Tensor) -> Tensor:
-        """Image features [n, D] in the same space, float32 [n, E]."""
+        """Image features [n, D] in the same space, float32 [n, E]; gradients to them run through."""
         weight = self.visual_projection.weight
         return self.visual_projection(features.to(weight)).float()
 
@@ -91,4 +90,4 @@ class ZeroShot(Method):
     def solve(self, task: Task) -> Tensor:
         _, query = task.features(self.encoder)
         images = F.normalize(self.text_encoder.project(query), dim=-1)
-        return self.text_encoder.scale * images @ self.text_encoder.encode(task.class_names).to(images).T
+        return (self.text_encoder.scale * images @ self.text_encoder.encode(task.class_names).to(images).T).detach()

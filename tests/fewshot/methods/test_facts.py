@@ -18,6 +18,7 @@ from lorarecycle.fewshot.methods.mole import Gated
 from lorarecycle.fewshot.methods.registry import make_method
 from lorarecycle.fewshot.methods.shrunk import ShrunkMean
 from lorarecycle.fewshot.methods.tuned import Trainable, augmented
+from lorarecycle.fewshot.methods.zero_shot import contrastive_logits, text_head
 from lorarecycle.inversion.surrogate import Surrogate
 from lorarecycle.meta.prototypes import class_centres, distance_logits
 
@@ -246,3 +247,58 @@ def test_clip_text_gives_what_clip_gives(tmp_path):
         expected = model(pixel_values=normalize(pixels, backbone.mean, backbone.std), **tokens).logits_per_image
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert math.isclose(clip.scale, float(model.logit_scale.exp()), rel_tol=1e-6)
+
+
+class Space:
+    """A text encoder whose names are directions of a space of 8, into which features are projected linearly."""
+
+    scale = 5.0
+
+    def __init__(self, names, width):
+        generator = torch.Generator().manual_seed(0)
+        self.known = {name: F.normalize(torch.randn(8, generator=generator), dim=0) for name in names}
+        self.matrix, self.offset = (
+            torch.randn(width, 8, generator=generator),
+            torch.randn(8, generator=generator),
+        )
+
+    def encode(self, class_names):
+        return torch.stack([self.known[name] for name in class_names])
+
+    def project(self, features):
+        return features @ self.matrix + self.offset
+
+
+def test_a_text_head_is_the_projection_before_normalisation():
+    space = Space(["cat", "dog", "fox"], 16)
+    features = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+    head = text_head(space, ("dog", "cat"), 16)
+    expected = space.scale * space.project(features) @ space.encode(["dog", "cat"]).T / 4
+    torch.testing.assert_close(head(features), expected, atol=1e-4, rtol=1e-4)
+    assert head.class_names == ("dog", "cat")
+    logits = contrastive_logits(space, features, ["dog", "cat"])
+    assert logits.abs().max() <= space.scale
+    assert torch.equal(logits.argmax(1), head(features).argmax(1)), "normalising moves no winner"
+    space.project = lambda features: features.square()[:, :8]
+    with pytest.raises(ValueError, match="must project image features by a matrix"):
+        text_head(space, ("dog",), 16)
+
+
+def test_zero_shot_recycle_learns_what_names_mean(tiny_backbone, make_data, make_adapter):
+    """Names that mean nothing to the model beforehand: episodes of surrogates teach the meta-LoRA their directions."""
+    data = make_data(n_classes=4, per_class=12)
+    space = Space(data.class_names, tiny_backbone.embed_dim)
+    surrogate = Surrogate(data.images, data.labels, None, data.class_names, patch_size=8)
+    task = Task(
+        TaskImages(data.images, 32),
+        torch.tensor([0, 12, 24, 36]),
+        torch.arange(4),
+        torch.arange(48),
+        data.class_names,
+        data.labels,
+    )
+    adapters, found = [make_adapter(tiny_backbone)], {}
+    for name, settings in (("zero-shot", {}), ("zero-shot-recycle", {"steps": 60, "n_way": 4, "n_query": 6})):
+        method = make_method(name, **settings).prepare(tiny_backbone, adapters, [surrogate], None, space)
+        found[name] = (method.solve(task).argmax(1) == data.labels).float().mean().item()
+    assert found["zero-shot-recycle"] > max(0.6, found["zero-shot"] + 0.1)

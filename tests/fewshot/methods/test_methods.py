@@ -21,6 +21,8 @@ QUICK = {
     "caml": {"steps": 150, "batch": 8, "hidden": 64, "layers": 2, "max_way": 3, "max_shot": 2, "learning_rate": 2e-3},
     "lorahub": {"budget": 4},
     "lorahub-nn": {"budget": 4},
+    **{name: {"steps": 2} for name in ("zero-shot-recycle", "zero-shot-mole")},
+    "zero-shot-lorahub": {"budget": 4},
     "pmf": {"meta_steps": 2, "steps": 3, "rates": (0.01, 0.001)},
     "full": {"steps": 10, "rates": (0.01, 0.001)},
     "lora-linear": {"steps": 10, "rates": (0.1, 0.01)},
@@ -30,20 +32,21 @@ QUICK = {
 
 
 class Words:
-    """A text encoder in whose space class 'kind c' is the mean feature of its images."""
+    """A text encoder in whose space class 'kind c' is the mean feature of its images, and every other name one word."""
 
     scale = 10.0
 
     def __init__(self, backbone, data):
         features = extract_features(backbone, data.images)
         self.centre = features.mean(dim=0)
+        self.unknown = F.normalize(torch.ones(features.shape[1]), dim=0)
         self.known = {
             name: F.normalize(features[data.labels == c].mean(dim=0) - self.centre, dim=0)
             for c, name in enumerate(data.class_names)
         }
 
     def encode(self, class_names):
-        return torch.stack([self.known[name] for name in class_names])
+        return torch.stack([self.known.get(name, self.unknown) for name in class_names])
 
     def project(self, features):
         return features - self.centre
@@ -128,6 +131,25 @@ def test_features_are_computed_once(tiny_backbone, world, monkeypatch):
     wanted = len(torch.cat([tasks.support.flatten(), tasks.query.flatten()]).unique())
     assert len(result.accuracies) == 30
     assert sum(calls) == wanted
+
+
+def test_images_of_an_earlier_call_keep_their_features(tiny_backbone, world, monkeypatch):
+    """One and two shots of one set: the images go through the model once."""
+    plain = [
+        evaluate(tiny_backbone, world.data, config={"n_way": 3, "n_shot": k, "n_query": 4}).accuracy for k in (1, 2)
+    ]
+    calls = []
+    original = type(tiny_backbone).forward
+    monkeypatch.setattr(
+        type(tiny_backbone),
+        "forward",
+        lambda self, images, **k: calls.append(len(images)) or original(self, images, **k),
+    )
+    images = TaskImages(world.data.images, tiny_backbone.fit)
+    for n_shot, expected in zip((1, 2), plain, strict=True):
+        config = {"n_way": 3, "n_shot": n_shot, "n_query": 4}
+        assert evaluate(tiny_backbone, world.data, config=config, images=images).accuracy == expected
+    assert sum(calls) == len(world.data)
 
 
 def test_a_meta_lora_is_worn_by_methods_without_adapters(tiny_backbone, world, make_adapter):

@@ -1,0 +1,195 @@
+"""Cells of ICM-LoRA: adapters that are generated for tasks, beside the ones that were tuned (Tab. 1, 3 to 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..data.dataset import LabelledImages
+from ..data.images import normalize
+from ..generate import CondPDiff, LoRAGenerator, ModelSoup, task_vector, text_vector
+from ..generate.generator import Generator
+from ..runtime.seeds import derive, stream
+from ..tuning import tune
+from ..vit.backbone import Backbone
+from ..vit.features import extract_features
+from .sets import with_enough
+from .settings import key_of, set_names, tune_config
+from .stages import draw_class_lists
+from .world import World
+
+READS = ("base", "weights", "set", "seed", "generator")
+GENERATORS: dict[str, type[Generator]] = {"soup": ModelSoup, "cond-p-diff": CondPDiff, "icm-lora": LoRAGenerator}
+N_WAY = 5
+DESCRIPTION = "Tell apart {}."
+
+
+class Task(NamedTuple):
+    """Five classes: images to tune on, and others of the same classes to test on."""
+
+    images: LabelledImages
+    test: LabelledImages
+
+
+def generation(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy in percent on other images of the tasks' classes ("task 1" ..., and their mean as "accuracy"), and
+    "storage" in MB: of all that the method keeps for all tasks.
+
+    Originals and generated adapters answer with their own heads; the plain model by the nearest class mean of the
+    images that the others were tuned on. `generator.method` "data" has storage alone.
+    """
+    chosen = settings["generator"]
+    method, samples = chosen["method"], chosen.get("samples", 1)
+    tasks = make_tasks(world, settings)
+    if method == "data":
+        return {"storage": sum(task.images.images.numel() for task in tasks) / 1e6}
+    model, found = world.model(settings), []
+    if method == "plain":
+        found = [mean_accuracy(model, task) for task in tasks]
+        return _figures(found, 0.0)
+    runs = [checkpoints(world, settings, i, task) for i, task in enumerate(tasks)]
+    if method == "original":
+        found = [head_accuracy(model, run[-1], task.test) for run, task in zip(runs, tasks, strict=True)]
+        folders = [run_folder(world, settings, i) for i in range(len(tasks))]
+        return _figures(found, sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()))
+    vectors = [vector(world, settings, task) for task in tasks]
+    made, size = generator(world, settings, runs, vectors)
+    for task, asked in zip(tasks, vectors, strict=True):
+        adapters = made.sample(asked, samples, seed=settings["seed"])
+        each = [head_accuracy(model, adapter, task.test) for adapter in adapters if isinstance(adapter, Adapter)]
+        found.append(sum(each) / len(each))
+    return _figures(found, size)
+
+
+def check(world: World, settings: Mapping[str, Any]) -> None:
+    """Make sure that there are classes and images enough, and an encoder where text is read.
+
+    Raises:
+        ValueError: there are not.
+    """
+    chosen = settings.get("generator") or {}
+    if chosen.get("method") not in (*GENERATORS, "original", "plain", "data"):
+        raise ValueError(f"`generator.method` must be given, one of {', '.join(GENERATORS)}, original, plain, data.")
+    with_enough(world.open(set_names(settings)[0], "train"), chosen["per_class"] + 1, N_WAY, "the tasks' set")
+    if chosen.get("vector", "vision") != "vision" and world.encode is None:
+        raise ValueError("`text_encoder` must be given for text task vectors, got none: a CLIP model of transformers.")
+    if chosen["method"] in GENERATORS:
+        _config(settings)
+    tune_config(_tuning(settings), chosen["r"], 0)
+
+
+def make_tasks(world: World, settings: Mapping[str, Any]) -> list[Task]:
+    """Tasks of train classes; each class's images parted into those to tune on and the rest."""
+    chosen, seed = settings["generator"], settings["seed"]
+    data = world.open(set_names(settings)[0], "train")
+    fit, tasks = world.backbone(settings).fit, []
+    for i, names in enumerate(draw_class_lists(data.class_names, chosen["tasks"], N_WAY, seed=seed)):
+        images = data.select_classes(names).load(fit, workers=world.workers)
+        tasks.append(Task(*images.split(chosen["per_class"], stream(seed, "task", i))))
+    return tasks
+
+
+def run_folder(world: World, settings: Mapping[str, Any], i: int) -> Path:
+    """Where the checkpoints of a task are kept: those of a rank serve every generator."""
+    chosen = settings["generator"]
+    shared = {k: chosen[k] for k in ("r", "tasks", "per_class", "tune") if k in chosen}
+    wanted = {k: settings[k] for k in ("base", "weights", "set", "seed") if k in settings}
+    return world.folder("icm-adapters", {**wanted, "generator": shared}) / f"task-{i}"
+
+
+def checkpoints(world: World, settings: Mapping[str, Any], i: int, task: Task) -> list[Adapter]:
+    """The adapters after the last epochs of one task's tuning; all tasks start from the same factors."""
+    folder = run_folder(world, settings, i)
+    config = tune_config(_tuning(settings), settings["generator"]["r"], settings["seed"])
+    if len(list(folder.glob("epoch-*"))) < config.save_last:
+        resume = folder.with_name(f".{folder.name}.tuning.safetensors")
+        tune(
+            world.model(settings),
+            task.images,
+            config=config,
+            name=f"task-{i}",
+            checkpoint=resume,
+            checkpoints=folder,
+            quiet=world.quiet,
+        )
+        resume.unlink(missing_ok=True)
+    return [Adapter.load(path) for path in sorted(folder.glob("epoch-*"))]
+
+
+def vector(world: World, settings: Mapping[str, Any], task: Task) -> Tensor:
+    """The task vector: of the images, of a sentence that names the classes, or both side by side (Tab. 6)."""
+    kind, parts = settings["generator"].get("vector", "vision"), []
+    if kind in ("vision", "both"):
+        parts.append(task_vector(world.model(settings), task.images.images))
+    if kind in ("text", "both"):
+        assert world.encode is not None  # checked
+        parts.append(text_vector(DESCRIPTION.format(", ".join(task.images.class_names)), world.encode))
+    return torch.cat(parts)
+
+
+def generator(
+    world: World, settings: Mapping[str, Any], runs: list[list[Adapter]], vectors: list[Tensor]
+) -> tuple[Generator, int]:
+    """What learns from all checkpoints of all tasks, from its file where it is there; and the file's bytes."""
+    kind = GENERATORS[settings["generator"]["method"]]
+    wanted = {**{k: settings[k] for k in READS if k in settings}}
+    path = world.work / "generators" / f"{key_of(wanted)}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        adapters = [adapter for run in runs for adapter in run]
+        conditions = [v for run, v in zip(runs, vectors, strict=True) for _ in run]
+        kind.fit(
+            adapters,
+            conditions,
+            config=_config(settings),
+            device=str(world.device),
+            checkpoint=path.with_suffix(".fit"),
+            quiet=world.quiet,
+        ).save(path)
+        path.with_suffix(".fit").unlink(missing_ok=True)
+    return kind.load(path), path.stat().st_size
+
+
+@torch.no_grad()
+def head_accuracy(backbone: Backbone, adapter: Adapter, data: LabelledImages) -> float:
+    """Accuracy in percent of an adapter under its own head."""
+    assert adapter.head is not None
+    model, hits = backbone.merge(adapter), 0
+    for images, labels in zip(data.images.split(64), data.labels.split(64), strict=True):
+        pixels = normalize(images.to(model.device), model.mean, model.std, model.dtype)
+        logits = adapter.head(model(pixels, pool=adapter.head.pool))
+        hits += int((logits.argmax(dim=1).cpu() == labels).sum())
+    return 100 * hits / len(data)
+
+
+def mean_accuracy(backbone: Backbone, task: Task) -> float:
+    """Accuracy in percent of the plain model's nearest class mean."""
+    features, queries = (extract_features(backbone, part.images) for part in task)
+    means = torch.stack([features[task.images.labels == c].mean(dim=0) for c in range(len(task.images.class_names))])
+    return 100 * (torch.cdist(queries, means).argmin(dim=1) == task.test.labels).float().mean().item()
+
+
+def _tuning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"save_last": 1, **settings["generator"].get("tune", {})}
+
+
+def _config(settings: Mapping[str, Any]) -> Any:
+    """The generator's settings; those that its method does not have are left out."""
+    from dataclasses import fields
+
+    kind = GENERATORS[settings["generator"]["method"]].config_class
+    known = {f.name for f in fields(kind)}
+    given = {k: v for k, v in settings["generator"].get("config", {}).items() if k in known}
+    if "seed" in known:
+        given["seed"] = derive(settings["seed"], "generator") % 2**31
+    return kind(**given)
+
+
+def _figures(accuracies: list[float], size: float) -> dict[str, Any]:
+    each = {f"task {i}": value for i, value in enumerate(accuracies, 1)}
+    return {**each, "accuracy": sum(accuracies) / len(accuracies), "storage": size / 1e6}

@@ -1,0 +1,144 @@
+"""What Tables 7 to 11 compare: how a meta-LoRA, or more than it, learns from surrogates; made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..config import MetaConfig
+from ..data.dataset import LabelledImages
+from ..fewshot.methods.tuned import Trainable
+from ..inversion.surrogate import Surrogate
+from ..meta.bank import fill_bank
+from ..meta.draws import Draws
+from ..meta.episodes import EpisodeSampler
+from ..meta.loss import episode_loss
+from ..meta.train import default_lr, learning_rate
+from ..runtime.graphs import adam, set_rate
+from ..runtime.progress import track
+from ..tuning import tune
+from ..vit.backbone import Backbone
+from ..vit.features import normalized_batches
+from .settings import meta_config, pick
+from .stages import trained
+from .world import SURROGATES, World
+
+MASK_SPARSITY = 0.75
+"""Of the masks of Table 11, where `meta.sparsity` says nothing."""
+
+
+def learned(world: World, settings: Mapping[str, Any]) -> tuple[Backbone, Adapter | None]:
+    """The model of a cell once it has learnt from its surrogates, and the adapter to wear, if it has one.
+
+    `learn` is "lora" (the meta-LoRA), "everything" (all weights, Tab. 10) or "joint" (a LoRA and one classifier over
+    all classes of all adapters, Tab. 8).
+    """
+    wanted = {**pick(settings, (*SURROGATES, "learn", "meta")), "method": settings["method"]}
+    if settings["learn"] == "everything":
+        return everything(world, settings), None
+    folder = world.folder("meta-loras", wanted)
+    if not folder.exists():
+        make = joint if settings["learn"] == "joint" else _meta_lora
+        make(world, settings).save(folder)
+    return world.model(settings), Adapter.load(folder)
+
+
+def settle_meta(world: World, settings: Mapping[str, Any]) -> tuple[list[Surrogate], MetaConfig]:
+    """Surrogates and settings of meta-training, masked as `surrogates.mask` says."""
+    config, surrogates = meta_config(settings), world.surrogates(settings)
+    if len(surrogates) == 1:
+        config = replace(config, interpolation=0.0)
+    if settings["surrogates"]["mask"] == "first-layer":
+        sparsity = MASK_SPARSITY if config.sparsity is None else config.sparsity
+        surrogates = first_layer_masks(world, settings, surrogates, sparsity)
+        config = replace(config, sparsity=None)
+    return surrogates, config
+
+
+def _meta_lora(world: World, settings: Mapping[str, Any]) -> Adapter:
+    surrogates, config = settle_meta(world, settings)
+    return trained(
+        world.backbone(settings),
+        surrogates,
+        config=config,
+        adapters=world.adapters(settings),
+        seed=settings["seed"],
+        dtype=world.dtype,
+        quiet=world.quiet,
+    )
+
+
+@torch.no_grad()
+def first_layer_masks(
+    world: World, settings: Mapping[str, Any], surrogates: Sequence[Surrogate], sparsity: float
+) -> list[Surrogate]:
+    """Surrogates whose kept patches are those that the teacher's first block attends to most (Tab. 11)."""
+    found = []
+    for surrogate, adapter in zip(surrogates, world.adapters(settings), strict=True):
+        teacher = world.backbone(settings).merge(adapter).to(dtype=world.dtype)
+        batches = normalized_batches(teacher, surrogate.images, size=surrogate.images.shape[-1])
+        kept = [teacher.encode(x, prune={0: sparsity}, class_token_only=True).kept for x in batches]
+        found.append(replace(surrogate, kept=torch.cat([k.cpu().sort(dim=1).values for k in kept if k is not None])))
+    return found
+
+
+def pooled(surrogates: Sequence[Surrogate]) -> LabelledImages:
+    """All surrogates as one labelled set: classes of one name are one class."""
+    names = tuple(dict.fromkeys(name for surrogate in surrogates for name in surrogate.class_names))
+    labels = [
+        torch.tensor([names.index(name) for name in surrogate.class_names])[surrogate.labels]
+        for surrogate in surrogates
+        if surrogate.labels is not None
+    ]
+    return LabelledImages(torch.cat([s.images for s in surrogates]), torch.cat(labels), names)
+
+
+def joint(world: World, settings: Mapping[str, Any]) -> Adapter:
+    """A LoRA tuned with one classifier over the classes of all adapters (Tab. 8), as long as meta-training looks at
+    images: whole passes, one at least."""
+    surrogates, config = settle_meta(world, settings)
+    images = pooled(surrogates)
+    seen = config.steps * config.n_way * (config.n_shot + config.n_query)
+    adapter = tune(
+        world.model(settings),
+        images,
+        config={
+            "epochs": max(1, round(seen / len(images))),
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "sites": config.sites,
+            "layers": config.layers,
+            "lr": config.lr or 1e-3,
+        },
+        seed=settings["seed"],
+        name="joint",
+        quiet=world.quiet,
+    )
+    return adapter.with_head(None)
+
+
+def everything(world: World, settings: Mapping[str, Any]) -> Backbone:
+    """A backbone all of whose weights took the steps of meta-training (Tab. 10), by Adam in float32."""
+    surrogates, config = settle_meta(world, settings)
+    plain = world.model(settings)
+    trainable = Trainable(plain)
+    model = trainable.model
+    bank = fill_bank(plain, surrogates, config.sparsity)
+    lr = default_lr(model.embed_dim) if config.lr is None else config.lr
+    sampler = EpisodeSampler(surrogates, config, settings["seed"])
+    draws = Draws.of(sampler, config, settings["seed"], first=0, device=model.device)
+    optimizer = adam(list(model.parameters()), model.device)
+    none: Any = None
+    for step in track(range(config.steps), "meta-train all weights", quiet=world.quiet):
+        at = torch.tensor([step], device=model.device)
+        with torch.enable_grad(), torch.autocast(model.device.type, world.dtype, enabled=world.dtype != torch.float32):
+            loss = episode_loss(model, none, bank, draws.at(at), config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        set_rate(optimizer, torch.tensor(learning_rate(step, config, lr), device=model.device))
+        optimizer.step()
+    return model.requires_grad_(False).to(dtype=world.dtype)

@@ -1,0 +1,312 @@
+"""`reproduce`: an experiment's cells one after the other, each kept; results as JSON and as a table."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import InversionConfig
+from ..inversion.prior import BatchNormPrior
+from ..runtime.device import resolve
+from ..runtime.files import read_json, write_json, write_text
+from ..runtime.progress import track
+from ..vit.backbone import Backbone
+from .experiment import Column, Experiment, Row, load_experiment
+from .images import draw_grid, draw_map, draw_shots
+from .kinds import cell_key, find_kind, read_settings
+from .quick import Letters, drawn_set, drawn_text, shrink, tiny_backbone, tiny_prior
+from .sets import Sets
+from .settings import Settings, check_settings, merge
+from .table import markdown
+from .world import World
+
+logger = logging.getLogger(__name__)
+
+WRITE_EVERY = 30.0
+"""Seconds between tables that are written on the way."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        row, column: where it stands.
+        asked: settings, as the file says.
+        settings: those that it runs with; smaller in a rehearsal.
+        missing: why it cannot run, where that is put up with.
+    """
+
+    row: Row
+    column: Column
+    asked: Settings
+    settings: Settings
+    missing: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Names its file; equal for cells that are one."""
+        return cell_key(self.settings)
+
+
+@dataclass
+class Run:
+    """An experiment that is ready to run: everything is known and checked.
+
+    Attributes:
+        experiment: what is run.
+        world: where.
+        cells: row after row.
+        quick: a rehearsal.
+        machine: in words.
+    """
+
+    experiment: Experiment
+    world: World
+    cells: list[Cell]
+    quick: bool
+    machine: str
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the table is written."""
+        return self.world.work / self.experiment.name
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's result is kept; tables share cells."""
+        return self.world.work / "cells" / f"{cell.key}.json"
+
+    def todo(self) -> list[Cell]:
+        """Cells without a result, each once, those of a column together."""
+        order = {column.name: i for i, column in enumerate(self.experiment.columns)}
+        cells = sorted(self.cells, key=lambda cell: order[cell.column.name])
+        found = {cell.key: cell for cell in reversed(cells) if not cell.missing and not self.path(cell).exists()}
+        return list(reversed(list(found.values())))
+
+    def __call__(self) -> Path:
+        """Run what is not there yet; the table's file.
+
+        Raises:
+            RuntimeError: cells that failed, once all others are done; they are tried again by the next call.
+        """
+        write_json(self.world.work / "settings.json", {"quick": self.quick, "machine": self.machine})
+        written = time.perf_counter()
+        for cell in track(self.todo(), self.experiment.name, unit="cells", quiet=self.world.quiet):
+            try:
+                result = find_kind(cell.settings).run(self.world, cell.settings)
+            except RuntimeError as error:  # out of memory, say: the other cells are worth having
+                self.failed[cell.key] = f"{cell.row.name}, {cell.column.name}: {error}"
+                logger.error("failed: %s", self.failed[cell.key])
+                continue
+            write_json(self.path(cell), {"settings": read_settings(cell.settings), "result": result})
+            logger.info("%s, %s: %s", cell.row.name, cell.column.name, result)
+            if time.perf_counter() - written > WRITE_EVERY:
+                self.write()
+                written = time.perf_counter()
+        table = self.write()
+        self.draw()
+        if self.failed:
+            raise RuntimeError("; ".join([f"{len(self.failed)} cells failed", *self.failed.values()]))
+        return table
+
+    def results(self) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
+        """Every cell with its result, None where there is none."""
+        for cell in self.cells:
+            path = self.path(cell)
+            yield cell, read_json(path)["result"] if not cell.missing and path.exists() else None
+
+    def draw(self) -> Path | None:
+        """The experiment's picture, where it has one and all that it takes."""
+        kind, path = self.experiment.picture, self.folder / f"{self.experiment.name}.png"
+        found = [(cell, result) for cell, result in self.results() if result is not None]
+        if kind is None or not found:
+            return None
+        if kind == "shots":
+            lines: dict[str, list[tuple[int, float, float]]] = {}
+            for cell, result in found:
+                if "accuracy" in result:
+                    point = (cell.settings["tasks"]["n_shot"], result["accuracy"], result.get("interval", 0.0))
+                    lines.setdefault(cell.row.name, []).append(point)
+            return draw_shots(lines, path)
+        sheets = {cell.key: (cell.row.name, self.world.work / result["file"]) for cell, result in found}
+        return (draw_grid if kind == "grid" else draw_map)(list(sheets.values()), path)
+
+    def write(self) -> Path:
+        """Write results.json and table.md as far as there are results; the latter's path."""
+        found = list(self.results())
+        record = {
+            "experiment": self.experiment.name,
+            "title": self.experiment.title,
+            "source": self.experiment.source,
+            "quick": self.quick,
+            "machine": self.machine,
+            "cells": [
+                {
+                    "row": cell.row.name,
+                    "column": cell.column.name,
+                    "shows": cell.column.shows,
+                    "asked": cell.asked,
+                    "settings": cell.settings,
+                    "key": cell.key,
+                    "result": result,
+                    **({"not run": cell.missing} if cell.missing else {}),
+                }
+                for cell, result in found
+            ],
+        }
+        write_json(self.folder / "results.json", record)
+        there = {(cell.row.name, cell.column.name): result for cell, result in found if result is not None}
+        return write_text(self.folder / "table.md", markdown(self.experiment, there, record))
+
+
+def prepare_run(
+    table: str | PathLike[str] | Experiment,
+    *,
+    data: str | PathLike[str] | None = None,
+    work_dir: str | PathLike[str] = "reproduced",
+    base: str | None = None,
+    weights: str | PathLike[str] | None = None,
+    prior: str | None = None,
+    prior_weights: str | PathLike[str] | None = None,
+    text_encoder: str | None = None,
+    n_tasks: int | None = None,
+    image_size: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quick: bool = False,
+    skip_missing: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+) -> Run:
+    """Read an experiment and check every cell of it, before anything runs.
+
+    Args:
+        table: a name of `experiment_names`, a JSON file, or an `Experiment`.
+        data: folder that holds the sets, see `Sets`; not needed by a rehearsal.
+        work_dir: keeps adapters, surrogates and cells; tables of one base may share it, and what is there is not done
+            again.
+        base: model in place of the experiment's; cells that name their own keep it.
+        weights: local safetensors file for `base`.
+        prior: batch-norm network in place of the settings', a timm name or a safetensors file.
+        prior_weights: local weights for it.
+        text_encoder: folder or Hub id of a CLIP model, for what reads class names.
+        n_tasks: in place of the experiment's.
+        image_size: side in pixels; the model's own when None.
+        device, dtype: where and in which precision.
+        quick: rehearse at small size on drawn images; see `shrink`.
+        skip_missing: cells whose sets are not there are marked "not run" instead of being an error.
+        workers: threads that read images.
+        quiet: no progress bars.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError, ImportError: an unknown table, method, set or setting; a set, a class,
+            a package or an encoder that is missing; parts that overlap; a work folder of another machine or a
+            rehearsal's.
+    """
+    experiment = table if isinstance(table, Experiment) else load_experiment(table)
+    layer: Settings = {}
+    if base is not None:
+        layer |= {"base": base, **({} if weights is None else {"weights": str(weights)})}
+    if prior is not None:
+        layer["surrogates"] = {"inversion": {"prior": prior}}
+    if n_tasks is not None:
+        layer["tasks"] = {"n_tasks": n_tasks}
+    if layer:
+        experiment = replace(experiment, settings=merge(experiment.settings, layer))
+    where, precision = resolve(device, dtype)
+    work = Path(work_dir).expanduser()
+    if quick:
+        world = World(
+            drawn_set, work, tiny_backbone, tiny_prior, where, precision, Letters(), Letters().encode, drawn_text
+        )
+    else:
+        if data is None:
+            raise ValueError("`data` must be the folder that holds the sets, got none; `quick` runs without.")
+        sets = Sets(data, experiment.sets)
+        world = World(
+            sets.open,
+            work,
+            partial(_load, image_size=image_size, device=where),
+            partial(_prior, weights=prior_weights, dtype=precision, device=where),
+            where,
+            precision,
+            read_text=sets.read_text,
+            root=sets.root,
+        )
+        if text_encoder is not None:
+            from ..fewshot.methods.text import ClipText
+
+            world.text_encoder = ClipText.load(text_encoder, device=where)
+            world.encode = world.text_encoder.encode
+    world.workers, world.quiet = workers, quiet
+    cells = []
+    for row in experiment.rows:
+        for column in experiment.columns:
+            asked = experiment.cell(row, column)
+            cells.append(_checked(Cell(row, column, asked, shrink(asked) if quick else asked), world, skip_missing))
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {where}, {precision}"
+    machine += f", torch {torch.__version__}" + ("" if image_size is None else f", {image_size} px")
+    _refuse_other(work, quick, machine)
+    return Run(experiment, world, cells, quick, machine)
+
+
+def reproduce(table: str | PathLike[str] | Experiment, **settings: Any) -> Path:
+    """Run an experiment; the path of its table, beside which results.json lies. Arguments and errors as in
+    `prepare_run`, and RuntimeError where cells failed."""
+    return prepare_run(table, **settings)()
+
+
+def _checked(cell: Cell, world: World, skip_missing: bool) -> Cell:
+    where = f"row {cell.row.name!r}, column {cell.column.name!r}"
+    try:
+        check_settings(cell.settings)
+        kind = find_kind(cell.settings)
+        if kind.shows and cell.column.shows not in kind.shows:
+            raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {cell.column.shows!r}.")
+        kind.check(world, cell.settings)
+    except FileNotFoundError as error:
+        if not skip_missing:
+            raise FileNotFoundError(f"{where}: {error}") from error
+        return replace(cell, missing=str(error))
+    except (ValueError, TypeError, ImportError) as error:
+        raise type(error)(f"{where}: {error}") from error
+    return cell
+
+
+def _refuse_other(work: Path, quick: bool, machine: str) -> None:
+    path = work / "settings.json"
+    if not path.exists():
+        return
+    found: Mapping[str, Any] = read_json(path)
+    if found != {"quick": quick, "machine": machine}:
+        raise ValueError(
+            f"`work_dir` must be a new folder or one of the same kind of run (quick={quick}, {machine}), got {work} of "
+            f"quick={found.get('quick')}, {found.get('machine')}; choose another."
+        )
+
+
+def _load(base: str, weights: str | None, *, image_size: int | None, device: torch.device) -> Backbone:
+    return Backbone.load(base, weights=weights, image_size=image_size, device=device)
+
+
+def _prior(
+    config: InversionConfig,
+    *,
+    weights: str | PathLike[str] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BatchNormPrior | None:
+    if config.prior is None or config.prior_weight == 0 or config.steps == 0:
+        return None
+    size, relative = config.prior_size, config.prior_relative
+    return BatchNormPrior.load(config.prior, weights=weights, size=size, dtype=dtype, relative=relative).to(device)

@@ -1,0 +1,99 @@
+"""Cells of cost: iterations per second, operations and memory of inversion (Tab. 4) and of meta-training (Tab. 5)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..costs import forward_flops
+from ..inversion.invert import Inverter
+from ..inversion.surrogate import Surrogate
+from ..meta.train import meta_train
+from ..runtime.seeds import stream
+from .memory import peak, reset_peak
+from .settings import inversion_config, meta_config
+from .world import World
+
+STEPS, BATCH = 20, {"inversion": 25, "training": 100}
+"""Steps that are timed, and the paper's batch sizes."""
+INVERSION = ("base", "weights", "adapters", "surrogates", "seed", "measure")
+TRAINING = ("base", "weights", "method", "meta", "seed", "measure")
+"""Settings that these cells read."""
+
+
+def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps of inversion of one batch of one adapter; where tokens are pruned, pruned ones."""
+    measure = settings.get("measure") or {}
+    steps, batch = measure.get("steps", STEPS), measure.get("batch_size", BATCH["inversion"])
+    adapter, backbone = world.adapters(settings)[0], world.backbone(settings)
+    assert adapter.head is not None
+    per_class = max(1, round(batch / len(adapter.head.class_names)))
+    chosen = inversion_config(settings)
+    prior = world.prior(chosen)
+    config = replace(chosen, images_per_class=per_class, batch_size=batch, prune_from=0.0, patience=None)
+    config = config if prior is not None else replace(config, prior=None)
+
+    def take(count: int) -> None:
+        invert = Inverter(backbone, config=replace(config, steps=count), prior=prior, dtype=world.dtype)
+        invert(adapter, seed=settings["seed"], teacher_logits=False, scores=False, quiet=True)
+
+    size = config.image_size or backbone.image_size
+    return _measured(world, take, steps, forward_flops(backbone, size, config.prune))
+
+
+def training_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps of meta-training on random images, which cost what surrogates cost."""
+    measure = settings.get("measure") or {}
+    steps, batch = measure.get("steps", STEPS), measure.get("batch_size", BATCH["training"])
+    model, config = world.model(settings), meta_config(settings)
+    per_class = max(2, batch // config.n_way)
+    n_shot = min(5, per_class - 1)
+    config = replace(config, n_shot=n_shot, n_query=per_class - n_shot, init="random", guide_weight=0.0)
+    surrogates = [_noise(model.image_size, model.patch_size, config.n_way, per_class, i) for i in range(2)]
+
+    def take(count: int) -> None:
+        meta_train(model, surrogates, config=replace(config, steps=count), seed=settings["seed"], quiet=True)
+
+    patches = model.num_patches(model.image_size)
+    left = patches - math.floor(patches * (config.sparsity or 0))
+    return _measured(world, take, steps, forward_flops(model, model.image_size, patches=left))
+
+
+def _measured(world: World, take: Callable[[int], None], steps: int, forward: float) -> dict[str, Any]:
+    """Figures of a step: its rate from the difference of two runs, so that what comes before and after drops out.
+
+    FLOPs are those of the paper: multiply-adds of one image, forward once and backward twice.
+    """
+    take(2)  # compiles and captures what there is to compile and capture
+    reset_peak(world.device)
+    short, long = _seconds(world, lambda: take(steps)), _seconds(world, lambda: take(3 * steps))
+    rate = 2 * steps / (long - short) if long > short else 3 * steps / long
+    return {"iterations_per_second": rate, "gflops": 3 * forward / 2 / 1e9, "memory": peak(world.device)}
+
+
+def _seconds(world: World, run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return time.perf_counter() - start
+
+
+def _noise(size: int, patch_size: int, n_way: int, per_class: int, i: int) -> Surrogate:
+    """Random images with random answers and scores."""
+    generator, n = stream(i, "noise"), n_way * per_class
+    patches = (size // patch_size) ** 2
+    return Surrogate(
+        torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8),
+        torch.arange(n_way).repeat(per_class),
+        torch.randn(n, n_way, generator=generator),
+        tuple(f"noise {i}.{c}" for c in range(n_way)),
+        patch_size,
+        scores=torch.rand(n, patches, generator=generator),
+        adapter=f"noise {i}",
+    )

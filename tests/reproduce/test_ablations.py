@@ -1,0 +1,181 @@
+"""Ablations are changes of settings: each is seen to change what it says, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorarecycle.meta.episodes import EpisodeSampler
+from lorarecycle.reproduce.experiment import load_experiment
+from lorarecycle.reproduce.kinds import cell_key
+from lorarecycle.reproduce.learning import everything, joint, learned, pooled, settle_meta
+from lorarecycle.reproduce.losses import area
+from lorarecycle.reproduce.settings import inversion_config, meta_config
+from lorarecycle.vit.features import normalized_batches
+
+pytestmark = pytest.mark.medium
+
+
+def cells(rehearse, name, column=0):
+    """Row name -> (world, settings) of one column."""
+    run = rehearse(name)
+    chosen = run.experiment.columns[column].name
+    return {c.row.name: (run.world, c.settings) for c in run.cells if c.column.name == chosen}
+
+
+def differences(one, two, path=""):
+    """Settings that differ."""
+    keys = sorted(set(one) | set(two))
+    found = set()
+    for key in keys:
+        a, b = one.get(key), two.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.add(f"{path}{key}")
+    return found
+
+
+def pair(name):
+    """The settings of the first and the last row of a table, as the file says."""
+    experiment = load_experiment(name)
+    return [experiment.cell(experiment.rows[i], experiment.columns[0]) for i in (0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("table7", {"meta.interpolation"}),
+        ("table8", {"learn"}),
+        ("table9", {"surrogates.images"}),
+        ("table11", {"surrogates.mask"}),
+        ("table15", {"adapters.ranks"}),
+        ("table18", {"surrogates.inversion.prior_weight"}),
+        ("table6", {"area"}),
+        ("table5", {"method"}),
+    ],
+)
+def test_an_ablation_changes_one_setting(name, changed):
+    one, two = pair(name)
+    assert differences(one, two) == changed
+    assert cell_key(one) != cell_key(two)
+
+
+def test_interpolation(rehearse):
+    """Tab. 7: without it no episode crosses adapters."""
+    shares = []
+    for world, settings in cells(rehearse, "table7").values():
+        surrogates, config = settle_meta(world, settings)
+        sampler = EpisodeSampler(surrogates, replace(config, n_way=3), 0)
+        shares.append(sum(sampler(step).cross_task for step in range(60)) / 60)
+    assert shares[0] == 0 < 0.3 < shares[1] < 0.7
+
+
+def test_joint_learning(rehearse):
+    """Tab. 8: one classifier over the classes of all adapters, those of one name taken together."""
+    world, settings = cells(rehearse, "table8")["joint supervised learning"]
+    surrogates = world.surrogates(settings)
+    names = {name for s in surrogates for name in s.class_names}
+    images = pooled(surrogates)
+    assert set(images.class_names) == names
+    assert len(names) < sum(len(s.class_names) for s in surrogates), "4 adapters of 5 of 8 classes"
+    for s, start in zip(surrogates, range(0, len(images), len(surrogates[0].images)), strict=True):
+        own = [images.class_names[c] for c in images.labels[start : start + len(s.labels)].tolist()]
+        assert own == [s.class_names[c] for c in s.labels.tolist()]
+    adapter = joint(world, settings)
+    assert adapter.head is None
+    meta = learned(world, {**settings, "learn": "lora"})[1]
+    assert adapter.sites == meta.sites
+    assert adapter.digest() != meta.digest()
+
+
+def test_original_data(rehearse):
+    """Tab. 9: the images are those that the adapters were tuned on."""
+    found = cells(rehearse, "table9")
+    world, settings = found["original training data"]
+    for surrogate, images in zip(world.surrogates(settings), world.task_images(settings), strict=True):
+        assert all((image == images.images).flatten(1).all(1).any() for image in surrogate.images)
+    generated = world.surrogates(found["generated data"][1])
+    assert not (generated[0].images[0] == images.images).flatten(1).all(1).any()
+
+
+def test_what_is_meta_trained(rehearse):
+    """Tab. 10: all weights and no LoRA; LoRA in the blocks that the row names."""
+    found = cells(rehearse, "table10")
+    for row, blocks in (("LoRA (the first 6 layers)", range(6)), ("LoRA (the last 6 layers)", range(6, 12))):
+        adapter = learned(*found[row])[1]
+        assert {int(site.split(".")[1]) for site in adapter.sites} == set(blocks)
+    world, settings = found["Entire VFM"]
+    model, adapter = learned(world, {**settings, "meta": {**settings["meta"], "steps": 3}})
+    assert adapter is None
+    before, after = world.backbone(settings).state_dict(), model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"vit.patch_embed.proj.weight", "vit.blocks.0.mlp.fc1.weight", "vit.norm.weight"} <= changed
+    again = everything(world, {**settings, "meta": {**settings["meta"], "steps": 3}}).state_dict()
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_masks(rehearse):
+    """Tab. 11: patches by the attention of the first block, or of the last."""
+    found = cells(rehearse, "table11")
+    world, settings = found["first-layer attention weight"]
+    surrogates, config = settle_meta(world, settings)
+    assert config.sparsity is None
+    teacher = world.backbone(settings).merge(world.adapters(settings)[0])
+    (batch,) = normalized_batches(teacher, surrogates[0].images)
+    expected = teacher.encode(batch, prune={0: 0.75}, class_token_only=True).kept
+    assert torch.equal(surrogates[0].kept, expected)
+    assert surrogates[0].kept.shape[1] == 4, "a quarter of 16"
+    plain, config = settle_meta(*found["constructed mask"])
+    assert config.sparsity == 0.75
+    assert not torch.equal(plain[0].masked(0.75).kept, surrogates[0].kept)
+
+
+def test_mixed_ranks(rehearse):
+    """Tab. 15."""
+    found = cells(rehearse, "table15")
+    ranks = [[set(a.ranks.values()) for a in world.adapters(s)] for world, s in found.values()]
+    assert ranks == [[{4}] * 4, [{4}, {8}] * 2]
+    assert set(learned(*found["50 %: 4 + 50 %: 8"])[1].ranks.values()) == {4}
+
+
+def test_prior_weight(rehearse):
+    """Tab. 18: other weights, other images, from equal noise."""
+    found = cells(rehearse, "table18")
+    images = [world.surrogates(settings)[0].images for world, settings in found.values()]
+    assert not torch.equal(images[0], images[1])
+    assert [inversion_config(s).prior_weight for _, s in found.values()] == [0.1, 0.01, 0.001]
+
+
+def test_pruned_inversion(rehearse):
+    """Tab. 4: patches left over, and the operations that pruning saves."""
+    run = rehearse("table4")
+    found = cells(rehearse, "table4")
+    left = {row: world.surrogates(settings)[0].kept for row, (world, settings) in found.items()}
+    assert left["{0: 0.0}"] is None
+    assert left["{11: 0.75}"].shape[1] == left["{6: 0.75}"].shape[1] == 4
+    run()
+    flops = {c.row.name: r["gflops"] for c, r in run.results() if c.column.name == "GFLOPs"}
+    assert flops["{6: 0.75}"] < flops["{8: 0.75}"] < flops["{11: 0.75}"]
+
+
+def test_sparse_training(rehearse):
+    """Tab. 5: fewer patches, fewer operations."""
+    run = rehearse("table5")
+    run()
+    flops = [r["gflops"] for c, r in run.results() if c.column.name == "GFLOPs"]
+    assert flops == sorted(flops, reverse=True)
+    assert flops[0] > 2 * flops[3]
+    assert [meta_config(c.settings).sparsity for c in run.cells if c.column.name == "its/s"] == [None, 0.25, 0.5, 0.75]
+
+
+def test_areas(rehearse):
+    """Tab. 6: foreground and background share the patches out."""
+    world, settings = cells(rehearse, "table6")["Inverted foregrounds"]
+    surrogate = world.surrogates(settings)[0]
+    front, back = (area(surrogate, name) for name in ("foreground", "background"))
+    assert front.shape[1] == 4
+    assert back.shape[1] == 12
+    assert torch.equal(torch.cat([front, back], 1).sort(1).values, torch.arange(16).expand(len(front), -1))
+    assert (surrogate.scores.gather(1, front).min(1).values >= surrogate.scores.gather(1, back).max(1).values).all()

@@ -1,0 +1,253 @@
+"""A run on real files: found by name, resumed cell by cell, pictured; what is said of bad input before it starts."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from lorarecycle.cli.main import main
+from lorarecycle.reproduce import run as running
+from lorarecycle.reproduce.experiment import load_experiment
+from lorarecycle.reproduce.planning import plan_run
+from lorarecycle.reproduce.run import prepare_run, reproduce
+from lorarecycle.reproduce.sets import Sets
+from lorarecycle.reproduce.table import figure, markdown
+from lorarecycle.runtime.files import read_json, write_json
+from lorarecycle.vit.backbone import Backbone
+
+MACHINE = {"base": "demo", "device": "cpu", "dtype": "float32", "quiet": True}
+SMALL = {
+    "set": "shapes",
+    "adapters": {"of": ["shapes"], "count": 2, "n_way": 3, "tune": {"epochs": 1}},
+    "tasks": {"n_way": 3, "n_query": 3, "n_tasks": 4},
+    "surrogates": {"inversion": {"steps": 1, "images_per_class": 4, "prior": None}},
+    "meta": {"steps": 1, "n_way": 3, "n_query": 2},
+}
+
+
+@pytest.fixture
+def root(tmp_path, make_data):
+    """A folder of data: one npz file with three parts, whose classes have names."""
+    arrays = {}
+    for seed, part in enumerate(("train", "val", "test")):
+        data = make_data(n_classes=4, seed=seed)
+        arrays[f"{part}_images"] = data.images.permute(0, 2, 3, 1).numpy()
+        arrays[f"{part}_labels"] = data.labels.numpy().astype(np.int16)
+        arrays[f"{part}_classes"] = np.array([f"{part} {c}" for c in range(4)])
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "shapes.npz", **arrays)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Writes an experiment's file with some fields changed."""
+
+    def write(**changes):
+        content = {
+            "title": "Shapes",
+            "sets": {"shapes": {"path": "shapes.npz"}},
+            "settings": SMALL,
+            "columns": [{"name": f"{k}-shot", "settings": {"tasks": {"n_shot": k}}} for k in (1, 2)],
+            "rows": [
+                {"name": "plain", "settings": {"method": "nn"}, "paper": [12.5, None]},
+                {"name": "warm", "settings": {"method": "warm-start"}},
+                {"name": "recycled"},
+            ],
+            "picture": "shots",
+        }
+        write_json(tmp_path / "shapes.json", {**content, **changes})
+        return tmp_path / "shapes.json"
+
+    return write
+
+
+@pytest.mark.medium
+def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    settings = {"data": root, "work_dir": tmp_path / "work", **MACHINE}
+    prepared = prepare_run(experiment(), **settings)
+    assert len(prepared.todo()) == 6
+    plan = plan_run(prepared)
+    assert "Shapes: 6 cells, 6 different ones, 0 done" in plan
+    assert re.search(r"tune adapters +2 adapters", plan)
+    assert re.search(r"invert adapters +24 images", plan)
+    table = prepared()
+    text = table.read_text()
+    record = read_json(table.parent / "results.json")
+    first = record["cells"][0]["result"]
+    assert f"| plain | {first['accuracy']:.2f} ± {first['interval']:.2f} (12.5) |" in text
+    assert "In brackets: the paper." in text
+    assert (table.parent / "shapes.png").read_bytes().startswith(b"\x89PNG")
+    assert [a.name for a in sorted((tmp_path / "work" / "adapters").glob("*/*"))] == ["task-0", "task-1"]
+
+    cells = sorted((tmp_path / "work" / "cells").iterdir())
+    monkeypatch.setattr(running, "find_kind", lambda s: pytest.fail("done again"))
+    with pytest.raises(pytest.fail.Exception):
+        prepare_run(experiment(), **settings)  # the checks ask for the kind
+    monkeypatch.undo()
+    lost = read_json(cells[0])
+    cells[0].unlink()
+    again = prepare_run(experiment(), **settings)
+    assert len(again.todo()) == 1
+    assert "5 done" in plan_run(again)
+    again()
+    found = read_json(cells[0])["result"]
+    assert found["accuracy"] == lost["result"]["accuracy"], "equal settings, equal figures"
+    assert read_json(cells[0])["settings"] == lost["settings"]
+
+    more = {**SMALL, "tasks": {**SMALL["tasks"], "n_tasks": 5}}
+    assert len(prepare_run(experiment(settings=more), **settings).todo()) == 6, "other settings, other cells"
+    assert len(prepare_run(experiment(), n_tasks=5, **settings).todo()) == 6
+    with pytest.raises(ValueError, match="`work_dir` must be a new folder or one of the same kind of run"):
+        prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **{**MACHINE, "dtype": "bfloat16"})
+
+
+def test_adapters_of_a_folder_are_looked_at_first(root, experiment, tmp_path, make_adapter):
+    """They must fit, have heads where a method needs them, and cannot show the images that they were tuned on."""
+    demo, place = Backbone.load("demo"), root / "adapters"
+    settings = {**SMALL, "adapters": {"folder": "adapters"}}
+    make_adapter(demo, head=False).save(place / "a")
+    file = {"data": root, "work_dir": tmp_path / "work", **MACHINE}
+    for kind in ("accuracy", "losses"):
+        rows = [{"name": "a", "settings": {"kind": kind}}]
+        columns = [{"name": "c", "shows": "accuracy" if kind == "accuracy" else "before"}]
+        with pytest.raises(ValueError, match="must hold adapters with classification heads .*, got none in adapter-0"):
+            prepare_run(experiment(settings=settings, rows=rows, columns=columns), **file)
+    rows = [{"name": "a", "settings": {"method": "warm-start"}}]
+    assert len(prepare_run(experiment(settings=settings, rows=rows), **file).todo()) == 2
+    rows = [{"name": "a", "settings": {"surrogates": {"images": "real"}}}]
+    with pytest.raises(ValueError, match="`surrogates.images` must be 'inverted' for adapters of a folder"):
+        prepare_run(experiment(settings=settings, rows=rows), **file)
+
+
+@pytest.mark.medium
+def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monkeypatch):
+    prepared = prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **MACHINE)
+    real = running.find_kind
+
+    def fail(settings):
+        kind = real(settings)
+        if settings["method"] != "nn":
+            return kind._replace(run=lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("too little")))
+        return kind
+
+    monkeypatch.setattr(running, "find_kind", fail)
+    with pytest.raises(RuntimeError, match="4 cells failed; warm, 1-shot: too little"):
+        prepared()
+    assert "| warm | not run | not run |" in (tmp_path / "work" / "shapes" / "table.md").read_text()
+    assert len(prepared.todo()) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {**SMALL, "set": "circles"}}, r"`set` must be one of shapes, cifar-fs, .*, got 'circles'"),
+        ({"rows": [{"name": "a", "settings": {"method": "best"}}]}, "`method` must be one of nn, .*, got 'best'"),
+        ({"settings": {**SMALL, "colour": 1}}, "`settings` must hold some of kind, base, .*, got 'colour'"),
+        ({"settings": {**SMALL, "kind": "art"}}, "`kind` must be one of accuracy, .*, got 'art'"),
+        ({"settings": {**SMALL, "learn": "nothing"}}, "`learn` must be one of lora, everything, joint, got 'nothing'"),
+        ({"settings": {**SMALL, "meta": {"colour": 1}}}, "`meta` must name settings of MetaConfig .* got colour"),
+        ({"settings": {**SMALL, "tasks": {"n_way": 9}}}, "set 'shapes' must have 9 classes of at least 16 images"),
+        ({"settings": {**SMALL, "tasks": {"n_query": 12}}}, "must have 5 classes of at least 13 images .*, got 0"),
+        ({"columns": [{"name": "a", "shows": "beauty"}]}, "`shows` must be one of accuracy, .*, got 'beauty'"),
+        ({"settings": {**SMALL, "adapters": {"folder": "gone"}}}, "`adapters.folder` must be a folder of adapters"),
+        (
+            {"rows": [{"name": "a", "settings": {"method": "zero-shot"}}]},
+            "row 'a', column '1-shot': `text_encoder` must be given for method 'zero-shot'",
+        ),
+        (
+            {"sets": {"shapes": {"path": "gone.npz"}}},
+            "`source` must be a folder, a npz or parquet file, .* got 'gone.npz'",
+        ),
+        (
+            {"sets": {"shapes": {"path": "shapes.npz", "train": "train", "test": "train"}}},
+            "set 'shapes' must have each class in one part only, got 'train 0' both in the part that adapters",
+        ),
+        (
+            {"sets": {"shapes": {"path": "shapes.npz", "train": ["a", "b"], "test": ["b"]}}},
+            "shapes must have each class in one part only, got 'b' in train and test",
+        ),
+    ],
+)
+def test_bad_input_is_told_before_anything_runs(root, experiment, tmp_path, monkeypatch, changes, message):
+    for name in ("tune", "invert", "meta_train"):
+        monkeypatch.setattr(f"lorarecycle.reproduce.stages.{name}", lambda *a, **k: pytest.fail("it ran"))
+    if "rows" not in changes:
+        changes = {**changes, "rows": [{"name": "a"}]}
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        prepare_run(experiment(**changes), data=root, work_dir=tmp_path / "work", **MACHINE)
+    assert not (tmp_path / "work").exists()
+
+
+def test_names_and_folders(tmp_path, root, capsys):
+    with pytest.raises(ValueError, match=r"`table` must be one of table1, .*figure5, .*icm1, .* got 'table99'"):
+        load_experiment("table99")
+    with pytest.raises(FileNotFoundError, match="`table` must be a file that is there"):
+        load_experiment(tmp_path / "gone.json")
+    with pytest.raises(FileNotFoundError, match="`data` must be a folder that holds the sets"):
+        prepare_run("table7", data=tmp_path / "gone", **MACHINE)
+    with pytest.raises(ValueError, match="`data` must be the folder that holds the sets, got none"):
+        prepare_run("table7", **MACHINE)
+    with pytest.raises(FileNotFoundError, match=r"set 'cifar-fs' must be under .* as one of cifar_fs.npz"):
+        prepare_run("table7", data=root, work_dir=tmp_path / "work", **MACHINE)
+    with pytest.raises(ValueError, match="`sets.a` must hold `path` and maybe train, val, test"):
+        Sets(root, {"a": {"colour": 1}})
+    with pytest.raises(ValueError, match="'eurosat', all of whose classes are for tests"):
+        Sets(root).open("eurosat", "train")
+    assert main(["reproduce", "table99", "--data", str(root)]) == 2
+    assert "`table` must be one of table1" in capsys.readouterr().err
+
+
+def test_sets_that_are_missing_may_be_left_out(tmp_path, root):
+    """MiniImageNet is rarely at hand: its cells are marked, the others would run."""
+    prepared = prepare_run("table7", data=root, work_dir=tmp_path / "work", skip_missing=True, **MACHINE)
+    assert not prepared.todo()
+    text = prepared().read_text()
+    assert "| with cross-task interpolation | not run (89.69) | not run (97.05) |" in text
+    assert all("must be under" in cell["not run"] for cell in read_json(prepared.folder / "results.json")["cells"])
+
+
+def test_whole_sets_are_parted_by_the_lists_of_classes(tmp_path, make_data):
+    """A folder with all classes, as they are published, in the split of the literature."""
+    from PIL import Image
+
+    plants = ("Potato___healthy", "Apple___healthy")
+    for folder, classes in (("dtd", ("chequered", "braided", "banded", "gauzy")), ("crop_diseases", plants)):
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / name / "a.png")
+    sets = Sets(tmp_path)
+    assert sets.open("dtd", "train").class_names == ("chequered", "braided")
+    assert sets.open("dtd", "test").class_names == ("banded",)
+    assert sets.open("dtd", "val").class_names == ("gauzy",)
+    with pytest.raises(ValueError, match="'crop-diseases', all of whose classes are for tests"):
+        sets.open("crop-diseases", "train")
+
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "list"]) == 0
+    assert "table14    Table 14: zero-shot classification" in capsys.readouterr().out
+    assert main(["reproduce", "table7", "--copy", "mine.json"]) == 0
+    content = json.loads((tmp_path / "mine.json").read_text())
+    assert content["rows"][0]["settings"] == {"meta": {"interpolation": 0.0}}
+    flags = ["--quick", "--device", "cpu", "--dtype", "float32", "--quiet", "--work-dir", "work"]
+    assert main(["reproduce", "mine.json", *flags, "--plan"]) == 0
+    assert "A rehearsal at small size." in capsys.readouterr().out
+    assert not (tmp_path / "work").exists()
+    assert main(["reproduce", "mine.json", *flags]) == 0
+    assert "| without cross-task interpolation |" in capsys.readouterr().out
+    assert reproduce("mine.json", quick=True, device="cpu", dtype="float32", quiet=True, work_dir="work").exists()
+
+
+def test_figures_in_words():
+    experiment = load_experiment("table4")
+    assert figure({"accuracy": 89.694, "interval": float("nan")}, "accuracy") == "89.69"
+    assert figure({"gflops": 50.588}, "gflops") == "50.59"
+    assert figure({"memory": None}, "memory") == "-"
+    text = markdown(experiment, {}, {"quick": False, "machine": "m"})
+    assert "| {6: 0.75} | not run (81.08) | not run (95.52) | not run (7.15) |" in text
+    assert "(81.08)" not in markdown(experiment, {}, {"quick": True, "machine": "m"})
