@@ -61,11 +61,12 @@ class References:
     """
 
     def __init__(self, backbone: Backbone, config: ExportConfig, device: str = "cpu", images: Any = None) -> None:
-        self.providers = check_device(device)
-        self.config, self.device = config, device
-        self.atol = config.atol if config.atol is not None else ATOL.get(config.dtype)
-        self.graph = EncoderGraph(backbone, uint8_input=config.uint8_input, prune=config.prune)
-        self.pixels = trial_pixels(self.graph, max(BATCH_SIZES), images)
+        self.providers: list[str] = check_device(device)
+        self.config = config
+        self.device = device
+        self.atol: float | None = config.atol if config.atol is not None else ATOL.get(config.dtype)
+        self.graph: EncoderGraph = EncoderGraph(backbone, uint8_input=config.uint8_input, prune=config.prune)
+        self.pixels: Tensor = trial_pixels(self.graph, max(BATCH_SIZES), images)
 
     @cached_property
     def embeddings(self) -> Tensor:

@@ -64,7 +64,7 @@ class EncoderGraph(nn.Module):
         backbone.kept_per_layer(prune or {}, backbone.num_patches(backbone.image_size))
         self.backbone = backbone
         self.uint8_input = uint8_input
-        self.prune = dict(prune or {})
+        self.prune: dict[int, float] = dict(prune or {})
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1))
         self.eval()
@@ -110,7 +110,7 @@ class PrototypeGraph(nn.Module):
 
     def __init__(self, distance: str = "euclidean"):
         super().__init__()
-        self.head = HeadGraph(distance)
+        self.head: HeadGraph = HeadGraph(distance)
         self.eval()
 
     def forward(self, embeddings: Tensor, support_labels: Tensor) -> Tensor:

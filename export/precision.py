@@ -14,7 +14,7 @@ import numpy as np
 
 from .runtime import Graph
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 FLOAT32_OPS = ["LayerNormalization", "Softmax", "TopK", "Range", "Min", "Max"]
 """What stays in float32 in an fp16 graph."""
 INT8_OPS = ["MatMul", "Gemm"]

@@ -45,7 +45,7 @@ class Graph:
             options.intra_op_num_threads = threads
         try:
             with_options = [(name, _OPTIONS[name]) if name in _OPTIONS else name for name in chosen]
-            self.session = ort.InferenceSession(str(path), options, providers=with_options)
+            self.session: Any = ort.InferenceSession(str(path), options, providers=with_options)
         except Exception as error:  # each kind of damage has its own class in onnxruntime
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} must be a whole ONNX file, got one that does not load ({reason}).") from error
@@ -56,9 +56,9 @@ class Graph:
                 "install the libraries that it needs, or leave it out."
             )
         self.path = path
-        self.on_gpu = first in PROVIDERS[:2]
-        self.inputs = {node.name: node for node in self.session.get_inputs()}
-        self.outputs = [node.name for node in self.session.get_outputs()]
+        self.on_gpu: bool = first in PROVIDERS[:2]
+        self.inputs: dict[Any, Any] = {node.name: node for node in self.session.get_inputs()}
+        self.outputs: list[Any] = [node.name for node in self.session.get_outputs()]
         self._to_value = ort.OrtValue.ortvalue_from_numpy
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class FewShotSession:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self.directory = Path(directory).expanduser()
+        self.directory: Path = Path(directory).expanduser()
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self._verify = verify
 
@@ -72,7 +72,7 @@ class FewShotSession:
         names = (CONFIG, "encoder.onnx", "encoder.onnx.data", "head.onnx")
         self._encoder, self._head = read_settled(self.directory, names, read)
         fixed = self.config["batch_size"]
-        self.batch_size = batch_size if fixed == "dynamic" else int(fixed)
+        self.batch_size: int = batch_size if fixed == "dynamic" else int(fixed)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the sessions of ONNX Runtime, for `pickle`: a process that is spawned opens the files anew."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FLAGS = {
     "AVX512": [

@@ -39,7 +39,7 @@ from .vit.backbone import Backbone
 from .vit.lora import LoRA
 from .work_dir import WorkDir, describe_run
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 ImageChoice = Literal["drawn", "all"]
 """Which images are made: those that meta-training draws, which is known beforehand, or all of them."""

@@ -91,11 +91,13 @@ class StageMaker:
     """
 
     def __init__(self, backbone: Backbone, config: RecycleConfig, dtype: torch.dtype) -> None:
-        self.backbone, self.config, self.needs = backbone, config, Needs.of(config)
-        self.size = config.inversion.image_size or backbone.image_size
-        self.painted_size = config.inversion.latent_size or self.size
-        self.speed = costs.flops_per_second(backbone.device, dtype, backbone.embed_dim)
-        self.forward = costs.forward_flops(backbone, self.size) / self.speed
+        self.backbone = backbone
+        self.config = config
+        self.needs: Needs = Needs.of(config)
+        self.size: int = config.inversion.image_size or backbone.image_size
+        self.painted_size: int = config.inversion.latent_size or self.size
+        self.speed: float = costs.flops_per_second(backbone.device, dtype, backbone.embed_dim)
+        self.forward: float = costs.forward_flops(backbone, self.size) / self.speed
 
     def all(
         self, adapters: Sequence[Adapter], drawn: DrawnImages | None, prior: BatchNormPrior | None

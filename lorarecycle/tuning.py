@@ -29,7 +29,7 @@ from .runtime.steps import Compile, check_compile, compiling
 from .vit.backbone import Backbone
 from .vit.lora import LoRA
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 100
 READ_EVERY = 50

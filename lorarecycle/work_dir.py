@@ -32,17 +32,17 @@ class WorkDir:
     def __init__(self, folder: Path, inverted: Mapping[int, Adapter] | None = None) -> None:
         self.folder = folder
         images = folder / IMAGES
-        self.surrogates = {
+        self.surrogates: dict[int, Path] = {
             i: images / f"{i:05d}-{adapter.weights_digest()[:16]}.safetensors"
             for i, adapter in (inverted or {}).items()
         }
-        self.pictures = images / "pictures.safetensors"
-        self.record = folder / RECORD
-        self.claims = folder / "claims"
-        self.checkpoint = folder / "meta_checkpoint.safetensors"
-        self.losses = folder / "losses.csv"
-        self.summary = folder / "summary.json"
-        self.meta_lora = folder / "meta_lora"
+        self.pictures: Path = images / "pictures.safetensors"
+        self.record: Path = folder / RECORD
+        self.claims: Path = folder / "claims"
+        self.checkpoint: Path = folder / "meta_checkpoint.safetensors"
+        self.losses: Path = folder / "losses.csv"
+        self.summary: Path = folder / "summary.json"
+        self.meta_lora: Path = folder / "meta_lora"
 
     @property
     def finished(self) -> bool:

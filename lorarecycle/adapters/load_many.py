@@ -16,7 +16,7 @@ from .peft.in_memory import adapter_names, is_peft_model
 from .peft.read import read_peft
 from .stored import StoredAdapter
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 AdapterLike: TypeAlias = Adapter | str | PathLike[str] | Any
 """An `Adapter`, a PEFT folder, a Hub id, or a PEFT model in memory."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..config import InversionConfig, MetaConfig
 from ..runtime.deprecation import SINCE, renamed
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _SECTIONS = {"inversion": InversionConfig, "meta": MetaConfig}
 _VALUES = {("--inversion.init", "shapes"): "painted"}

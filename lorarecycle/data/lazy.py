@@ -26,7 +26,8 @@ class LazyImages(Sequence[Any]):
     """Each item is one image: they can be counted without being fetched."""
 
     def __init__(self, fetch: Callable[[int], Any], index: Tensor) -> None:
-        self.fetch, self.rows = fetch, index
+        self.fetch = fetch
+        self.rows = index
 
     def __len__(self) -> int:
         return len(self.rows)

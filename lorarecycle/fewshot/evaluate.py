@@ -27,7 +27,7 @@ from .methods.base import Method, Task, TextEncoder, accuracy, make_tasks
 from .methods.registry import find_method, make_method
 from .tasks import Tasks, check_tasks, sample_tasks
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

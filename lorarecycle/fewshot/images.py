@@ -37,14 +37,12 @@ class TaskImages:
         workers: int | None = None,
         quiet: bool = True,
     ) -> None:
-        self.images, self.fit, self.batch_size, self.workers, self.quiet = (
-            images,
-            Fit.of(fit),
-            batch_size,
-            workers,
-            quiet,
-        )
-        self.wanted = torch.arange(len(images)) if wanted is None else wanted.unique()
+        self.images = images
+        self.fit: Fit = Fit.of(fit)
+        self.batch_size = batch_size
+        self.workers = workers
+        self.quiet = quiet
+        self.wanted: Tensor = torch.arange(len(images)) if wanted is None else wanted.unique()
         self._features: WeakKeyDictionary[Backbone, dict[str, Tensor]] = WeakKeyDictionary()
         self._row = torch.full((len(images),), -1)
         self._row[self.wanted] = torch.arange(len(self.wanted))

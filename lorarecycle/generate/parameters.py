@@ -22,7 +22,7 @@ from ..runtime.files import save_tensors, write_json
 from ..runtime.folders import atomic_folder
 from ..runtime.settled import TornFolderError, read_settled
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _SIZES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """Keys of a PEFT configuration that may differ between the adapters of one generator."""

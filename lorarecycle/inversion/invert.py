@@ -87,8 +87,9 @@ class Inverter:
         compile: Compile = None,
         graphs: Graphs = None,
     ) -> None:
-        self.backbone, self.config = backbone, as_config(InversionConfig, config)
-        self.prior = load_prior(backbone, self.config, dtype) if prior is None else prior
+        self.backbone = backbone
+        self.config: InversionConfig = as_config(InversionConfig, config)
+        self.prior: BatchNormPrior | None = load_prior(backbone, self.config, dtype) if prior is None else prior
         check_compile(compile, backbone.device)
         self._dtype, self._graphs, self._compile = dtype, graphs, compile
         self._teacher: Backbone | None = None

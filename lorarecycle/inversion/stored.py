@@ -44,16 +44,16 @@ class StoredSurrogate:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         tensors, meta = load_tensors(self.path, skip=("images",))
-        self.tables = Tables(
+        self.tables: Tables = Tables(
             tensors.get("teacher_logits"), tensors["kept"].long() if "kept" in tensors else None, tensors.get("scores")
         )
         try:
             self.patch_size: int = json.loads(meta["patch_size"])
             self.adapter: str = json.loads(meta["adapter"])
             self.adapter_digest: str = json.loads(meta["adapter_digest"])
-            self.class_names = tuple(json.loads(meta["class_names"]))
+            self.class_names: tuple[str, ...] = tuple(json.loads(meta["class_names"]))
             self.shape, self._offset = _place(self.path)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} must be a surrogate, got a file without {error}; make it again.") from error

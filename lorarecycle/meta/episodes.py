@@ -82,7 +82,8 @@ class EpisodeSampler:
                     f"surrogate of {layout.adapter!r} must hold teacher logits for episodes within its classes, got "
                     "none; make it with teacher_logits=True, or set interpolation=1.0."
                 )
-        self.config, self.seed = config, seed
+        self.config = config
+        self.seed = seed
         self.members: list[tuple[int, list[Tensor]]] = []
         """Of each adapter: its first row, and the rows of each class counted from there."""
         known: dict[tuple[int, int], list[Tensor]] = {}  # adapters of equal labels share them
@@ -101,8 +102,8 @@ class EpisodeSampler:
                     )
             self.members.append((offset, known[key]))
             offset += layout.size
-        self.classes = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
-        self.meanings = _meanings(class_names)
+        self.classes: list[tuple[int, int]] = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
+        self.meanings: list[object] = _meanings(class_names)
 
     def __call__(self, step: int) -> Episode:
         """The episode of a step."""
@@ -152,10 +153,10 @@ class ImageSampler:
     """
 
     def __init__(self, surrogates: Sequence[Surrogate | Layout], config: MetaConfig, seed: int = 0) -> None:
-        self.total = sum(s.size if isinstance(s, Layout) else len(s.images) for s in surrogates)
+        self.total: int = sum(s.size if isinstance(s, Layout) else len(s.images) for s in surrogates)
         if not self.total:
             raise ValueError("`surrogates` must hold at least one image, got none.")
-        self.count = min(self.total, config.n_way * (config.n_shot + config.n_query))
+        self.count: int = min(self.total, config.n_way * (config.n_shot + config.n_query))
         self.seed = seed
 
     def __call__(self, step: int) -> Episode:

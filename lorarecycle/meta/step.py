@@ -63,9 +63,14 @@ class EpisodeStep:
             windows = self._stream.window.split([share.draws.rows.shape[1] for share in shares])
             banks = [bank._replace(window=window) for window in windows]
         self._passes = list(zip(shares, banks, strict=True))
-        self.backbone, self.lora, self.config = backbone, lora, config
-        self.rates, self.optimizer, self.losses, self._group = rates, optimizer, losses, group
-        self.count = torch.full((1,), done, dtype=torch.int64, device=device)
+        self.backbone = backbone
+        self.lora = lora
+        self.config = config
+        self.rates = rates
+        self.optimizer = optimizer
+        self.losses = losses
+        self._group = group
+        self.count: Tensor = torch.full((1,), done, dtype=torch.int64, device=device)
         if group.size == 1:
             self._step = Step(self._take, self._state, device, graphs)
             return

@@ -30,7 +30,7 @@ class ImageStream:
         self._images, self._rows, self._next, self._device = images, rows, first, device
         self._ahead: deque[Future[Tensor]] = deque()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="images")
-        self.window = torch.empty(rows.shape[1], *images.shape[1:], dtype=torch.uint8, device=device)
+        self.window: Tensor = torch.empty(rows.shape[1], *images.shape[1:], dtype=torch.uint8, device=device)
         """uint8 [k, 3, H, W], of the step to be taken; it stays where it is"""
 
     def advance(self) -> None:

@@ -29,7 +29,9 @@ class UpdateSum:
     """
 
     def __init__(self, out: int, width: int) -> None:
-        self.out, self.width, self.rank = out, width, 0
+        self.out = out
+        self.width = width
+        self.rank = 0
         self.matrix: Tensor | None = None
         self._parts: list[LoRAFactors] = []
         self._waiting = 0

@@ -22,7 +22,7 @@ from .sums import Sums, in_parts, sum_updates
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 GAIN, SHARED, LENGTH = 4.5, 0.5, 0.04
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""

@@ -22,7 +22,7 @@ LARGEST = 5_000_000
 IMAGES = 160
 """Images of a page, shared by its runs."""
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

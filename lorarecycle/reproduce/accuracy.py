@@ -99,7 +99,8 @@ class Ready(Method):
     """
 
     def __init__(self, method: Method, seconds: float) -> None:
-        self.method, self.seconds = method, seconds
+        self.method = method
+        self.seconds = seconds
 
     def _prepare(self, *arguments: Any) -> None:
         pass

@@ -29,7 +29,7 @@ from .settings import Settings, check_settings, merge
 from .table import markdown
 from .world import World
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 WRITE_EVERY = 30.0
 """Seconds between tables that are written on the way."""

@@ -15,7 +15,7 @@ from ..data.lazy import Dataset
 from ..data.sets import PLACES, open_dataset
 from ..data.splits import class_split, refuse_overlap
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Part = str
 PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
@@ -62,10 +62,10 @@ class Sets:
     """
 
     def __init__(self, root: str | PathLike[str], own: Mapping[str, Any] | None = None) -> None:
-        self.root = Path(root).expanduser()
+        self.root: Path = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"`data` must be a folder that holds the sets, got {self.root}.")
-        self.own = dict(own or {})
+        self.own: dict[str, Any] = dict(own or {})
         for name, facts in self.own.items():
             if not isinstance(facts, Mapping) or not facts.get("path") or not set(facts) <= {"path", *PARTS}:
                 raise ValueError(f"`sets.{name}` must hold `path` and maybe {', '.join(PARTS)}, got {facts!r}.")

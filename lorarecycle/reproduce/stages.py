@@ -26,7 +26,7 @@ from ..tuning import tune
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Row = dict[str, dict[str, float]]
 """Column of a table -> "mean" and, where it has one, "interval"."""

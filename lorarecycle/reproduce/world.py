@@ -25,7 +25,7 @@ from ..vit.backbone import Backbone
 from .settings import inversion_config, key_of, pick, tune_config
 from .stages import draw_class_lists, inverted, label_by_teacher, tuned
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 ADAPTERS = ("base", "weights", "adapters", "seed")
 SURROGATES = (*ADAPTERS, "surrogates")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .files import load_tensors, remove_leftovers, save_tensors
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 KIND = "lorarecycle training checkpoint"
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ class Checkpoint:
         histories: dict[str, Tensor],
         steps: int,
     ) -> None:
-        self.path = None if path is None else Path(path).expanduser()
+        self.path: Path | None = None if path is None else Path(path).expanduser()
         if self.path is not None:
             _require_place(self.path)
         self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))

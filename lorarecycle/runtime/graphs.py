@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Graphs = bool | None
 """Whether steps are replayed as CUDA graphs: None for where they run on a GPU."""

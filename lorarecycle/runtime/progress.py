@@ -41,7 +41,7 @@ class Progress(Generic[T]):
 
     def __init__(self, items: Iterable[T], name: str, unit: str, quiet: bool, initial: int) -> None:
         count = len(items) if isinstance(items, Sized) else None
-        self.total = None if count is None else count + initial
+        self.total: int | None = None if count is None else count + initial
         self.done = initial
         self._items = items
         self._display = None if quiet or count == 0 else (name, unit)

@@ -10,7 +10,7 @@ from .answers import Model, answer
 from .page import build_page, import_gradio
 from .request import Limits, TooLarge, as_json, read_request
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def build_app(model: Model, limits: Limits | None = None) -> Any:

@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.peft.names import find_family
 from .backbone import Backbone
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 BaseLike = Backbone | str | PathLike[str] | nn.Module
 

@@ -20,7 +20,7 @@ from .checkpoint_facts import DEFAULTS, Facts, read_config
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PATCH_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embeddings?(?:\.projection)?\.weight")
 _TOP = {

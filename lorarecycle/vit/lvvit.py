@@ -48,16 +48,16 @@ class ConvStem(nn.Module):
         super().__init__()
         width = 64
         self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.proj = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2)
-        self.norm = nn.Identity()
+        self.grid_size: tuple[int, int] = (img_size // patch_size, img_size // patch_size)
+        self.num_patches: int = self.grid_size[0] * self.grid_size[1]
+        self.conv1: nn.Conv2d = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(width)
+        self.conv2: nn.Conv2d = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2: nn.BatchNorm2d = nn.BatchNorm2d(width)
+        self.conv3: nn.Conv2d = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn3: nn.BatchNorm2d = nn.BatchNorm2d(width)
+        self.proj: nn.Conv2d = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2)
+        self.norm: nn.Identity = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, N, D] of images [B, 3, H, W]."""

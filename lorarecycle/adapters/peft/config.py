@@ -81,9 +81,9 @@ class AdapterConfig:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content = read_config(path)
+        self.content: dict[str, Any] = read_config(path)
         self._require_plain_lora()
-        self.sizes = Sizes(self.content, path)
+        self.sizes: Sizes = Sizes(self.content, path)
 
     @property
     def base_model(self) -> str:

@@ -17,7 +17,7 @@ from .keys import WEIGHTS_FILE, FoundKeys, sort_keys
 from .metadata import METADATA_FILE, Metadata
 from .names import PARTS, find_layer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, *HEAD_FILES, "config.json", "preprocessor_config.json")
 """What is fetched of a Hub id."""

@@ -36,13 +36,15 @@ class SequenceModel(nn.Module):
         super().__init__()
         codes = (torch.eye(max_way) - 1 / max_way) * (max_way / max(1, max_way - 1)) ** 0.5
         self.register_buffer("codes", codes)
-        self.unknown = nn.Parameter(torch.zeros(max_way))
-        self.embed, self.embed_code = nn.Linear(width, hidden), nn.Linear(max_way, hidden, bias=False)
+        self.unknown: nn.Parameter = nn.Parameter(torch.zeros(max_way))
+        self.embed: nn.Module = nn.Linear(width, hidden)
+        self.embed_code: nn.Module = nn.Linear(max_way, hidden, bias=False)
         layer = nn.TransformerEncoderLayer(
             hidden, heads, 4 * hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm, self.out = nn.LayerNorm(hidden), nn.Linear(hidden, max_way)
+        self.layers: nn.TransformerEncoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm: nn.Module = nn.LayerNorm(hidden)
+        self.out: nn.Module = nn.Linear(hidden, max_way)
 
     def forward(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         """Logits of the codes.

@@ -38,14 +38,16 @@ class EpisodeDraw:
     """
 
     def __init__(self, labels: Tensor, n_way: int, n_shot: int, n_query: int) -> None:
-        self.members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+        self.members: list[Tensor] = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
         fewest = min(map(len, self.members))
         if len(self.members) < n_way or fewest < n_shot + 1:
             raise ValueError(
                 f"`surrogates` must hold {n_way} classes of at least {n_shot + 1} images, got {len(self.members)} "
                 f"classes of at least {fewest}."
             )
-        self.n_way, self.n_shot, self.n_query = n_way, n_shot, min(n_query, fewest - n_shot)
+        self.n_way = n_way
+        self.n_shot = n_shot
+        self.n_query: int = min(n_query, fewest - n_shot)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Support [S], its labels 0 to C - 1, queries [Q], their labels; class after class."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ class WeightedSum:
     """
 
     def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
-        self.model = backbone.clone()
+        self.model: Backbone = backbone.clone()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()
-        self.forward, self._sites = ReplayedForward(self.model), []
+        self.forward: ReplayedForward = ReplayedForward(self.model)
+        self._sites: list[tuple[Any, ...]] = []
         for site in dict.fromkeys(site for adapter in adapters for site in adapter.sites):
             parts = [(i, adapter.factors[site]) for i, adapter in enumerate(adapters) if site in adapter.factors]
             lora_A = torch.cat([f.lora_A for _, f in parts]).to(backbone.device)

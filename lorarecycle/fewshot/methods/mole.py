@@ -32,8 +32,10 @@ class Gated:
     """
 
     def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
-        self.model, self.count = backbone.clone(), len(adapters)
-        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        self.model: Backbone = backbone.clone()
+        self.count: int = len(adapters)
+        self.weights: nn.ParameterDict = nn.ParameterDict()
+        self.biases: nn.ParameterDict = nn.ParameterDict()
         factors = [LoRA.from_adapter(adapter) for adapter in adapters]
         for i, block in enumerate(self.model.vit.blocks):
             for name in LAYERS:

@@ -26,9 +26,12 @@ class ClipText:
     """
 
     def __init__(self, model: Any, tokenizer: Any, template: str = "a photo of a {}.") -> None:
-        self.text, self.text_projection = model.text_model, model.text_projection
-        self.visual_projection, self.tokenizer, self.template = model.visual_projection, tokenizer, template
-        self.scale = model.logit_scale.detach().exp().item()
+        self.text = model.text_model
+        self.text_projection = model.text_projection
+        self.visual_projection = model.visual_projection
+        self.tokenizer = tokenizer
+        self.template = template
+        self.scale: Any = model.logit_scale.detach().exp().item()
 
     @classmethod
     def load(

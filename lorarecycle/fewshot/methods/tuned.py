@@ -97,8 +97,8 @@ class Linear(nn.Module):
 
     def __init__(self, width: int, n_way: int, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_way, width, device=device))
-        self.bias = nn.Parameter(torch.zeros(n_way, device=device))
+        self.weight: nn.Parameter = nn.Parameter(torch.zeros(n_way, width, device=device))
+        self.bias: nn.Parameter = nn.Parameter(torch.zeros(n_way, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B, C], float32."""
@@ -147,8 +147,8 @@ class Trainable:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self.model = backbone.clone().float()
-        self.precision = backbone.dtype
+        self.model: Backbone = backbone.clone().float()
+        self.precision: torch.dtype = backbone.dtype
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
