@@ -46,15 +46,15 @@ class CharacterModel(nn.Module):
     def __init__(self, characters: int, length: int, *, width: int, blocks: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.embed: nn.Module = nn.Embedding(characters, width)
+        self.embed: nn.Embedding = nn.Embedding(characters, width)
         self.positions: nn.Embedding = nn.Embedding(length, width)
         self.blocks: nn.ModuleList = nn.ModuleList()
         for _ in range(blocks):
             layers = {"norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
             layers |= {"norm2": nn.LayerNorm(width), "fc1": nn.Linear(width, 4 * width)}
             self.blocks.append(nn.ModuleDict({**layers, "fc2": nn.Linear(4 * width, width)}))
-        self.norm: nn.Module = nn.LayerNorm(width)
-        self.out: nn.Module = nn.Linear(width, characters)
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.out: nn.Linear = nn.Linear(width, characters)
 
     def hidden(self, tokens: Tensor, lora: Mapping[str, Tensor] | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of tokens int64 [B, T]."""
