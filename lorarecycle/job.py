@@ -215,7 +215,7 @@ class Job:
         group: Group,
     ) -> MetaTraining:
         return meta_train(
-            self.backbone.to(self.dtype),
+            self.backbone if self.dtype in (None, self.backbone.dtype) else self.backbone.clone().to(self.dtype),
             surrogates,
             config=self.config.meta,
             adapters=self.adapters,

@@ -131,6 +131,7 @@ def evaluate(
         method = make_method(method, **({"distance": config.distance} if "distance" in own else {}))
     tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
+    quiet = quiet or not group.leads
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
     aside: list[Task] | None = None
     if validation is not None:
@@ -156,7 +157,6 @@ def evaluate(
     part = Tasks(tasks.classes[first:last], tasks.support[first:last], tasks.query[first:last])
     seen = _task_images(data, backbone, part, **reading) if images is None else images
     found = make_tasks(seen, part, data.class_names)
-    quiet = quiet or not group.leads
     with track(range(len(found)), "tasks", unit="tasks", quiet=quiet or not method.needs.fine_tuning) as bar:
 
         def answers(blind: list[Task]) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ def own_shares(draws: Draws, config: MetaConfig, group: Group) -> list[Share]:
     width = draws.rows.shape[1]
     first, last = group.own(E * width)
     shares = []
-    for start in range(first, last, width):
+    for start in range(first, last, max(width, 1)):  # no width: all steps are done
         stop = min(start + width, last)
         own = Draws(
             draws.rows.reshape(-1, E * width)[:, start:stop],

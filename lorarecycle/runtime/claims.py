@@ -148,7 +148,8 @@ def _is_gone(found: dict[str, Any]) -> bool:
     """Whether the process that a claim describes is known to be gone."""
     run, restart = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     earlier = str(found.get("restart"))
-    ours = bool(run) and run != "none" and found.get("run") == run
+    here = found.get("host") == owner.host() and found.get("machine") == owner.machine()  # each machine counts restarts
+    ours = here and bool(run) and run != "none" and found.get("run") == run
     if ours and restart.isdecimal() and earlier.isdecimal() and int(earlier) < int(restart):
         return True  # torchrun ends all processes before it starts any anew
     pid = found.get("pid")

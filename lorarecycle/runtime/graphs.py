@@ -111,5 +111,6 @@ def reset(optimizer: torch.optim.Optimizer) -> None:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors in which an optimiser remembers, without the parameters."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    """The tensors in which an optimiser remembers, without the parameters, in an order that loading does not change."""
+    states = [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+    return [state[key] for state in states for key in sorted(state) if isinstance(state[key], Tensor)]
