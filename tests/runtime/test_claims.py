@@ -83,11 +83,15 @@ def test_whose_claims_are_free(tmp_path, changes, free):
         assert mine == free
 
 
-@pytest.mark.parametrize(("run", "restart", "free"), [("a", "0", True), ("a", "1", False), ("b", "0", False)])
-def test_claims_of_an_earlier_start_of_the_same_run_are_free(tmp_path, monkeypatch, run, restart, free):
+@pytest.mark.parametrize(
+    ("run", "restart", "elsewhere", "free"),
+    [("a", "0", {}, True), ("a", "1", {}, False), ("b", "0", {}, False), ("a", "0", {"host": "other"}, False)],
+)
+def test_claims_of_an_earlier_start_on_this_machine_are_free(tmp_path, monkeypatch, run, restart, elsewhere, free):
+    """Each machine counts its restarts for itself."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    claim_of(tmp_path / "c", host="other", run=run, restart=restart)
+    claim_of(tmp_path / "c", run=run, restart=restart, **elsewhere)
     with Claims(tmp_path / "c").take("work") as mine:
         assert mine == free
 
