@@ -17,6 +17,16 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in _PLAIN or is_in_torch_dispatch_mode()
 
 
+def refuse_second_derivative(name: str) -> None:
+    """In the backward pass of an op that has no other.
+
+    Raises:
+        NotImplementedError: the pass itself is to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} has first derivatives only; call it without `create_graph=True`.")
+
+
 def register(
     name: str,
     forward: Callable[..., Any],
@@ -55,8 +65,7 @@ def register(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if torch.is_grad_enabled():
-                raise NotImplementedError(f"{name} has first derivatives only; call it without `create_graph=True`.")
+            refuse_second_derivative(name)
             return gradients(ctx, *grads)
 
     def call(*args: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose_backend, on_device_of
-from .registration import is_traced
+from .registration import is_traced, refuse_second_derivative
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -21,8 +21,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise NotImplementedError("split_heads has first derivatives only; call it without `create_graph=True`.")
+        refuse_second_derivative("split_heads")
         from .split_heads_triton import merge_heads
 
         with on_device_of(grads[0]):

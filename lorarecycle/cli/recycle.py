@@ -44,7 +44,7 @@ class Recycle:
     compile: bool | None = None
     """Run the ViT's blocks through torch.compile; on a GPU, for thousands of steps, when left out."""
     graphs: bool | None = None
-    """Launch each step as one CUDA graph; on a GPU, for thousands of steps, when left out."""
+    """Launch each step as one CUDA graph; on a GPU only when left out."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)
     care: Annotated[Care, Flat] = field(default_factory=Care)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)

@@ -42,7 +42,6 @@ class ConvStem(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 512,
-        width: int = 64,
         **_: Any,
     ) -> None:
         super().__init__()
