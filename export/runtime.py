@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Graph:
         path: the file.
         providers: names to try in this order, of which the first must load; those of `PROVIDERS` that are there and
             load when None.
-        threads: threads within an operation; ONNX Runtime's choice (one per core) when None.
+        threads: threads within an operation; when None, the environment's `OMP_NUM_THREADS` as in PyTorch, else one per
+            core.
 
     Raises:
         ImportError: onnxruntime is missing; the message names the extra.
@@ -41,8 +43,7 @@ class Graph:
             raise FileNotFoundError(f"no file {path}; export the model again.")
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or _threads_of_environment()
         try:
             with_options = [(name, _OPTIONS[name]) if name in _OPTIONS else name for name in chosen]
             self.session: Any = ort.InferenceSession(str(path), options, providers=with_options)
@@ -121,6 +122,12 @@ def import_onnxruntime() -> Any:
         if not hasattr(onnxruntime, "InferenceSession"):  # both extras were installed, one was removed
             raise ImportError("its folder is there without its files")
     return onnxruntime
+
+
+def _threads_of_environment() -> int:
+    """`OMP_NUM_THREADS`, which ONNX Runtime itself does not read; 0, its own choice, where that is not a number."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() else 0
 
 
 def _choose(ort: Any, providers: Sequence[str] | None) -> list[str]:

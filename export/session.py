@@ -32,7 +32,7 @@ class FewShotSession:
         directory: written by `export_onnx` or `python -m lorarecycle.export --onnx`.
         providers: ONNX Runtime's execution providers in the order to try, of which the first must load; CUDA, TensorRT,
             CPU where present when None.
-        threads: threads within an operation; one per core when None.
+        threads: threads within an operation; `OMP_NUM_THREADS`, else one per core, when None.
         batch_size: images per call; a model exported with a fixed batch uses that.
         verify: compare the files' hashes with config.json.
 

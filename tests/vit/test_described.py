@@ -358,6 +358,7 @@ def test_released_weights_are_fetched_as_safetensors_only(monkeypatch, tmp_path)
         Backbone.load("vit_tiny_patch16_224")
 
 
+@pytest.mark.medium
 def test_without_a_network_one_try_is_enough():
     import os
     import subprocess

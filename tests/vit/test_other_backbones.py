@@ -200,6 +200,7 @@ def test_a_whole_job(kind, build_vit, tiny_data, tmp_path):
     assert classifier.score(tiny_data.images, tiny_data.labels) > 0.5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     [
@@ -222,6 +223,7 @@ def test_the_released_architectures(name, tmp_path):
     torch.testing.assert_close(backbone(images), forward_head(vit, images), rtol=0, atol=5e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["Siglip", "DINOv3ViT"])
 def test_the_same_from_transformers_is_refused(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
