@@ -145,6 +145,7 @@ def test_every_file_says_what_it_is():
     assert not silent, silent
 
 
+@pytest.mark.medium
 def test_importing_the_package_is_light():
     code = (
         "import sys, lorarecycle\n"

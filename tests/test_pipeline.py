@@ -166,6 +166,7 @@ def test_another_run_is_refused_and_nothing_overwritten(tiny_backbone, adapters,
         recycle(adapters, base=tiny_backbone, work_dir=foreign, **FAST)
 
 
+@pytest.mark.medium
 def test_disk_full_leaves_the_earlier_files_whole(tiny_backbone, adapters, tmp_path, monkeypatch):
     work, original, written = tmp_path / "work", files.save_tensors, []
 
@@ -307,6 +308,7 @@ def test_a_config_object_and_its_parts(tiny_backbone, adapters):
     assert by_parts.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()
 
 
+@pytest.mark.medium
 def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
     tiny_backbone, adapters, make_adapter, tmp_path, caplog
 ):
@@ -322,6 +324,7 @@ def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
         recycle([*adapters, headless], base=tiny_backbone, **{**FAST, "meta": {**FAST["meta"], "init": "random"}})
 
 
+@pytest.mark.medium
 def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     torch.nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(0))
@@ -332,6 +335,7 @@ def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     assert with_prior.digest() != recycle(adapters, base=tiny_backbone, **FAST).digest()
 
 
+@pytest.mark.medium
 def test_names_and_order_change_nothing(tiny_backbone, adapters, tmp_path):
     """Neither the order of adapters nor names of adapters, classes and files enter the random streams."""
     settings = {**FAST, "meta": {**FAST["meta"], "guide_weight": 0.5}}
@@ -349,6 +353,7 @@ def test_names_and_order_change_nothing(tiny_backbone, adapters, tmp_path):
     assert max((first.delta(site) - other.delta(site)).abs().max() for site in first.sites) > 5e-3, "another seed"
 
 
+@pytest.mark.medium
 def test_a_run_of_renamed_adapters_goes_on(tiny_backbone, adapters, tmp_path, monkeypatch):
     first = recycle(adapters, base=tiny_backbone, work_dir=tmp_path, **FAST)
     monkeypatch.setattr("lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("inverted again"))

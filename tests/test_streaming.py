@@ -80,6 +80,7 @@ def test_a_stream_gives_each_step_its_images(files):
     stream.close()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("changes", [{}, {"sparsity": 0.5}, {"guide_weight": 1.0}, {"guide_weight": 0.0}])
 def test_the_result_is_the_same_from_memory_and_from_disk(tiny_backbone, adapters, tmp_path, changes):
     config = {"config": SETTINGS, "meta": {**vars(SETTINGS.meta), **changes}, "base": tiny_backbone, "quiet": True}

@@ -71,6 +71,7 @@ def test_files_that_change_meanwhile_are_an_error(folder, tiny_backbone, make_ad
         _ = adapters[0].factors
 
 
+@pytest.mark.medium
 def test_the_result_is_the_same_in_memory_and_from_files(folder, tiny_backbone):
     read = load_all(folder).adapters
     one, other = (recycle(source, base=tiny_backbone, **FAST) for source in (read, folder))

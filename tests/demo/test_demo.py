@@ -16,6 +16,9 @@ pytestmark = pytest.mark.medium
 
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    digits = load_dataset("digits", size=32)
+    few = digits.sample(100, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(demo, "load_dataset", lambda *a, **k: few)
     monkeypatch.setattr(demo, "TASKS", demo.TASKS[:2])
     monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, epochs=1))
     monkeypatch.setattr(demo, "RECYCLE", replace(demo.RECYCLE, meta=replace(demo.RECYCLE.meta, steps=2)))

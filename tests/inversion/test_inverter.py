@@ -11,6 +11,7 @@ CONFIG = InversionConfig(
 )
 
 
+@pytest.mark.medium
 def test_a_later_adapter_is_as_if_it_were_the_first(tiny_backbone, make_adapter):
     others = ({"sites": ("attn.k",)}, {"n_classes": 4}, {})
     adapters = [make_adapter(tiny_backbone, seed=i, **other) for i, other in enumerate(({}, *others))]
@@ -39,6 +40,7 @@ def test_graphs_change_nothing(tiny_backbone, make_adapter):
     assert (images[0].int() - images[1].int()).abs().float().mean() < 0.5
 
 
+@pytest.mark.medium
 def test_curves_tell_what_the_optimisation_went_through(tiny_backbone, make_adapter, tmp_path):
     torch.manual_seed(0)
     prior = BatchNormPrior(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))

@@ -1,5 +1,6 @@
 """Random images of shapes: range, seeds, and statistics of natural images."""
 
+import pytest
 import torch
 
 from lorarecycle.inversion.painted import paint_pictures
@@ -9,6 +10,7 @@ def draw(n: int = 64, size: int = 32, seed: int = 0) -> torch.Tensor:
     return paint_pictures(n, size, torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.medium
 def test_images_are_in_range_and_follow_the_seed():
     images = draw()
     assert images.shape == (64, 3, 32, 32)
@@ -18,6 +20,7 @@ def test_images_are_in_range_and_follow_the_seed():
     assert not torch.equal(images, draw(seed=1))
 
 
+@pytest.mark.medium
 def test_statistics_are_those_of_natural_images():
     images = draw(256)
     assert 0.4 < images.mean() < 0.6

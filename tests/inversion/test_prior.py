@@ -171,6 +171,7 @@ def test_maps_changed_in_place(monkeypatch):
         torch.testing.assert_close(prior(images, HALF, HALF), plain(net, monkeypatch)(images, HALF, HALF))
 
 
+@pytest.mark.medium
 def test_the_graph_follows_the_network_to_another_dtype_and_is_compiled_whole():
     images = torch.randn(3, 3, 9, 9)
     prior = BatchNormPrior(network())
@@ -197,6 +198,7 @@ def test_reference_gradient():
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_local_weights_of_a_timm_network(tmp_path):
     net = timm.create_model("resnet18", pretrained=False)
     state = dict(net.state_dict().items())

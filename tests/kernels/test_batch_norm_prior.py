@@ -153,6 +153,7 @@ def test_a_mean_of_ten_thousand_deviations(backend, layout, request, assert_clos
         assert_close(value, wanted, limit, name)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_results_repeat_bit_by_bit(backend, layout, request):
@@ -164,6 +165,7 @@ def test_results_repeat_bit_by_bit(backend, layout, request):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend", ["triton", "cpp"])
 def test_compiled_as_one_graph(backend, request, assert_close):
     request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend])
@@ -287,6 +289,7 @@ def test_without_a_compiler_inside_a_compiled_function(monkeypatch, assert_close
         assert_close(got, wanted, 3e-6, "plain")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("form", ["statistics", "layer", "residual"])
 @pytest.mark.parametrize("backend", ["triton", "cpp"])

@@ -122,6 +122,7 @@ def test_no_gradient_through_the_scores(backend):
     assert torch.equal(x.grad.sum(1).cpu(), torch.full((1, 6), 5.0))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend_name", ["triton", "cpp"])
 def test_opcheck(backend_name, request):
     request.getfixturevalue({"triton": "device", "cpp": "cpp_backend"}[backend_name])

@@ -211,6 +211,7 @@ def test_a_second_derivative_is_refused_not_wrong(device):
         dx.sum().backward()
 
 
+@pytest.mark.medium
 def test_opcheck(device):
     x, weight, _, lora_A, lora_B = _inputs((2, 3, 16, 8, 3, 2), torch.bfloat16, device)
     ops, factors = torch.ops.lorarecycle, (lora_A.float(), lora_B.float())
@@ -220,6 +221,7 @@ def test_opcheck(device):
     torch.library.opcheck(ops.lora_qkv_factor_grads.default, (dy, x.flatten(0, 1), lora_A, factors[1], 0.5))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("needed", [(0, 3, 4), (3, 4), (0, 1, 2, 3, 4)], ids=str)
 def test_compiles_to_one_graph(needed, device, assert_close):
     """Twice in one function, as in a network; the products are in the graph, two operators of ours beside them."""

@@ -88,6 +88,7 @@ def test_positions_that_are_none_read_and_write_nothing(device, assert_close):
     assert ((got == wanted) | (got == 0)).all()
 
 
+@pytest.mark.medium
 def test_opcheck(device):
     kept, (images, *rest) = _inputs((2, 8, 8, 4, 5, 2, 1), torch.float32, device)
     args = (images.requires_grad_(), kept, *(t.requires_grad_() for t in rest))

@@ -64,6 +64,7 @@ def test_the_parts_are_views(device):
     assert all(part.shape == (2, 2, 5, 4) for part in parts)
 
 
+@pytest.mark.medium
 def test_compiles_to_one_graph(device):
     qkv = torch.randn(2, 5, 24, device=device).requires_grad_()
 

@@ -76,6 +76,7 @@ def test_some_pictures_are_those_of_the_whole_set(tiny_backbone):
     )
 
 
+@pytest.mark.medium
 def test_only_drawn_images_are_made_and_the_result_is_the_same(tiny_backbone, adapters, tmp_path, monkeypatch):
     inverted = []
     original = Inverter.__call__
@@ -97,6 +98,7 @@ def test_only_drawn_images_are_made_and_the_result_is_the_same(tiny_backbone, ad
         recycle(adapters, base=tiny_backbone, config=PAPER, work_dir=tmp_path / "some", images="all", quiet=True)
 
 
+@pytest.mark.medium
 def test_targets_of_a_guide_need_the_drawn_images_only(tiny_backbone, adapters):
     config = replace(PAPER, meta=replace(EPISODES, guide_weight=0.5, steps=8))
     some, every = (recycle(adapters, base=tiny_backbone, config=config, images=i, quiet=True) for i in ("drawn", "all"))

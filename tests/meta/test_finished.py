@@ -8,6 +8,7 @@ from lorarecycle.inversion.surrogate import Surrogate
 from lorarecycle.meta.train import CHECKPOINT_EVERY, meta_train
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("guide_weight", [0.0, 1.0])
 def test_a_finished_training_gives_its_result_again(guide_weight, tiny_backbone, tmp_path):
     generator = torch.Generator().manual_seed(0)

@@ -55,6 +55,7 @@ def gradients(backbone, made, config, group, step):
     return taken._sum.clone(), shares
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config", [EPISODES, GUIDE], ids=["episodes", "guide"])
 @pytest.mark.parametrize("size", [2, 3, 4, 7])
 def test_parts_add_up(tiny_backbone, made, config, size):

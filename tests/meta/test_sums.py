@@ -39,6 +39,7 @@ def test_a_sum_is_what_products_in_float64_give(n, out, width):
     torch.testing.assert_close(found.dense().double(), whole, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.medium
 def test_the_tolerance_stated_at_width_768():
     added = parts(2500, 768, 768)
     found, whole = UpdateSum(768, 768), torch.zeros(768, 768, dtype=torch.float64)

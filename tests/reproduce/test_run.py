@@ -227,6 +227,7 @@ def test_whole_sets_are_parted_by_the_lists_of_classes(tmp_path, make_data):
         sets.open("crop-diseases", "train")
 
 
+@pytest.mark.medium
 def test_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "list"]) == 0

@@ -54,6 +54,7 @@ def test_lorahub_with_one_weight_of_1_is_that_adapter(tiny_backbone, adapters, i
     torch.testing.assert_close(worn.forward(images), both, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.medium
 def test_lorahub_finds_weights_that_are_better_than_none(tiny_backbone, adapters, task):
     pytest.importorskip("nevergrad")
     method = LoRAHub(budget=12).prepare(tiny_backbone, adapters)

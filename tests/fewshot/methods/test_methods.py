@@ -133,6 +133,7 @@ def test_features_are_computed_once(tiny_backbone, world, monkeypatch):
     assert sum(calls) == wanted
 
 
+@pytest.mark.medium
 def test_images_of_an_earlier_call_keep_their_features(tiny_backbone, world, monkeypatch):
     """One and two shots of one set: the images go through the model once."""
     plain = [
