@@ -85,7 +85,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     assert files.read_json(work / "summary.json") == summary, "the seconds of the work, not of reading it again"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

@@ -89,7 +89,7 @@ def variants(config: RecycleConfig):
             yield f"{room}.{f.name}", replace(config, **{room: replace(own, **{f.name: value})})
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [WEIGHTS, PAPER, MIXED, ALONE], ids=["weights", "paper", "mixed", "alone"])
 def test_every_setting_moves_the_result_or_is_listed_as_unused(tiny_backbone, adapters, prior, config, monkeypatch):
     monkeypatch.setattr("lorarecycle.inversion.optimise.READ_EVERY", 1)  # else patience needs 50 steps to show

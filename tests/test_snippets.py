@@ -24,7 +24,7 @@ def test_pages_have_marked_snippets():
         assert text.count("<!-- run") == len(SNIPPET.findall(text)), f"a mark in {page.name} without a snippet"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("page", MARKED, ids=lambda page: page.stem)
 def test_they_run(page, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}

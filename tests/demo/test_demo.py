@@ -14,6 +14,7 @@ from lorarecycle.report import pictures
 pytestmark = pytest.mark.medium
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     digits = load_dataset("digits", size=32)
