@@ -102,16 +102,21 @@ class Bench:
         self.sets = data_sets(self.data)
 
     @cached_property
-    def prior(self) -> Callable[[bool], BatchNormPrior]:
-        """The batch-norm prior, absolute or relative."""
+    def network(self) -> torch.nn.Module:
+        """EfficientNet-Lite0 of ImageNet, float32."""
         state = load_file(self.data / "weights" / "tf_efficientnet_lite0.safetensors")
         network = timm.create_model("tf_efficientnet_lite0")
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
+        return network.eval().to(self.device)
+
+    @cached_property
+    def prior(self) -> Callable[[bool], BatchNormPrior]:
+        """The batch-norm prior, absolute or relative."""
         half = (0.5, 0.5, 0.5)
         size = self.args.prior_size
 
         def make(relative: bool) -> BatchNormPrior:
-            prior = BatchNormPrior(network, mean=half, std=half, size=size, dtype=self.dtype, relative=relative)
+            prior = BatchNormPrior(self.network, mean=half, std=half, size=size, dtype=self.dtype, relative=relative)
             return prior.to(self.device)
 
         return cache(make)
@@ -206,25 +211,28 @@ class Bench:
 
     def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
         config = RECIPES[title]
-        inversion = config.inversion
-        if inversion.steps:
-            shorter = {} if self.args.inversion_steps is None else {"steps": self.args.inversion_steps}
-            count = self.args.images_per_class
-            inversion = replace(inversion, images_per_class=count, batch_size=5 * count, **shorter)
         meta = self._shortened(config.meta)
-        if not inversion.steps:
-            config = replace(config, inversion=inversion, meta=meta, seed=seed)
+        if not config.inversion.steps:
+            config = replace(config, meta=meta, seed=seed)
             return recycle(adapters, base=self.backbone, config=config, device=self.device, dtype=self.dtype)
+        surrogates = self.inverted(adapters, title, seed, folder)
+        return trained(self.backbone, surrogates, config=meta, adapters=adapters, seed=seed, dtype=self.dtype)
+
+    def inverted(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> list[Surrogate]:
+        """Images of each adapter by a recipe, and a sheet of some of them."""
+        inversion = RECIPES[title].inversion
+        key = next(t for t, r in RECIPES.items() if r.inversion == inversion)  # recipes that share images
+        shorter = {} if self.args.inversion_steps is None else {"steps": self.args.inversion_steps}
+        count = self.args.images_per_class
+        inversion = replace(inversion, images_per_class=count, batch_size=5 * count, **shorter)
         prior = self.prior(inversion.prior_relative)
-        key = next(t for t, r in RECIPES.items() if r.inversion == config.inversion)  # recipes that share images
         surrogates = []
         for i, adapter in enumerate(adapters):
             path = folder / "surrogates" / f"{key}-{seed}" / f"{i}.safetensors"
             settings = {"config": inversion, "prior": prior, "dtype": self.dtype, "seed": seed * 1000 + i}
             surrogates.append(inverted(self.backbone, adapter, path, **settings))
-        sheet = [s.masked(0.75) for s in surrogates[:4]]
-        draw_surrogates(sheet, folder / f"{key}-{seed}.png")
-        return trained(self.backbone, surrogates, config=meta, adapters=adapters, seed=seed, dtype=self.dtype)
+        draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{key}-{seed}.png")
+        return surrogates
 
     def _bound(self, from_real: Any, row: Any, seed: int) -> Adapter:
         """The best on validation classes of several numbers of steps from either start."""
@@ -274,26 +282,40 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def describe_machine(bench: Bench) -> str:
+    """For the record."""
+    return (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {bench.device}, "
+        f"{bench.dtype}, torch {torch.__version__}"
+    )
+
+
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """The options of all that is measured in one work folder."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
-    parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
-    known = ("plain", "average", "warm start", *RECIPES, *OTHERS, *REAL, BOUND)
-    parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of inversion and meta-training")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=3, help="of tuning an adapter")
     parser.add_argument("--tuning-images", type=int, default=60, help="of a class, at most")
     parser.add_argument("--images-per-class", type=int, default=16, help="inverted, or real in their place")
     parser.add_argument("--inversion-steps", type=int, help="the recipe's when left out")
     parser.add_argument("--prior-size", type=int, help="side at which the prior sees images; their own when left out")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
+    known = ("plain", "average", "warm start", *RECIPES, *OTHERS, *REAL, BOUND)
+    parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of inversion and meta-training")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
     parser.add_argument("--meta-steps", type=int, help="the recipe's when left out")
     parser.add_argument("--bound-steps", nargs="+", type=int, default=[100, 200, 400, 800])
     parser.add_argument("--test-images", type=int, help="of a class, at most; all when left out")
     parser.add_argument("--n-tasks", type=int, default=600)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy_224.json")
     args = parser.parse_args()
     if "cross" in args.sets and BOUND in (args.recipes or ()):
@@ -301,8 +323,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
     report: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {bench.device}, "
-        f"{bench.dtype}, torch {torch.__version__}",
+        "machine": describe_machine(bench),
         "command": "python benchmarks/accuracy_224.py " + shlex.join(sys.argv[1:]),
         "split": args.split,
         "arguments": {k: v for k, v in vars(args).items() if k not in ("work_dir", "output", "sets", "recipes")},

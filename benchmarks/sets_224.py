@@ -66,6 +66,10 @@ def loaded(images: Images, fit: Fit, per_class: int | None = None) -> LabelledIm
     """In memory and of the backbone's size, at most `per_class` images of each class (evenly spaced)."""
     if per_class is not None:
         rows = [(images.labels == c).nonzero()[:, 0] for c in range(len(images.class_names))]
-        rows = [r[torch.linspace(0, len(r) - 1, min(per_class, len(r))).round().long()] for r in rows]
-        images = images.subset(torch.cat(rows))
+        images = images.subset(torch.cat([evenly(r, per_class) for r in rows]))
     return images.load(fit) if isinstance(images, Dataset) else images.resize(fit)
+
+
+def evenly(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of them, evenly spaced."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
