@@ -1,4 +1,4 @@
-"""docs/read_and_refused.md: each row names a test that is there."""
+"""The docs: rows that name a test that is there, a chart of the results, pages that read easily."""
 
 import ast
 import importlib.util
@@ -40,3 +40,29 @@ def test_the_readme_is_a_landing_page():
     assert len(text.splitlines()) <= 130
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert (ROOT / target).exists(), target
+
+
+GUIDES = [ROOT / "README.md", ROOT / "docs" / "quick_start.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+
+
+def prose(text: str) -> str:
+    """Sentences of a page: without code, headings, tables, pictures and the addresses of links."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)
+    items = [item.strip() for item in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text)]
+    items = [" ".join(item.split()) for item in items if item and item[0] not in "#|!"]
+    text = "\n".join(item if item[-1] in ".:?" else f"{item}." for item in items)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "")
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_pages_read_easily(page):
+    """The Flesch reading ease; from 70 (quick start) to 85 (recycle) when this was written."""
+    textstat = pytest.importorskip("textstat", reason="the extra `docs` is not installed")
+    assert textstat.flesch_reading_ease(prose(page.read_text(encoding="utf-8"))) > 50
+
+
+def test_sentences_of_the_first_screen_are_short():
+    screen = prose("\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]))
+    sentences = re.split(r"(?<=[.?:])\s+", screen)
+    assert len(sentences) > 8
+    assert max(len(sentence.split()) for sentence in sentences) <= 35
