@@ -24,8 +24,8 @@ test: $(VENV)/installed
 test-avx2: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST)
 
-# All that must pass: style, the wheel by itself, the site, every test but `make grid`.
-ci: lint wheel docs
+# All that must pass: style, the wheel by itself, the site, every test but `make grid`; in a browser where Chromium is.
+ci: lint wheel docs $(VENV)/browser-installed
 	$(PYTEST) -m "not grid"
 
 # Before a change of a kernel: every one compiled for GPUs in every configuration that can be launched; no GPU needed.
@@ -65,6 +65,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)/browser-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	touch $@
 
 clean:
