@@ -137,6 +137,7 @@ def _describe() -> str:
         "started": owner.started(pid),
         "rank": owner.rank(),
         "run": os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        "agent": os.getppid(),  # torchrun on this machine, which counts its restarts
         "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", ""),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "token": secrets.token_hex(4),
@@ -148,12 +149,12 @@ def _is_gone(found: dict[str, Any]) -> bool:
     """Whether the process that a claim describes is known to be gone."""
     run, restart = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     earlier = str(found.get("restart"))
-    here = found.get("host") == owner.host() and found.get("machine") == owner.machine()  # each machine counts restarts
-    ours = here and bool(run) and run != "none" and found.get("run") == run
+    here = found.get("host") == owner.host() and found.get("machine") == owner.machine()
+    ours = here and bool(run) and run != "none" and found.get("run") == run and found.get("agent") == os.getppid()
     if ours and restart.isdecimal() and earlier.isdecimal() and int(earlier) < int(restart):
         return True  # torchrun ends all processes before it starts any anew
     pid = found.get("pid")
-    if found.get("host") != owner.host() or found.get("machine") != owner.machine() or type(pid) is not int:
+    if not here or type(pid) is not int:
         return False
     return owner.is_gone(pid) is True or owner.started(pid) != found.get("started")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,13 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 JOB = str(Path(__file__).with_name("job.py"))
 
 
-def torchrun(processes: int, *command: str, restarts: int = 0, **more) -> subprocess.Popen:
-    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+MEET = str(Path(__file__).with_name("meet.py"))
+
+
+def torchrun(
+    processes: int, *command: str, restarts: int = 0, machines: tuple[str, ...] = ("--standalone",), **more
+) -> subprocess.Popen:
+    options = [*machines, "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
@@ -80,6 +86,20 @@ def test_the_result_does_not_depend_on_the_number_of_processes(alone, tmp_path, 
                 load_tensors(tmp_path / f"work-{name}" / "surrogates" / file)[0]["images"]
             )
     assert not [*tmp_path.rglob(f"{LEFTOVER}*"), *tmp_path.rglob("claims")]
+
+
+@pytest.mark.slow
+def test_machines_that_count_their_restarts_differently_find_one_another(tmp_path):
+    """Two agents, as on two machines: the one whose process died counts a restart, the other starts anew without."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    machines = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", place)
+    agents = [torchrun(1, MEET, str(tmp_path), restarts=2, machines=machines) for _ in range(2)]
+    for agent in agents:
+        end(agent, timeout=100)
+    said = sorted((tmp_path / f"of-{rank}").read_text() for rank in range(2))
+    assert said == ["1 0", "1 1"], "ranks 0 and 1, after no and one restart"
 
 
 @pytest.mark.medium
