@@ -8,6 +8,7 @@ without seeing it grow. It saves work only: two that do the same piece write the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -43,7 +44,7 @@ class Claims:
         """Claim a piece of work while the block runs; yields whether that worked.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or is a file.
         """
         path, text = self.folder / name, _describe()
         if not self._create(path, text):
@@ -71,19 +72,26 @@ class Claims:
 
     def _create(self, path: Path, text: str) -> bool:
         for _ in range(2):
-            try:
-                self.folder.mkdir(exist_ok=True)
-                _create_whole(path, text)
-            except FileExistsError:
+            if path.exists():
                 if not self._is_stale(path):
                     return False
                 self._take_over(path)
-                continue
-            except FileNotFoundError:  # the folder was removed between the two
+            self._make_folder()
+            try:
+                _create_whole(path, text)
+            except (FileExistsError, FileNotFoundError):  # somebody was faster; or has removed the folder
                 continue
             self._watched.pop(path.name, None)
             return True
         return False
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, f"{self.folder} must be a folder of claims, got a file; move it away"
+            ) from error
 
     def _take_over(self, path: Path) -> None:
         """Put a stale claim away: of several that try, one does."""
