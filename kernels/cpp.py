@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,45 +32,63 @@ _loaded: bool | None = None
 
 
 def _build() -> None:
-    """Compile into the cache folder of `torch.utils.cpp_extension`; later processes load what is there."""
+    """Load the library that the cache of `torch.utils.cpp_extension` holds for these sources; build it first if none.
+
+    Each set of sources, flags and PyTorch has a folder of its own, so that environments do not build over one another
+    in turn.
+    """
     from torch.utils import cpp_extension
 
-    sources = sorted(str(path) for path in (Path(__file__).parent.parent / "csrc").glob("*_cpu.cpp"))
+    sources = sorted((Path(__file__).parent.parent / "csrc").glob("*_cpu.cpp"))
     if not sources:
         raise FileNotFoundError("the folder csrc/ is not part of this installation")
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in _FLAGS else "DEFAULT"
+    flags = ["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *_FLAGS.get(capability, [])]
     name = f"lorarecycle_cpu_{capability.lower()}"
-    folder = Path(cpp_extension._get_build_directory(name, False))
-    with _whole_library(folder, folder / f"{name}.so"):
+    facts = [torch.__version__, *flags, *(_hash(source) for source in sources)]
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    folder = Path(cpp_extension._get_build_directory(name, False), key)
+    folder.mkdir(exist_ok=True)
+
+    def build() -> None:
         cpp_extension.load(
             name=name,
-            sources=sources,
-            extra_cflags=["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *_FLAGS.get(capability, [])],
+            sources=[str(source) for source in sources],
+            extra_cflags=flags,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
             is_python_module=False,
         )
 
+    _load(folder / f"{name}.so", build)
 
-@contextmanager
-def _whole_library(folder: Path, library: Path) -> Iterator[None]:
-    """While one process builds and loads, alone, a library that is not a damaged one of an earlier build.
 
-    Loading a truncated library ends the process; PyTorch builds anew by the age of files alone. Its hash lies beside
-    it: without, or with another one, it is removed first. So is the lock file of a builder that was killed, for which
-    earlier releases of PyTorch wait for ever.
+def _load(library: Path, build: Callable[[], None]) -> None:
+    """Load a whole library, or build (and so load) it, one process at a time.
+
+    A library counts only with its hash beside it: loading a truncated one ends the process. The lock file of a builder
+    that was killed goes too: earlier releases of PyTorch wait for it for ever.
     """
-    record = library.with_suffix(".sha256")
-    with _alone(folder):
-        (folder / "lock").unlink(missing_ok=True)
-        if library.is_file() and not (record.is_file() and record.read_text() == _hash(library)):
-            library.unlink()
-        yield
-        if library.is_file() and not (record.is_file() and record.read_text() == _hash(library)):
-            temporary = record.with_suffix(f".{os.getpid()}")
-            temporary.write_text(_hash(library))
-            os.replace(temporary, record)
+    with _alone(library.parent):
+        if _is_whole(library):
+            torch.ops.load_library(library)
+            return
+        library.unlink(missing_ok=True)
+        (library.parent / "lock").unlink(missing_ok=True)
+        build()
+        temporary = _record(library).with_suffix(f".{os.getpid()}")
+        temporary.write_text(_hash(library))
+        os.replace(temporary, _record(library))
+
+
+def _is_whole(library: Path) -> bool:
+    record = _record(library)
+    return library.is_file() and record.is_file() and record.read_text() == _hash(library)
+
+
+def _record(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
 @contextmanager

@@ -117,35 +117,35 @@ def test_the_cpp_twins_build_where_a_compiler_is():
     assert cpp.available(), "a build that fails would turn every test of a C++ twin into a skip"
 
 
-def test_a_damaged_library_is_never_loaded(tmp_path):
+def test_a_damaged_library_is_never_loaded(tmp_path, monkeypatch):
     """A truncated one, one without its hash, and the lock of a builder that was killed go; a whole one stays."""
-    library = tmp_path / "x.so"
+    library, did = tmp_path / "x.so", []
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: did.append("loaded"))
+
+    def build():
+        assert sorted(tmp_path.iterdir()) in ([], [tmp_path / "x.sha256"])
+        library.write_bytes(b"library" * 100)
+        did.append("built")
 
     def load():
         (tmp_path / "lock").write_text("of a process that is gone")
-        with cpp._whole_library(tmp_path, library):
-            assert not (tmp_path / "lock").exists()
-            built = not library.exists()
-            if built:
-                library.write_bytes(b"library" * 100)
-        return built
+        cpp._load(library, build)
+        return did.pop()
 
-    assert load()
-    assert not load()
+    assert load() == "built"
+    assert load() == "loaded"
     library.write_bytes(library.read_bytes()[:-300])
-    assert load()
-    assert not load()
+    assert load() == "built"
     (tmp_path / "x.sha256").unlink()
-    assert load()
-    assert not load()
-    assert {path.name for path in tmp_path.iterdir()} == {"x.so", "x.sha256"}
+    assert load() == "built"
+    assert load() == "loaded"
+    assert not did
 
 
 def test_a_build_that_fails_leaves_no_hash(tmp_path):
     def fail():
-        with cpp._whole_library(tmp_path, tmp_path / "x.so"):
-            raise RuntimeError("no compiler")
+        raise RuntimeError("no compiler")
 
     with pytest.raises(RuntimeError, match="no compiler"):
-        fail()
+        cpp._load(tmp_path / "x.so", fail)
     assert not list(tmp_path.iterdir())
