@@ -1,5 +1,6 @@
 """Several processes on one run: the result of one, whatever their number, and a run that goes on with fewer."""
 
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 JOB = str(Path(__file__).with_name("job.py"))
 
 
-MEET = str(Path(__file__).with_name("meet.py"))
+MEET, RESUME = (str(Path(__file__).with_name(name)) for name in ("meet.py", "resume.py"))
 
 
 def torchrun(
@@ -121,6 +122,18 @@ def test_a_run_of_four_is_finished_by_two(alone, tmp_path):
     for key, value in results(alone, "episodes").items():
         torch.testing.assert_close(results(tmp_path, "episodes")[key], value, rtol=1e-3, atol=1e-5)
     assert not [*tmp_path.rglob(f"{LEFTOVER}*"), *tmp_path.rglob("claims")]
+
+
+@pytest.mark.medium
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    """The first one reads Adam's state; the other has it from the first."""
+    end(torchrun(2, RESUME, str(tmp_path)))
+    found = [json.loads((tmp_path / f"of-{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["losses"]
+    assert found[0]["moved"]
+    assert found[0]["steps before"] == 5
+    assert len(set(found[0]["digests"])) == 1
 
 
 @pytest.mark.medium
