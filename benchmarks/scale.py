@@ -6,6 +6,7 @@
     python benchmarks/scale.py classes
     python benchmarks/scale.py processes --processes 1 2 4
     python benchmarks/scale.py exchange
+    python benchmarks/scale.py kills --runs 30
     python benchmarks/scale.py page
 
 Each row is measured in a process of its own with one thread, and kept in benchmarks/results/scale.json with its
@@ -45,10 +46,11 @@ def main() -> None:
     """Measure a part, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "part", choices=["jobs", "all", "warm-start", "classes", "processes", "exchange", "page", "one"]
+        "part", choices=["jobs", "all", "warm-start", "classes", "processes", "exchange", "kills", "page", "one"]
     )
     parser.add_argument("--adapters", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--runs", type=int, default=30, help="of kills")
     parser.add_argument("--only", choices=["default", "drawn"], help="of jobs")
     parser.add_argument("--folder", type=Path, help="where synthetic adapters are kept; a temporary one when left out")
     parser.add_argument("--measure", choices=["warm_start", "classes"], help=argparse.SUPPRESS)
@@ -58,6 +60,10 @@ def main() -> None:
         print(json.dumps({"warm_start": warm_start, "classes": classes}[options.measure](options.adapters[0])))
     elif options.part == "page":
         print(write_page())
+    elif options.part == "kills":
+        script = HERE.parent / "tests" / "adversarial" / "kill_ranks.py"
+        command = [sys.executable, str(script), "--runs", str(options.runs)]
+        keep("kills", killed(subprocess.run(command, capture_output=True, text=True).stdout))
     elif options.part == "exchange":
         keep("exchange", exchange())
     else:
@@ -204,6 +210,16 @@ def exchange() -> dict[str, Any]:
     return {"bytes_per_step": bytes_, "rows": rows}
 
 
+def killed(said: str) -> dict[str, Any]:
+    """What tests/adversarial/kill_ranks.py printed, as a row."""
+    unbroken, *runs, places, ended = said.strip().splitlines()
+    seconds = sorted(int(line.rpartition(", ")[2].removesuffix(" s")) for line in runs)
+    return {
+        "runs": len(runs),
+        "lines": [f"{unbroken}; runs with a kill: {seconds[0]} to {seconds[-1]} s", places, ended],
+    }
+
+
 def peak_mb() -> float:
     """Most memory that this process has had in RAM."""
     return round(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
@@ -247,7 +263,7 @@ def write_page() -> Path:
         lines += [f"## {name[0].upper()}{name[1:]}", ""]
         for command, commit in dict.fromkeys((r["command"], r["commit"]) for r in rows):
             lines.append(f"`{command}` at {commit}")
-        lines += ["", *(exchanged(rows[0]) if name == "exchange" else table(rows)), ""]
+        lines += ["", *page_part(name, rows), ""]
         if len(rows) > 2 and "adapters" in rows[0] and "processes" not in rows[0]:
             stages = [s for s in rows[0]["seconds"] if all(r["seconds"].get(s) for r in rows)]
             found = {s: exponent(rows, lambda r, s=s: r["seconds"][s]) for s in stages}
@@ -259,6 +275,18 @@ def write_page() -> Path:
     path = RESULTS.with_suffix(".md")
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
+
+
+def page_part(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What the page says of some rows."""
+    if name == "exchange":
+        return exchanged(rows[0])
+    if name == "kills":
+        what = (
+            "A random one of two ranks (gloo, one thread each) gets SIGKILL at a random place of a run under torchrun:"
+        )
+        return [what, "", *(f"- {line}" for line in rows[0]["lines"])]
+    return table(rows)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
