@@ -1,6 +1,6 @@
 """One run of `recycle` on many tiny adapters in a process of its own: seconds of each stage and peak memory, as JSON.
 
-    python benchmarks/scale_job.py --adapters 100 --folder /tmp/adapters-100
+    python benchmarks/scale_job.py --adapters 100 --folder adapters-100
 
 The ViT has 3 blocks of width 32 and reads 32 x 32 images; adapters have rank 4, random factors and 5 classes. They are
 written by a process of their own where the folder does not hold them yet. One thread.
@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lorarecycle import Adapter, Backbone, Head
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.pipeline import prepare
-from lorarecycle.runtime.distributed import leads
+from lorarecycle.runtime.distributed import join, launched, leave
 from lorarecycle.runtime.files import write_text
 
 
@@ -36,17 +36,18 @@ def tiny_backbone() -> Backbone:
     return Backbone(VisionTransformer(**sizes), name="tiny")
 
 
-def make_adapter(seed: int) -> Adapter:
-    """A random one of 5 classes."""
+def make_adapter(seed: int, *, blocks: int = 3, width: int = 32, size: float = 0.2, classes: int = 5) -> Adapter:
+    """A random one of rank 4 at q and v; without a head for no classes."""
     g = torch.Generator().manual_seed(seed)
     factors = {
         f"blocks.{block}.attn.{part}": LoRAFactors(
-            torch.randn(4, 32, generator=g) * 0.2, torch.randn(32, 4, generator=g) * 0.2, 1.0
+            torch.randn(4, width, generator=g) * size, torch.randn(width, 4, generator=g) * size, 1.0
         )
-        for block in range(3)
+        for block in range(blocks)
         for part in "qv"
     }
-    head = Head(torch.randn(5, 32, generator=g), class_names=tuple(f"class {seed}.{c}" for c in range(5)))
+    names = tuple(f"class {seed}.{c}" for c in range(classes))
+    head = Head(torch.randn(classes, width, generator=g), class_names=names) if classes else None
     return Adapter(factors, head, base_model="tiny", name=f"adapter-{seed:05d}")
 
 
@@ -105,8 +106,13 @@ def main() -> None:
     )
     prepared = time.perf_counter()
     job.run(options.work_dir, quiet=True)
-    ended = time.perf_counter()
-    if not leads():
+    ended, used = time.perf_counter(), time.process_time() - cpu
+    device = torch.device("cpu")
+    group, everyone = join(device), torch.zeros(launched())
+    everyone[group.rank] = used
+    group.add(everyone)
+    leave()
+    if not group.leads:
         return
     seconds = {"read": prepared - started, **job.seconds, "whole": ended - started}
     print(
@@ -117,7 +123,8 @@ def main() -> None:
                 "images_described": 0 if job.drawn is None else job.drawn.total,
                 "peak_mb": round(peak_bytes() / 1e6, 1),
                 "before_mb": round(before / 1e6, 1),
-                "cpu_seconds": round(time.process_time() - cpu, 2),
+                "cpu_seconds": round(float(everyone.sum()), 2),
+                "busiest": round(float(everyone.max()), 2),
                 "seconds": {name: round(value, 2) for name, value in seconds.items()},
             }
         )

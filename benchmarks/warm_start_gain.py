@@ -22,7 +22,7 @@ import torch
 from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset
 from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
-from lorarecycle.meta.train import random_factors
+from lorarecycle.meta.factors import random_factors
 from lorarecycle.meta.warm_start import common_gain, start_factors
 from lorarecycle.reproduce.stages import draw_class_lists, tuned
 from lorarecycle.runtime.files import write_json, write_text

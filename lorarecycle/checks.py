@@ -10,24 +10,7 @@ from .config import RecycleConfig
 from .meta.episodes import check_episodes
 from .stages import Needs
 from .vit.backbone import Backbone
-
-
-def leave_out_unfit(backbone: Backbone, adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
-    """Adapters that fit a backbone, and a note for each of the others.
-
-    Raises:
-        ValueError: none does.
-    """
-    fitting, notes = [], []
-    for adapter in adapters:
-        try:
-            _check_fit(backbone, adapter)
-            fitting.append(adapter)
-        except ValueError as error:
-            notes.append(f"left out, as it does not fit: {error}")
-    if not fitting:
-        raise ValueError(f"`adapters` must hold one that fits {backbone.name!r}, got none: {'; '.join(notes)}")
-    return fitting, notes
+from .vit.fit import check_fit
 
 
 def choose_inverted(adapters: Sequence[Adapter], config: RecycleConfig) -> tuple[list[Adapter], list[str]]:
@@ -67,7 +50,7 @@ def check_adapters(
     """
     needs = Needs.of(config)
     for adapter in adapters:
-        _check_fit(backbone, adapter)
+        check_fit(backbone, adapter)
     if needs.images:
         patches = backbone.num_patches(config.inversion.image_size or backbone.image_size)
         backbone.kept_per_layer(config.inversion.prune, patches)
@@ -80,15 +63,4 @@ def check_adapters(
             raise ValueError(
                 f"`images_per_class` must be at least n_shot + n_query = {wanted}, got "
                 f"{config.inversion.images_per_class}."
-            )
-
-
-def _check_fit(backbone: Backbone, adapter: Adapter) -> None:
-    """Sites, shapes and input normalisation."""
-    backbone.check(adapter)
-    for what, own, theirs in (("mean", adapter.mean, backbone.mean), ("std", adapter.std, backbone.std)):
-        if own is not None and any(abs(a - b) > 1e-3 for a, b in zip(own, theirs, strict=True)):
-            raise ValueError(
-                f"adapter {adapter.name!r} must be tuned under the input normalisation of the backbone, got {what} "
-                f"{own} and {theirs}; pass the right one to `Backbone.load({what}=...)`."
             )

@@ -13,11 +13,11 @@ from torch import nn
 from .adapters.adapter import Adapter
 from .adapters.dead import leave_out_dead
 from .adapters.load_many import AdapterLike, HubOptions, Loaded, load_all
-from .checks import check_adapters, choose_inverted, leave_out_unfit
+from .checks import check_adapters, choose_inverted
 from .config import InversionConfig, MetaConfig, RecycleConfig, as_config
 from .inversion.prior import BatchNormPrior
 from .job import ImageChoice, Job
-from .meta.train import random_factors
+from .meta.factors import random_factors
 from .plan import Plan, unused_settings
 from .runtime.device import resolve
 from .runtime.graphs import Graphs
@@ -25,6 +25,7 @@ from .runtime.steps import Compile
 from .runtime.strict import left_out_error
 from .stages import Needs
 from .vit.base import BaseLike, doubts, find_base
+from .vit.fit import leave_out_unfit
 from .work_dir import canonical_order
 
 if TYPE_CHECKING:

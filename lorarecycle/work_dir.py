@@ -65,6 +65,9 @@ class WorkDir:
             ValueError: a folder of another run, with other files in it, or on a file system that cannot keep a run.
         """
         folder, record = self.folder, self.record
+        for place in (folder, self.pictures.parent, self.claims):
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"`work_dir` {folder} must be a folder of this run, got a file at {place}.")
         if record.exists():
             ours, theirs = _without_names(run), _without_names(read_json(record))
             if ours != theirs:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from lorarecycle import InversionConfig, MetaConfig, RecycleConfig, Surrogate, make_plan, recycle
 from lorarecycle.inversion.stored import StoredImages, StoredSurrogate
 from lorarecycle.meta.bank import fill_bank
-from lorarecycle.meta.stream import ImageStream
+from lorarecycle.meta.stream import AHEAD, ImageStream
+from lorarecycle.runtime.files import load_tensors, save_tensors
 from lorarecycle.runtime.memory import free_memory, image_budget
 
 SETTINGS = RecycleConfig(
@@ -46,6 +48,31 @@ def test_images_in_files_are_the_images(files):
     assert torch.equal(stored[1].tables.teacher_logits, held[1].teacher_logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surrogate_format": 99}, "must be a surrogate of a format in .*, got 99"),
+        ({"patch_size": None}, "must hold `images`, class_names.*, got none of patch_size"),
+        ({"class_names": "cat"}, "got `class_names` 'cat'"),
+        ({"images": None}, "got none of images"),
+        ({"images": torch.zeros(2, 3, 8, 8)}, r"must hold images uint8 \[n, 3, H, W\], got F32 \[2, 3, 8, 8\]"),
+        ({"images": torch.zeros(2, 8, 8, dtype=torch.uint8)}, r"got U8 \[2, 8, 8\]"),
+    ],
+)
+def test_other_files_are_refused(files, tmp_path, changes, message):
+    tensors, strings = load_tensors(files[0][1].path)
+    facts = {key: json.loads(value) for key, value in strings.items() if key != "format"}
+    for kind, found in (("tensors", tensors), ("facts", facts)):
+        for key, value in changes.items():
+            if (key == "images") == (kind == "tensors"):
+                found.pop(key)
+                if value is not None:
+                    found[key] = value
+    other = save_tensors(tmp_path / "other.safetensors", tensors, facts)
+    with pytest.raises(ValueError, match=message):
+        StoredSurrogate(other)
+
+
 @pytest.mark.parametrize("budget", [None, 10**6, 0])
 def test_a_bank_of_files(files, tiny_backbone, budget):
     held, stored = zip(*files, strict=True)
@@ -78,6 +105,24 @@ def test_a_stream_gives_each_step_its_images(files):
         assert torch.equal(stream.window, whole[rows[step]])
     assert stream.window.data_ptr() == place
     stream.close()
+
+
+def test_nothing_is_read_beside_the_first_step(files, monkeypatch):
+    """Which may be captured as a CUDA graph: memory must not be pinned meanwhile."""
+    images, order = StoredImages([stored for _, stored in files]), []
+    read = images.read
+
+    def slow(rows):
+        time.sleep(0.05)
+        order.append("read")
+        return read(rows)
+
+    monkeypatch.setattr(images, "read", slow)
+    stream = ImageStream(images, torch.zeros(5, 2, dtype=torch.int64), 0, torch.device("cpu"))
+    stream.advance()
+    order.append("step")
+    stream.close()
+    assert order == ["read"] * AHEAD + ["step"]
 
 
 @pytest.mark.medium

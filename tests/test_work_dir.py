@@ -39,3 +39,15 @@ def test_the_record_comes_before_anything_else(tmp_path, monkeypatch):
     )
     WorkDir(tmp_path / "w").open({})
     assert seen == [False]
+
+
+@pytest.mark.parametrize("place", ["", "claims", "surrogates"])
+def test_files_in_the_place_of_folders(tmp_path, place):
+    work, name = tmp_path / "work", tmp_path / "work" / place
+    if place:
+        WorkDir(work).open({})
+        if name.exists():
+            name.rmdir()
+    name.touch()
+    with pytest.raises(ValueError, match=f"`work_dir` {work} must be a folder of this run, got a file at {name}"):
+        WorkDir(work).open({})

@@ -83,9 +83,9 @@ def signature(adapter: AdapterValue) -> float:
     total = 0.0
     for site, (lora_A, lora_B, scaling) in adapter.factors.items():
         u, v = _directions(site, lora_B.shape[0], lora_A.shape[1])
-        total += scaling * float((u @ lora_B.double()) @ (lora_A.double() @ v))
+        total += scaling * float((u @ lora_B.cpu().double()) @ (lora_A.cpu().double() @ v))
     if adapter.head is not None:
-        weight = adapter.head.weight.double()
+        weight = adapter.head.weight.cpu().double()
         total += float((_head_direction(tuple(weight.shape)) * weight).sum())
     return total
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import load_tensors
-from .surrogate import mask_scores
+from .surrogate import mask_scores, read_facts
 
 
 class Tables(NamedTuple):
@@ -40,23 +40,23 @@ class StoredSurrogate:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or no surrogate.
+        ValueError: damaged, or no surrogate of this version.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path: Path = Path(path)
-        tensors, meta = load_tensors(self.path, skip=("images",))
+        tensors, raw = load_tensors(self.path, skip=("images",))
+        found = _images(self.path)
+        meta = read_facts(self.path, raw, images=found is not None)
+        assert found is not None
+        self.shape, self._offset = found
         self.tables: Tables = Tables(
             tensors.get("teacher_logits"), tensors["kept"].long() if "kept" in tensors else None, tensors.get("scores")
         )
-        try:
-            self.patch_size: int = json.loads(meta["patch_size"])
-            self.adapter: str = json.loads(meta["adapter"])
-            self.adapter_digest: str = json.loads(meta["adapter_digest"])
-            self.class_names: tuple[str, ...] = tuple(json.loads(meta["class_names"]))
-            self.shape, self._offset = _place(self.path)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} must be a surrogate, got a file without {error}; make it again.") from error
+        self.patch_size: int = meta["patch_size"]
+        self.adapter: str = meta["adapter"]
+        self.adapter_digest: str = meta["adapter_digest"]
+        self.class_names: tuple[str, ...] = tuple(meta["class_names"])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -97,12 +97,18 @@ class StoredImages:
         return found
 
 
-def _place(path: Path) -> tuple[tuple[int, int, int, int], int]:
-    """Shape of the images in a safetensors file, and the byte at which they start."""
+def _images(path: Path) -> tuple[tuple[int, int, int, int], int] | None:
+    """Shape of the images in a safetensors file, and the byte at which they start; None where it has none.
+
+    Raises:
+        ValueError: images of another kind.
+    """
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        images = json.loads(file.read(size))["images"]
-    n, channels, height, width = images["shape"]
-    if images["dtype"] != "U8":
-        raise ValueError(f"uint8 images ({images['dtype']})")
-    return (n, channels, height, width), 8 + size + images["data_offsets"][0]
+        images = json.loads(file.read(size)).get("images")
+    if images is None:
+        return None
+    shape = images["shape"]
+    if images["dtype"] != "U8" or len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"{path} must hold images uint8 [n, 3, H, W], got {images['dtype']} {shape}; make it again.")
+    return (shape[0], shape[1], shape[2], shape[3]), 8 + size + images["data_offsets"][0]

@@ -126,20 +126,7 @@ class Surrogate:
             ValueError: truncated, corrupt, or no surrogate of this version.
         """
         tensors, raw = load_tensors(path)
-        try:
-            meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} must have metadata in JSON, got {str(error)[:80]}; make it again.") from error
-        if meta.get("surrogate_format") not in READABLE:
-            raise ValueError(
-                f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')}; make it "
-                "again."
-            )
-        facts = ("class_names", "patch_size", "adapter", "adapter_digest", "config")
-        missing = sorted({*facts} - set(meta)) + ([] if "images" in tensors else ["images"])
-        if missing or not isinstance(meta["class_names"], list):
-            found = f"none of {', '.join(missing)}" if missing else f"`class_names` {meta['class_names']!r}"
-            raise ValueError(f"{path} must hold `images`, {', '.join(facts)}, got {found}; make it again.")
+        meta = read_facts(path, raw, images="images" in tensors)
         return cls(
             images=tensors["images"],
             labels=tensors.get("labels"),
@@ -154,6 +141,33 @@ class Surrogate:
             curves=tensors.get("curves"),
             rows=tensors["rows"].long() if "rows" in tensors else None,
         )
+
+
+def read_facts(path: str | PathLike[str], raw: Mapping[str, str], *, images: bool) -> dict[str, Any]:
+    """What a surrogate's file says beside its tensors, from its metadata.
+
+    Args:
+        path: of the file, for messages.
+        raw: the metadata, JSON in strings.
+        images: whether it has any.
+
+    Raises:
+        ValueError: no surrogate of this version.
+    """
+    try:
+        meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must have metadata in JSON, got {str(error)[:80]}; make it again.") from error
+    if meta.get("surrogate_format") not in READABLE:
+        raise ValueError(
+            f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')}; make it again."
+        )
+    facts = ("class_names", "patch_size", "adapter", "adapter_digest", "config")
+    missing = sorted({*facts} - set(meta)) + ([] if images else ["images"])
+    if missing or not isinstance(meta["class_names"], list):
+        found = f"none of {', '.join(missing)}" if missing else f"`class_names` {meta['class_names']!r}"
+        raise ValueError(f"{path} must hold `images`, {', '.join(facts)}, got {found}; make it again.")
+    return meta
 
 
 def mask_scores(scores: Tensor | None, sparsity: float, adapter: str) -> Tensor:

@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter, LoRAFactors
 TOGETHER = 256
 """Ranks that are multiplied out in one product."""
 AT_ONCE = 2 << 30
-"""Bytes of the sites whose sums are held at a time; the adapters are read once for each such part."""
+"""Bytes that the sums of some sites may take at a time (`held_bytes`); adapters are read once for each such part."""
 
 
 class UpdateSum:
@@ -37,8 +37,8 @@ class UpdateSum:
         self._waiting = 0
 
     def add(self, part: LoRAFactors) -> None:
-        """Add one update; its tensors may be changed or freed afterwards once the matrix is kept."""
-        self._parts.append(part)
+        """Add one update, on any device; its tensors are not to be changed before the sum is asked for."""
+        self._parts.append(LoRAFactors(_alone(part.lora_A), _alone(part.lora_B), part.scaling))
         self.rank += part.r
         self._waiting += part.r
         if self.rank > min(self.out, self.width) and (self.matrix is None or self._waiting >= TOGETHER):
@@ -131,12 +131,28 @@ def in_parts(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int,
     parts: list[dict[str, tuple[int, int]]] = []
     held = AT_ONCE
     for site, (out, width) in shapes.items():
-        held += 4 * out * width
+        own = held_bytes(out, width)
+        held += own
         if held > AT_ONCE:
             parts.append({})
-            held = 4 * out * width
+            held = own
         parts[-1][site] = (out, width)
     return parts
+
+
+def held_bytes(out: int, width: int) -> int:
+    """The most that `UpdateSum` holds: factors side by side, or a matrix and the factors that wait for their product.
+
+    The last update comes on top of either, and what a product or a singular value decomposition needs on the way, of
+    one site at a time.
+    """
+    return 4 * max(min(out, width) * (out + width), out * width + TOGETHER * (out + width))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, copied where it is a part of a larger one, which would be held with it."""
+    found = tensor.cpu()
+    return found.clone() if found.untyped_storage().nbytes() > found.numel() * found.element_size() else found
 
 
 def stack(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from ..runtime.checkpoint import Checkpoint
 from ..runtime.distributed import ALONE, Group
 from ..runtime.graphs import Graphs, adam, state_of
 from ..runtime.progress import Stopwatch, track
-from ..runtime.seeds import stream
 from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
@@ -27,6 +26,7 @@ from .bank import AnySurrogate, fill_bank
 from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
+from .factors import random_factors
 from .guide import feature_targets
 from .shares import own_shares
 from .step import EpisodeStep
@@ -178,33 +178,6 @@ def first_factors(backbone: Backbone, adapters: Sequence[Adapter], config: MetaC
     """What training starts from: the warm start of the adapters, or random factors; errors as in `random_factors`."""
     lora = random_factors(backbone, config, seed)
     return start_factors(adapters, lora, backbone, gain=config.warm_start_gain) if config.init == "adapters" else lora
-
-
-def random_factors(backbone: Backbone, config: MetaConfig, seed: int) -> LoRA:
-    """Random factors of the meta-LoRA, once everything about it is known to fit the backbone.
-
-    Raises:
-        ValueError: blocks that the backbone does not have, sites that cannot be trained in it, or a `guide_size` that
-            its patch size does not divide.
-    """
-    blocks = range(backbone.num_blocks)
-    if config.layers is not None and not set(config.layers) <= set(blocks):
-        raise ValueError(f"`layers` must be some of 0 to {backbone.num_blocks - 1}, got {config.layers}.")
-    for i in blocks if config.layers is None else config.layers:
-        if {"fc1", "fc2"} & set(config.sites) and not backbone.has_plain_mlp(i):
-            raise ValueError(f"`sites` must leave out fc1 and fc2 for {backbone.name!r}, whose MLPs are gated.")
-    if config.guide_size is not None and config.guide_size % backbone.patch_size:
-        raise ValueError(
-            f"`guide_size` must be a multiple of the patch {backbone.patch_size}, got {config.guide_size}."
-        )
-    return LoRA.random(
-        backbone,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        sites=config.sites,
-        layers=config.layers,
-        generator=stream(seed, "meta-lora"),
-    )
 
 
 def default_lr(embed_dim: int) -> float:

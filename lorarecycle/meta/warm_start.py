@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, LoRAFactors
 from ..adapters.dead import leave_out_dead
 from ..adapters.load_many import AdapterLike, HubOptions, load_all
+from ..config import MetaConfig
 from ..runtime.strict import left_out_error
 from ..vit.backbone import Backbone
 from ..vit.base import BaseLike, doubts, find_base
+from ..vit.fit import check_fit, leave_out_unfit
 from ..vit.lora import LoRA
+from .factors import random_factors
 from .sums import Sums, in_parts, sum_updates
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def warm_start(
         layers: blocks of the result; all when None.
         gain: factor on the mean of the updates; `common_gain` when None.
         name: of the result.
-        strict: what becomes of adapters that are left out, as in `recycle`.
+        strict: what becomes of adapters that are left out, or do not fit, as in `recycle`.
         hub: `revision`, `token`, `subfolder`, `cache_dir`, `local_files_only` for Hub ids among `adapters`, as in
             `Adapter.from_pretrained`.
 
@@ -65,20 +67,23 @@ def warm_start(
         an `Adapter` without a head.
 
     Raises:
-        ValueError, FileNotFoundError: no adapters, adapters that do not fit, no base that can be found, `gain` not
-            positive.
+        ValueError, FileNotFoundError: `r`, `lora_alpha`, `sites`, `layers` or `gain` that cannot be, no adapters,
+            adapters that do not fit, no base that can be found.
     """
+    shape = MetaConfig(r=r, lora_alpha=lora_alpha, sites=tuple(sites), layers=None if layers is None else tuple(layers))
+    _check_gain(gain)
     loaded = load_all(adapters, strict=strict, stored=True, **hub)
     found, dead = leave_out_dead(loaded.adapters)
     if strict and dead:
         raise left_out_error(dead[0])
-    backbone = find_base(base, found)
-    for line in (*dead, *doubts(backbone, found)):
-        logger.warning(line)
+    backbone, unfit = find_base(base, found), list[str]()
+    like = random_factors(backbone, shape, 0)  # what is random in them is in ranks that stay empty
+    if strict is False:
+        found, unfit = leave_out_unfit(backbone, found)
     for adapter in found:
-        backbone.check(adapter)
-    generator = torch.Generator().manual_seed(0)  # of ranks that stay empty
-    like = LoRA.random(backbone, r=r, lora_alpha=lora_alpha, sites=sites, layers=layers, generator=generator)
+        check_fit(backbone, adapter)
+    for line in (*dead, *unfit, *doubts(backbone, found)):
+        logger.warning(line)
     return start_factors(found, like, backbone, gain=gain).to_adapter(name=name, like=backbone)
 
 
@@ -105,8 +110,7 @@ def start_factors(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone, *
     Raises:
         ValueError: no adapters, `gain` not positive, shapes that differ at a site.
     """
-    if gain is not None and not 0 < gain < math.inf:
-        raise ValueError(f"`gain` must be positive and finite, got {gain}.")
+    _check_gain(gain)
     factors = like.factors()
     lengths, tops = _Lengths(), {}
     for part in in_parts(_shapes(factors)):
@@ -167,6 +171,11 @@ class _Lengths:
         likeness = (self.together - self.apart) / ((n - 1) * self.apart)
         wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
         return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / self.together), n))
+
+
+def _check_gain(gain: float | None) -> None:
+    if gain is not None and not 0 < gain < math.inf:
+        raise ValueError(f"`gain` must be positive and finite, got {gain}.")
 
 
 def _count(adapters: Iterable[Adapter]) -> int:

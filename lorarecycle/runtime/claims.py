@@ -8,6 +8,7 @@ without seeing it grow. It saves work only: two that do the same piece write the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -43,7 +44,7 @@ class Claims:
         """Claim a piece of work while the block runs; yields whether that worked.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or is a file.
         """
         path, text = self.folder / name, _describe()
         if not self._create(path, text):
@@ -71,19 +72,26 @@ class Claims:
 
     def _create(self, path: Path, text: str) -> bool:
         for _ in range(2):
-            try:
-                self.folder.mkdir(exist_ok=True)
-                _create_whole(path, text)
-            except FileExistsError:
+            if path.exists():
                 if not self._is_stale(path):
                     return False
                 self._take_over(path)
-                continue
-            except FileNotFoundError:  # the folder was removed between the two
+            self._make_folder()
+            try:
+                _create_whole(path, text)
+            except (FileExistsError, FileNotFoundError):  # somebody was faster; or has removed the folder
                 continue
             self._watched.pop(path.name, None)
             return True
         return False
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(
+                errno.ENOTDIR, f"{self.folder} must be a folder of claims, got a file; move it away"
+            ) from error
 
     def _take_over(self, path: Path) -> None:
         """Put a stale claim away: of several that try, one does."""
@@ -137,6 +145,7 @@ def _describe() -> str:
         "started": owner.started(pid),
         "rank": owner.rank(),
         "run": os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        "agent": os.getppid(),  # torchrun on this machine, which counts its restarts
         "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", ""),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "token": secrets.token_hex(4),
@@ -148,12 +157,12 @@ def _is_gone(found: dict[str, Any]) -> bool:
     """Whether the process that a claim describes is known to be gone."""
     run, restart = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     earlier = str(found.get("restart"))
-    here = found.get("host") == owner.host() and found.get("machine") == owner.machine()  # each machine counts restarts
-    ours = here and bool(run) and run != "none" and found.get("run") == run
+    here = found.get("host") == owner.host() and found.get("machine") == owner.machine()
+    ours = here and bool(run) and run != "none" and found.get("run") == run and found.get("agent") == os.getppid()
     if ours and restart.isdecimal() and earlier.isdecimal() and int(earlier) < int(restart):
         return True  # torchrun ends all processes before it starts any anew
     pid = found.get("pid")
-    if found.get("host") != owner.host() or found.get("machine") != owner.machine() or type(pid) is not int:
+    if not here or type(pid) is not int:
         return False
     return owner.is_gone(pid) is True or owner.started(pid) != found.get("started")
 

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .meeting import agree
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for another one; one that dies is noticed by torchrun, which ends or restarts all."""
@@ -62,6 +65,8 @@ class Group:
 
 
 ALONE = Group()
+_joined: Any = None
+"""The process group that `join` made."""
 
 
 def launched() -> int:
@@ -85,6 +90,7 @@ def join(device: torch.device) -> Group:
     """
     import torch.distributed as dist
 
+    global _joined
     if not dist.is_available() or (not dist.is_initialized() and launched() == 1):
         return ALONE
     if not dist.is_initialized():
@@ -92,9 +98,11 @@ def join(device: torch.device) -> Group:
             torch.cuda.set_device(device)
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
         # torchrun's store outlives a restart: without a name of their own, processes find addresses of those before
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        name = agree(dist.PrefixStore("lorarecycle", store), rank, size, MEETING)
+        store = dist.PrefixStore(f"lorarecycle {name}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MEETING)
+        _joined = dist.group.WORLD
         dist.barrier()  # all connections are there
         be_patient = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         be_patient(PATIENCE, dist.group.WORLD)
@@ -107,11 +115,13 @@ def join(device: torch.device) -> Group:
 
 
 def leave() -> None:
-    """End the group that `join` made, at the end of a program."""
+    """End the group that `join` made, at the end of a program; one that the caller made stays."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    global _joined
+    if _joined is not None and dist.is_initialized() and dist.group.WORLD is _joined:
         dist.destroy_process_group()
+    _joined = None
 
 
 def leads() -> bool:

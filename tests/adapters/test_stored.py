@@ -8,9 +8,11 @@ import torch
 
 from lorarecycle import Adapter, recycle, warm_start
 from lorarecycle.adapters import stored
+from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.adapters.facts import facts_of
 from lorarecycle.adapters.load_many import load_all
 from lorarecycle.adapters.stored import StoredAdapter, head_of, is_dead, shapes_of, signature_of
+from lorarecycle.meta.sums import sum_updates
 
 FAST = {"inversion": {"pictures": 12}, "meta": {"steps": 2}, "quiet": True}
 
@@ -83,3 +85,14 @@ def test_a_factor_of_a_qkv_layer_keeps_no_more_than_itself(folder):
     for lora_A, lora_B, _ in load_all(folder).adapters[4].factors.values():
         for tensor in (lora_A, lora_B):
             assert tensor.untyped_storage().nbytes() == 4 * tensor.numel()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_adapters_on_a_gpu(tiny_backbone, make_adapter):
+    here = make_adapter(tiny_backbone)
+    moved = {site: LoRAFactors(A.cuda(), B.cuda(), scaling) for site, (A, B, scaling) in here.factors.items()}
+    there = Adapter(moved, here.head.to(torch.device("cuda")))
+    assert signature_of(there) == pytest.approx(signature_of(here), rel=1e-9)
+    assert there.digest() == here.digest()
+    both = [sum_updates(one, {here.sites[0]: (32, 32)}).sites[here.sites[0]] for one in ([here, here], [here, there])]
+    assert torch.equal(both[0].dense(), both[1].dense())

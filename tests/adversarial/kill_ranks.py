@@ -2,9 +2,9 @@
 
     python tests/adversarial/kill_ranks.py --runs 30 --seed 0
 
-Each run starts two ranks with `--max-restarts 5`, waits for a random moment of the time that an unbroken run takes, and
-sends SIGKILL to one of them. The run must end by itself, with the bits of the unbroken run of two ranks, and leave no
-claim and no half-written file. Prints a line for each run and one for all. Linux only.
+Each run starts two ranks with `--max-restarts 5`, waits until it has come to a random place and a random while longer,
+and sends SIGKILL to one of them. The run must end by itself, with the bits of the unbroken run of two ranks, and leave
+no claim and no half-written file. Prints a line for each run and one for all. Linux only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from lorarecycle.runtime.files import LEFTOVER, hash_file
 
 JOB = Path(__file__).parents[1] / "distributed" / "job.py"
 RANKS = 2
+ADAPTERS = 6
+PLACES = ("no folder", *(f"{n} adapters inverted" for n in range(ADAPTERS + 1)), "training", "saving", "done")
+"""Where a run can be, in this order."""
+WHILE = 0.1
+"""Of the time that an unbroken run takes: the longest wait after the place was reached."""
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -54,8 +59,8 @@ def ranks(agent: int) -> list[int]:
     return sorted(found)
 
 
-def stage(folder: Path) -> str:
-    """Where a run is."""
+def place(folder: Path) -> str:
+    """Where a run is, one of `PLACES`."""
     work = folder / "work-long"
     for name, path in (
         ("done", folder / "long.safetensors"),
@@ -65,19 +70,20 @@ def stage(folder: Path) -> str:
         if path.exists():
             return name
     made = len(list((work / "surrogates").glob("0*.safetensors"))) if work.exists() else -1
-    return "starting" if made < 0 else f"{made} adapters inverted"
+    return PLACES[made + 1]
 
 
 def broken_run(folder: Path, draw: random.Random, seconds: float) -> tuple[str, str]:
     """Where the run was when a rank was killed, and how it ended."""
+    target, longer, victim = draw.randrange(len(PLACES) - 1), draw.uniform(0, WHILE) * seconds, draw.randrange(RANKS)
     agent, where = start(folder), "the start"
     try:
-        time.sleep(draw.uniform(0.25, 1.0) * seconds)
-        while not (alive := ranks(agent.pid)) and agent.poll() is None:  # not started yet
-            time.sleep(0.1)
-        where = stage(folder)
+        while agent.poll() is None and (len(ranks(agent.pid)) < RANKS or PLACES.index(place(folder)) < target):
+            time.sleep(0.05)
+        time.sleep(longer)
+        where, alive = place(folder), ranks(agent.pid)
         if alive:
-            os.kill(draw.choice(alive), signal.SIGKILL)
+            os.kill(alive[victim % len(alive)], signal.SIGKILL)
         else:
             where = "after the end"
         code = agent.wait(timeout=60 + 20 * seconds)
@@ -106,12 +112,15 @@ def main() -> None:
         seconds = time.monotonic() - began
         whole = hash_file(Path(parent) / "whole" / "long.safetensors")
         print(f"unbroken: {seconds:.0f} s", flush=True)
+        places = Counter[str]()
         for i in range(options.runs):
             began = time.monotonic()
             where, ended = broken_run(Path(parent) / f"run-{i}", draw, seconds)
             ended = "same bits, nothing left" if ended == whole else ended
+            places[where] += 1
             counts[ended if len(ended) < 64 else ended[:64]] += 1
             print(f"run {i}: killed at {where!r}, {ended}, {time.monotonic() - began:.0f} s", flush=True)
+    print("killed at: " + ", ".join(f"{where} ({n})" for where, n in places.items()))
     print(", ".join(f"{ended}: {n} of {options.runs}" for ended, n in counts.items()))
     sys.exit(counts["same bits, nothing left"] < options.runs)
 

@@ -1,7 +1,9 @@
 """Several processes on one run: the result of one, whatever their number, and a run that goes on with fewer."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +20,13 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 JOB = str(Path(__file__).with_name("job.py"))
 
 
-def torchrun(processes: int, *command: str, restarts: int = 0, **more) -> subprocess.Popen:
-    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+MEET, RESUME = (str(Path(__file__).with_name(name)) for name in ("meet.py", "resume.py"))
+
+
+def torchrun(
+    processes: int, *command: str, restarts: int = 0, machines: tuple[str, ...] = ("--standalone",), **more
+) -> subprocess.Popen:
+    options = [*machines, "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
@@ -82,6 +89,20 @@ def test_the_result_does_not_depend_on_the_number_of_processes(alone, tmp_path, 
     assert not [*tmp_path.rglob(f"{LEFTOVER}*"), *tmp_path.rglob("claims")]
 
 
+@pytest.mark.slow
+def test_machines_that_count_their_restarts_differently_find_one_another(tmp_path):
+    """Two agents, as on two machines: the one whose process died counts a restart, the other starts anew without."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    machines = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", place)
+    agents = [torchrun(1, MEET, str(tmp_path), restarts=2, machines=machines) for _ in range(2)]
+    for agent in agents:
+        end(agent, timeout=100)
+    said = sorted((tmp_path / f"of-{rank}").read_text() for rank in range(2))
+    assert said == ["1 0", "1 1"], "ranks 0 and 1, after no and one restart"
+
+
 @pytest.mark.medium
 def test_a_run_of_four_is_finished_by_two(alone, tmp_path):
     """Killed whole while images are made: what is there stays, and others go on."""
@@ -101,6 +122,18 @@ def test_a_run_of_four_is_finished_by_two(alone, tmp_path):
     for key, value in results(alone, "episodes").items():
         torch.testing.assert_close(results(tmp_path, "episodes")[key], value, rtol=1e-3, atol=1e-5)
     assert not [*tmp_path.rglob(f"{LEFTOVER}*"), *tmp_path.rglob("claims")]
+
+
+@pytest.mark.medium
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    """The first one reads Adam's state; the other has it from the first."""
+    end(torchrun(2, RESUME, str(tmp_path)))
+    found = [json.loads((tmp_path / f"of-{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["losses"]
+    assert found[0]["moved"]
+    assert found[0]["steps before"] == 5
+    assert len(set(found[0]["digests"])) == 1
 
 
 @pytest.mark.medium

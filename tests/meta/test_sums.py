@@ -5,7 +5,7 @@ import torch
 
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.meta import sums
-from lorarecycle.meta.sums import UpdateSum, in_parts
+from lorarecycle.meta.sums import UpdateSum, held_bytes, in_parts
 from lorarecycle.meta.warm_start import common_gain, start_factors
 from lorarecycle.vit.lora import LoRA
 
@@ -53,17 +53,33 @@ def test_the_tolerance_stated_at_width_768():
 
 
 def test_sites_in_parts(monkeypatch):
-    monkeypatch.setattr(sums, "AT_ONCE", 4 * 100)
+    monkeypatch.setattr(sums, "TOGETHER", 1)
+    monkeypatch.setattr(sums, "AT_ONCE", 4 * 150)
     shapes = {"a": (5, 10), "b": (5, 10), "c": (20, 20), "d": (1, 1)}
     assert [list(part) for part in in_parts(shapes)] == [["a", "b"], ["c"], ["d"]]
     assert in_parts({}) == []
+
+
+@pytest.mark.parametrize(("out", "width"), [(48, 48), (96, 48), (600, 300)])
+def test_what_is_held_is_what_is_stated(out, width):
+    """Also of updates that are parts of larger tensors."""
+    found, most = UpdateSum(out, width), 0
+    for i in range(200):
+        wide = torch.zeros(3 * out, 4)
+        found.add(LoRAFactors(torch.zeros(4, width), wide[out : 2 * out], 1.0))
+        held = [tensor for part in found._parts for tensor in (part.lora_A, part.lora_B)]
+        held += [] if found.matrix is None else [found.matrix]
+        most = max(most, sum(tensor.untyped_storage().nbytes() for tensor in held))
+        if i == 0:
+            assert most == 16 * (out + width)
+    assert 0.8 * held_bytes(out, width) < most <= held_bytes(out, width) + 16 * (out + width)
 
 
 def test_parts_change_nothing(tiny_backbone, make_adapter, monkeypatch):
     adapters = [make_adapter(tiny_backbone, seed=i, r=1 + i % 3, size=0.1) for i in range(30)]
     like = LoRA.random(tiny_backbone, r=8, sites=("q", "k", "v"), generator=torch.Generator().manual_seed(0))
     whole, gain = start_factors(adapters, like, tiny_backbone), common_gain(adapters, like, tiny_backbone)
-    monkeypatch.setattr(sums, "AT_ONCE", 4 * 32 * 32)
+    monkeypatch.setattr(sums, "AT_ONCE", 1)
     apart = start_factors(adapters, like, tiny_backbone)
     assert common_gain(adapters, like, tiny_backbone) == pytest.approx(gain, rel=1e-9)
     mean = sum(adapter.delta("blocks.1.attn.q") for adapter in adapters) / 30

@@ -13,6 +13,7 @@ from lorarecycle.meta import train as module
 from lorarecycle.meta.bank import fill_bank
 from lorarecycle.meta.draws import Draws
 from lorarecycle.meta.episodes import EpisodeSampler
+from lorarecycle.meta.factors import random_factors
 from lorarecycle.meta.loss import episode_loss
 from lorarecycle.meta.train import default_lr, learning_rate
 from lorarecycle.vit.lora import LoRA
@@ -208,7 +209,7 @@ def test_the_student_sees_lower_resolutions_and_the_guide_the_whole(tiny_backbon
     pools = surrogates(tiny_data)
     result = meta_train(tiny_backbone, pools, config=config, quiet=True)
 
-    lora = module.random_factors(tiny_backbone, config, 0)  # an update of zero before the first step
+    lora = random_factors(tiny_backbone, config, 0)  # an update of zero before the first step
     whole = torch.cat([s.images for s in pools])
     rows = module.ImageSampler(pools, config, 0)(0).images
     less = F.interpolate(whole[rows].float(), size=(8, 8), mode="bicubic", antialias=True)

@@ -146,3 +146,32 @@ def test_the_base_of_a_warm_start(tiny_backbone, make_adapter, build_vit):
         warm_start(adapter, base=wide)
     with pytest.raises(ValueError, match="`base` must be given"):
         warm_start(Adapter(adapter.factors))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "`r` must be at least 1, got 0"),
+        ({"lora_alpha": -1.0}, "`lora_alpha` must be positive and finite, got -1.0"),
+        ({"sites": ("query",)}, r"`sites` must name some of .*, got \('query',\)"),
+        ({"layers": ()}, "`layers` must name at least one block"),
+        ({"layers": (0, 9)}, r"`layers` must be some of 0 to 2, got \(0, 9\)"),
+        ({"gain": -2.0}, "`gain` must be positive and finite, got -2.0"),
+    ],
+)
+def test_bad_settings(tiny_backbone, make_adapter, options, message):
+    with pytest.raises(ValueError, match=message):
+        warm_start(make_adapter(tiny_backbone), base=tiny_backbone, **options)
+
+
+def test_adapters_that_do_not_fit_are_left_out_where_that_is_asked_for(tiny_backbone, make_adapter, caplog):
+    fitting = [make_adapter(tiny_backbone, seed=i) for i in range(2)]
+    other = Adapter({"blocks.0.attn.q": LoRAFactors(torch.ones(2, 16), torch.ones(16, 2), 1.0)}, name="narrow")
+    for strict in (None, True):
+        with pytest.raises(ValueError, match="narrow"):
+            warm_start([*fitting, other], base=tiny_backbone, strict=strict)
+    made = warm_start([*fitting, other], base=tiny_backbone, strict=False)
+    assert "left out, as it does not fit" in caplog.text
+    assert made.digest() == warm_start(fitting, base=tiny_backbone).digest()
+    with pytest.raises(ValueError, match="must hold one that fits 'tiny', got none"):
+        warm_start([other], base=tiny_backbone, strict=False)

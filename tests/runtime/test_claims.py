@@ -43,6 +43,22 @@ def test_one_of_two_gets_it_and_nothing_is_left(tmp_path):
     assert not folder.exists()
 
 
+def test_a_refused_claim_writes_nothing(tmp_path, monkeypatch):
+    claim_of(tmp_path / "c")
+    monkeypatch.setattr(claims, "_create_whole", lambda *_: pytest.fail("a file was written"))
+    with Claims(tmp_path / "c").take("work") as mine:
+        assert not mine
+
+
+def test_a_file_where_claims_should_be(tmp_path):
+    (tmp_path / "claims").touch()
+    with (
+        pytest.raises(NotADirectoryError, match="must be a folder of claims, got a file"),
+        Claims(tmp_path / "claims").take("work"),
+    ):
+        pass
+
+
 def test_of_many_threads_one_gets_it(tmp_path):
     counts = []
 

@@ -9,7 +9,8 @@ from ...adapters.adapter import Adapter
 from ...config import RecycleConfig
 from ...inversion.pictures import painted_surrogate
 from ...inversion.surrogate import Surrogate
-from ...meta.train import meta_train, random_factors
+from ...meta.factors import random_factors
+from ...meta.train import meta_train
 from ...meta.warm_start import start_factors
 from ...vit.backbone import Backbone
 from .base import Needs

@@ -14,7 +14,8 @@ from torch import Tensor
 from ...adapters.adapter import Adapter, Head
 from ...config import RecycleConfig
 from ...inversion.surrogate import Surrogate
-from ...meta.train import learning_rate, random_factors
+from ...meta.factors import random_factors
+from ...meta.train import learning_rate
 from ...runtime.seeds import derive, stream
 from ...vit.backbone import Backbone
 from .base import Method, Needs, Task, TextEncoder, inputs
