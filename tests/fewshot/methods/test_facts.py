@@ -17,8 +17,9 @@ from lorarecycle.fewshot.methods.lorahub import LoRAHub, WeightedSum
 from lorarecycle.fewshot.methods.mole import Gated
 from lorarecycle.fewshot.methods.registry import make_method
 from lorarecycle.fewshot.methods.shrunk import ShrunkMean
+from lorarecycle.fewshot.methods.text import Names
 from lorarecycle.fewshot.methods.tuned import Trainable, augmented
-from lorarecycle.fewshot.methods.zero_shot import contrastive_logits, text_head
+from lorarecycle.fewshot.methods.zero_shot import text_head
 from lorarecycle.inversion.surrogate import Surrogate
 from lorarecycle.meta.prototypes import class_centres, distance_logits
 
@@ -276,7 +277,7 @@ def test_a_text_head_is_the_projection_before_normalisation():
     expected = space.scale * space.project(features) @ space.encode(["dog", "cat"]).T / 4
     torch.testing.assert_close(head(features), expected, atol=1e-4, rtol=1e-4)
     assert head.class_names == ("dog", "cat")
-    logits = contrastive_logits(space, features, ["dog", "cat"])
+    logits = Names(space).logits(features, ["dog", "cat"])
     assert logits.abs().max() <= space.scale
     assert torch.equal(logits.argmax(1), head(features).argmax(1)), "normalising moves no winner"
     space.project = lambda features: features.square()[:, :8]
