@@ -13,7 +13,7 @@ from ..config import as_plain
 from ..data.lazy import Dataset
 from ..fewshot.evaluate import evaluate
 from ..fewshot.images import TaskImages
-from ..fewshot.methods.base import Method, Task
+from ..fewshot.methods.base import Given, Method, Task
 from ..fewshot.methods.nearest import NearestMean
 from ..fewshot.methods.recycled import LoRARecycle
 from ..fewshot.tasks import sample_tasks
@@ -117,7 +117,7 @@ class Ready(Method):
         self.method = method
         self.seconds = seconds
 
-    def _prepare(self, *arguments: Any) -> None:
+    def _prepare(self, given: Given) -> None:
         pass
 
     def solve(self, task: Task) -> Tensor:

@@ -79,10 +79,10 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     chosen = settled(settings)
     if chosen.get("method") not in (*GENERATORS, "original", "plain", "data"):
         raise ValueError(f"`generator.method` must be given, one of {', '.join(GENERATORS)}, original, plain, data.")
+    generator_config(chosen["method"], chosen["config"], settings["seed"])
     with_enough(world.open(set_names(settings)[0], "train"), chosen["per_class"] + 1, N_WAY, "the tasks' set")
     if chosen["vector"] != "vision" and world.encode is None:
         raise ValueError("`text_encoder` must be given for text task vectors, got none: a CLIP model of transformers.")
-    generator_config(chosen["method"], chosen["config"], settings["seed"])
     tune_config(chosen["tune"], chosen["r"], 0)
 
 

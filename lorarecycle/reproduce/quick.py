@@ -94,8 +94,6 @@ def shrink(settings: Mapping[str, Any]) -> Settings:
         if part in small:
             asked = settings[part].get("config", {}).get("conv_layers", 12)
             small[part]["config"]["conv_layers"] = asked - FEWER_LAYERS
-    if settings["kind"] == "pictures":
-        small["adapters"]["count"] = 2
     if settings["kind"] == "training":
         small["meta"] = merge(small["meta"], {"n_way": 2})
     return small
