@@ -13,7 +13,7 @@ from .common import Care, Flat, Machine, Manners, load_meta_lora
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
-    from ..fewshot.methods.base import TextEncoder
+    from ..fewshot.methods.base import Needs, TextEncoder
     from ..inversion.surrogate import Surrogate
     from ..vit.backbone import Backbone
 
@@ -64,6 +64,7 @@ class Evaluate:
             print(describe_methods())
             return
         needs, quiet = find_method(self.method).needs, self.manners.quiet
+        self._refuse_idle(needs)
         method: Any = self.method if self.rate is None else make_method(self.method, rate=self.rate)
         meta_lora, adapters = load_meta_lora(self.meta_lora), self._adapters()
         tasks = None if self.tasks is None else Tasks.load(self.tasks)
@@ -72,7 +73,7 @@ class Evaluate:
         shared: dict[str, Any] = {"download": self.download, "strict": self.care.level}
         data = open_dataset(self.data, self.split, **shared)
         aside = None
-        if self.validation is not None and needs.rate and self.rate is None:
+        if self.validation is not None:
             aside = open_dataset(self.validation, self.validation_split, **shared)
         result = evaluate(
             backbone,
@@ -80,9 +81,9 @@ class Evaluate:
             meta_lora,
             method=method,
             adapters=adapters,
-            surrogates=self._surrogates() if needs.surrogates else None,
+            surrogates=self._surrogates(),
             validation=aside,
-            text_encoder=self._text_encoder(backbone) if needs.text_encoder else None,
+            text_encoder=self._text_encoder(backbone),
             config=self.config,
             tasks=tasks,
             workers=self.workers,
@@ -92,6 +93,20 @@ class Evaluate:
         if leads():
             print(result)
         leave()
+
+    def _refuse_idle(self, needs: Needs) -> None:
+        """Raise where an option reaches nothing: it would be thought to have done something."""
+        read = {
+            "adapters": needs.adapters > 0,
+            "surrogates": needs.surrogates,
+            "validation": needs.rate and self.rate is None,
+            "text_encoder": needs.text_encoder,
+        }
+        read["validation_split"] = read["validation"] and self.validation is not None
+        for name, used in read.items():
+            if getattr(self, name) not in (None, ()) and not used:
+                flag = name.replace("_", "-")
+                raise ValueError(f"`--{flag}` must be left out for method {self.method!r}, which does not use it.")
 
     def _adapters(self) -> list[Adapter]:
         from ..adapters.load_many import load_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,8 @@ class Reproduce:
     work folder and is not done again."""
 
     table: Annotated[str, tyro.conf.Positional] = "list"
-    """table1 to table18, figure5, figure8, figure9 of LoRA Recycle, icm1 to icm6 of ICM-LoRA, or a JSON file; `list`
-    names them."""
+    """table1 to table18, figure5, figure8, figure9 of LoRA Recycle, icm1 to icm6 of ICM-LoRA, methods, own, or a JSON
+    file; `list` names them."""
     data: Path | None = None
     """Folder that holds the data sets."""
     work_dir: Path = Path("reproduced")
@@ -37,6 +38,8 @@ class Reproduce:
     """Folder or Hub id of a CLIP model, for what reads class names."""
     n_tasks: int | None = None
     """Tasks of each cell in place of the file's."""
+    cheapest_first: bool = False
+    """Run the cells that cost least first, by the estimates of --plan."""
     skip_missing: bool = False
     """Mark cells whose data sets are not there as not run, instead of stopping."""
     workers: int = 1
@@ -46,14 +49,18 @@ class Reproduce:
 
     def run(self) -> None:
         from ..reproduce.experiment import experiment_names, experiment_text, load_experiment
-        from ..reproduce.planning import plan_run
-        from ..reproduce.run import prepare_run
+        from ..reproduce.planning import cheapest_first, plan_run
+        from ..reproduce.run import CellsFailed, prepare_run
 
         if self.table == "list":
+            if self.copy is not None:
+                raise ValueError("`--copy` must come with the table whose file is wanted, got none.")
             for name in experiment_names():
                 print(f"{name:10} {load_experiment(name).title}")
             return
         if self.copy is not None:
+            if self.copy.exists():
+                raise FileExistsError(f"`--copy` must name a new file, got {self.copy}; choose another or delete it.")
             self.copy.write_text(experiment_text(self.table), encoding="utf-8")
             print(self.copy)
             return
@@ -79,6 +86,14 @@ class Reproduce:
         if self.plan:
             print(plan_run(run))
             return
-        path = run()
+        run.order = cheapest_first if self.cheapest_first else None
+        failures: list[str] = []
+        try:
+            path = run()
+        except CellsFailed as error:
+            path, failures = error.table, error.failures
         print(path.read_text(encoding="utf-8"))
         print(path)
+        if failures:
+            print("\n".join(["lorarecycle: cells failed:", *failures]), file=sys.stderr)
+            raise SystemExit(1)

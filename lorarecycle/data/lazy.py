@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.files import hash_file
 from ..runtime.progress import track
 from .dataset import LabelledImages
 from .images import Fit, to_batches
@@ -96,6 +102,21 @@ class Dataset:
         """Images of each class."""
         return tuple(torch.bincount(self.labels, minlength=len(self.class_names)).tolist())
 
+    @cached_property
+    def image_digests(self) -> tuple[str, ...]:
+        """SHA-256 (hex) of each image: of its file, or of its pixels where there is none. All are read once."""
+        return tuple(_digest(image) for image in self.images)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of images, labels, class names and groups: equal content in equal order, equal digest."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        groups = None if self.groups is None else self.groups.tolist()
+        facts = (self.image_digests, self.labels.tolist(), self.class_names, groups)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     def subset(self, index: Tensor) -> Dataset:
         """The images at `index` (int64 or bool), under the same class names."""
         groups = None if self.groups is None else self.groups[index]
@@ -141,3 +162,13 @@ class Dataset:
                 parts.append(batch)
                 bar.update(len(batch))
         return LabelledImages(torch.cat(parts), self.labels, self.class_names)
+
+
+def _digest(image: Any) -> str:
+    """SHA-256 (hex) of one image: a file, a file's content, or pixels of whatever kind."""
+    if isinstance(image, (str, PathLike)):
+        return hash_file(Path(image))
+    if isinstance(image, (bytes, bytearray)):
+        return hashlib.sha256(image).hexdigest()
+    pixels = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()

@@ -108,7 +108,7 @@ def evaluate(
             tasks.
         text_encoder: for methods that read the classes' names.
         config: settings, or a mapping of those that differ from the defaults of `EvaluateConfig`.
-        seed: of the task list, in place of `config.seed`.
+        seed: of the task list and of a method that is given by name, in place of `config.seed`.
         tasks: a task list of `data` to use instead of the one that `config` describes.
         images: those of `data`, from an earlier call whose features are worth keeping; `batch_size` and `workers` are
             theirs.
@@ -128,7 +128,8 @@ def evaluate(
     seed = config.seed if seed is None else seed
     if isinstance(method, str):
         own = {f.name for f in fields(find_method(method).kind) if f.init}  # type: ignore[arg-type]
-        method = make_method(method, **({"distance": config.distance} if "distance" in own else {}))
+        shared = {"distance": config.distance, "seed": seed}
+        method = make_method(method, **{name: value for name, value in shared.items() if name in own})
     tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
     quiet = quiet or not group.leads

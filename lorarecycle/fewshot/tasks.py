@@ -62,6 +62,10 @@ class Tasks:
     def __str__(self) -> str:
         return f"{len(self)} {self.n_way}-way {self.n_shot}-shot tasks"
 
+    def first(self, count: int) -> Tasks:
+        """The first tasks of the list; all where it has no more."""
+        return Tasks(self.classes[:count], self.support[:count], self.query[:count])
+
     def save(self, path: str | PathLike[str]) -> Path:
         """Write a npz file with arrays `classes`, `support` and `query`, atomically."""
         arrays = {name: getattr(self, name).numpy() for name in ("classes", "support", "query")}

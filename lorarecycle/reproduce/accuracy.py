@@ -9,21 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import as_plain
 from ..data.lazy import Dataset
 from ..fewshot.evaluate import evaluate
 from ..fewshot.images import TaskImages
-from ..fewshot.methods.base import Method, Task
+from ..fewshot.methods.base import Given, Method, Task
 from ..fewshot.methods.nearest import NearestMean
 from ..fewshot.methods.recycled import LoRARecycle
-from ..fewshot.methods.registry import find_method, make_method
+from ..fewshot.tasks import sample_tasks
 from ..vit.backbone import Backbone
+from .facts import Facts, method_facts
 from .learning import learned
 from .memory import peak, reset_peak
 from .sets import check_apart, with_enough
-from .settings import key_of, meta_config, method_options, pick, set_names, task_config
+from .settings import key_of, make_cell_method, meta_config, set_names, task_config, tasks_seen
 from .world import World
 
 Result = dict[str, Any]
+SHOWS = ("accuracy", "tasks_per_second", "prepare_seconds", "memory")
+"""Figures that a table may show."""
 KEPT = 12
 """Prepared methods that stay in memory."""
 
@@ -31,7 +35,7 @@ KEPT = 12
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     """Accuracy in percent with its interval, tasks per second (features that an earlier cell of the set left are not
     counted), seconds of preparation, peak memory in GB."""
-    method: Any = make_method(settings["method"], **method_options(settings))
+    method: Any = make_cell_method(settings)
     needs, config = method.needs, task_config(settings)
     model, meta_lora = world.model(settings), None
     reset_peak(world.device)
@@ -45,9 +49,18 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     for name in set_names(settings):
         data = with_enough(world.open(name, "test"), config.n_shot + config.n_query, config.n_way, name)
         aside = None
-        if needs.rate and method.rate is None:
-            source = validation_set(world, settings)
+        if _chooses(method):
+            source = validation_set(settings)
             aside = with_enough(world.open(source, "val"), config.n_shot + config.n_query, config.n_way, source)
+        tasks = sample_tasks(
+            data.labels,
+            n_way=config.n_way,
+            n_shot=config.n_shot,
+            n_query=config.n_query,
+            n_tasks=config.n_tasks,
+            seed=config.seed,
+            groups=data.groups,
+        )
         result = evaluate(
             model,
             data,
@@ -57,12 +70,14 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
             surrogates=world.surrogates(settings) if method.needs.surrogates else None,
             validation=aside,
             config=config,
+            tasks=tasks.first(tasks_seen(settings)),
             images=_images(world, settings, name, data, model),
             workers=world.workers,
             quiet=world.quiet,
         )
         found[name] = {
             **result.summary(),
+            "n_drawn": config.n_tasks,
             "prepare_seconds": getattr(method, "seconds", result.prepare_seconds),
             "tasks_per_second": 1 / result.seconds_per_task,
             **({"rate": method.chosen} if needs.rate else {}),
@@ -82,7 +97,7 @@ def _images(world: World, settings: Mapping[str, Any], name: str, data: Dataset,
     config = task_config(settings)
     if config.n_tasks * config.n_way * (config.n_shot + config.n_query) < len(data):
         return None
-    key = f"{name} {len(data)} {model.fit}"
+    key = name, data.class_names, model.fit
     if key not in world.images:
         if len(world.images) >= KEPT:
             world.images.clear()
@@ -102,7 +117,7 @@ class Ready(Method):
         self.method = method
         self.seconds = seconds
 
-    def _prepare(self, *arguments: Any) -> None:
+    def _prepare(self, given: Given) -> None:
         pass
 
     def solve(self, task: Task) -> Tensor:
@@ -114,9 +129,7 @@ class Ready(Method):
 
 def _ready(world: World, settings: Mapping[str, Any], method: Method, model: Backbone) -> Ready:
     """A method whose preparation hangs on no task, prepared once for all sets and shots; the last few are kept."""
-    needs = method.needs
-    names = [name for name in reads(settings) if name not in ("set", "tasks")]
-    key = key_of(pick(settings, names))
+    needs, key = method.needs, key_of(prepared_facts(world, settings, method))
     if key not in world.prepared:
         start = time.perf_counter()
         method.prepare(
@@ -132,21 +145,45 @@ def _ready(world: World, settings: Mapping[str, Any], method: Method, model: Bac
     return Ready(*world.prepared[key])
 
 
-def reads(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings that move a cell of accuracy; others may differ between tables that share it."""
-    method: Any = make_method(settings["method"], **method_options(settings))
-    needs, names = method.needs, ["base", "weights", "method", "options", "set", "tasks", "seed"]
-    recycled = isinstance(method, LoRARecycle)
-    names += ["adapters"] if needs.adapters or needs.surrogates else []
-    names += ["surrogates"] if needs.surrogates else []
-    names += ["learn", "meta"] if recycled else []
-    names += ["validation"] if needs.rate and method.rate is None else []
-    return tuple(names)
+def facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves a cell of accuracy."""
+    method: Any = make_cell_method(settings)
+    names, tasks = set_names(settings), as_plain(task_config(settings))
+    del tasks["distance"]
+    if not _chooses(method):
+        del tasks["n_validation_tasks"]
+    found = {
+        **prepared_facts(world, settings, method),
+        "tasks": {**tasks, "seen": tasks_seen(settings)},
+        "tests": [world.open(name, "test").digest() for name in names],
+    }
+    found |= {"names": names} if len(names) > 1 else {}
+    if _chooses(method):
+        found["validation"] = world.open(validation_set(settings), "val").digest()
+    return found
 
 
-def validation_set(world: World, settings: Mapping[str, Any]) -> str:
-    """The set whose validation classes rates are chosen on: `validation`, or the first that adapters are of."""
-    return settings["validation"] or (settings["adapters"].get("of") or set_names(settings))[0]
+def prepared_facts(world: World, settings: Mapping[str, Any], method: Any) -> Facts:
+    """What moves a method before it sees a task."""
+    if isinstance(method, LoRARecycle):
+        return {**world.learn_facts(settings), "method": "LoRARecycle", "distance": method.distance}
+    found, needs = {**world.base_facts(settings), **method_facts(method)}, method.needs
+    if needs.adapters or needs.surrogates:
+        made = world.surrogate_facts(settings) if needs.surrogates else world.adapter_facts(settings)
+        found |= {**made, "count": world.count(settings)}
+    return found | ({"text_encoder": world.text_facts()} if needs.text_encoder else {})
+
+
+def _chooses(method: Any) -> bool:
+    """Whether a method chooses its rate on validation tasks."""
+    return bool(method.needs.rate and method.rate is None)
+
+
+def validation_set(settings: Mapping[str, Any]) -> str:
+    """The set whose validation classes rates are chosen on: `validation`, or the first that adapters were tuned on;
+    for adapters of a folder, the set that is tested on."""
+    own = settings["adapters"].get("folder")
+    return settings["validation"] or (set_names(settings) if own else settings["adapters"]["of"])[0]
 
 
 def check(world: World, settings: Mapping[str, Any]) -> None:
@@ -156,45 +193,66 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
         ValueError, FileNotFoundError, ImportError: sets, classes, images, packages, a text encoder that are missing.
     """
     name = settings["method"]
-    method: Any = make_method(name, **method_options(settings))
-    needs, config, chosen = find_method(name).needs, task_config(settings), settings["adapters"]
+    method: Any = make_cell_method(settings)
+    needs, config = method.needs, task_config(settings)
     missing = [package for package in needs.packages if find_spec(package) is None]
     if missing:
         raise ImportError(f"method {name!r} needs {', '.join(missing)}; `pip install {' '.join(missing)}`.")
-    words = needs.text_encoder or (needs.surrogates and settings["surrogates"].get("head") == "text")
-    if words and world.text_encoder is None:
+    if needs.text_encoder and world.text_encoder is None:
         raise ValueError(f"`text_encoder` must be given for method {name!r}, got none: a CLIP model of transformers.")
     per_class = config.n_shot + config.n_query
     for one in set_names(settings):
         with_enough(world.open(one, "test"), per_class, config.n_way, f"set {one!r}")
-    if needs.rate and getattr(method, "rate", None) is None:
-        source = validation_set(world, settings)
-        with_enough(world.open(source, "val"), per_class, config.n_way, f"set {source!r}")
+    if _chooses(method):
+        source = validation_set(settings)
+        try:
+            aside = world.open(source, "val")
+        except ValueError as error:
+            raise ValueError(
+                f"`validation` must name a set with validation classes, on which method {name!r} chooses its rate, got "
+                f"{source!r} ({error}); or give the rate in `options`."
+            ) from error
+        with_enough(aside, per_class, config.n_way, f"set {source!r}")
     if not needs.adapters and not needs.surrogates:
         return
-    if chosen.get("folder"):
-        _check_folder(world, settings, heads=needs.heads, surrogates=needs.surrogates)
-        return
-    for one in chosen["of"]:
-        train = with_enough(world.open(one, "train"), 1, chosen["n_way"], f"set {one!r}")
-        if one in set_names(settings):
-            check_apart(train, world.open(one, "test"), one)
+    check_adapters(world, settings, heads=needs.heads or needs.surrogates, surrogates=needs.surrogates)
+    for one in set(settings["adapters"]["of"]) & set(set_names(settings)):
+        if not settings["adapters"].get("folder"):
+            check_apart(world.open(one, "train"), world.open(one, "test"), one)
     if isinstance(method, LoRARecycle):
-        meta = meta_config(settings)
+        chosen, meta = settings["adapters"], meta_config(settings)
         if meta.n_way > chosen["n_way"] and meta.interpolation < 1:
             raise ValueError(f"`meta.n_way` must be at most `adapters.n_way`, got {meta.n_way} and {chosen['n_way']}.")
 
 
-def _check_folder(world: World, settings: Mapping[str, Any], *, heads: bool, surrogates: bool) -> None:
-    """Make sure that adapters of the user's own are there and fit, and have heads where those are needed."""
-    place = world.place(settings["adapters"]["folder"])
+def check_adapters(world: World, settings: Mapping[str, Any], *, heads: bool = True, surrogates: bool = True) -> None:
+    """Make sure that adapters can be had, and surrogates of them, without tuning or inverting anything.
+
+    Args:
+        world: where the cell runs.
+        settings: of the cell.
+        heads: they must have classification heads.
+        surrogates: images of their classes are wanted too.
+
+    Raises:
+        ValueError, FileNotFoundError: sets, folders, heads, a text encoder that are missing.
+    """
+    chosen, images = settings["adapters"], settings["surrogates"]
+    if surrogates and images.get("head") == "text" and world.text_encoder is None:
+        raise ValueError("`text_encoder` must be given for `surrogates.head` 'text', got none: a CLIP model.")
+    if not chosen.get("folder"):
+        for one in chosen["of"]:
+            with_enough(world.open(one, "train"), 1, chosen["n_way"], f"set {one!r}")
+        return
+    place = world.place(chosen["folder"])
     if not place.is_dir():
         raise FileNotFoundError(f"`adapters.folder` must be a folder of adapters, got {place}.")
-    if surrogates and settings["surrogates"]["images"] == "real":
+    if surrogates and images["images"] == "real":
         raise ValueError("`surrogates.images` must be 'inverted' for adapters of a folder, got 'real'.")
-    headless = [adapter.name for adapter in world.adapters(settings) if adapter.head is None]
+    headless = [adapter.name for adapter in world.own_adapters(settings) if adapter.head is None]
     if heads and headless:
+        what = f"method {settings['method']!r}" if settings["kind"] == "accuracy" else f"cells of {settings['kind']!r}"
         raise ValueError(
-            f"`adapters.folder` must hold adapters with classification heads for method {settings['method']!r}, got "
-            f"none in {', '.join(headless[:5])}; choose a method that needs none, such as 'recycle-weights'."
+            f"`adapters.folder` must hold adapters with classification heads for {what}, got none in "
+            f"{', '.join(headless[:5])}; choose a method that needs none, such as 'recycle-weights'."
         )

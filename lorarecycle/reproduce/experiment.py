@@ -12,7 +12,7 @@ from typing import Any
 
 from .settings import Settings, common, merge
 
-FIELDS = ("title", "source", "note", "settings", "sets", "columns", "rows", "picture")
+FIELDS = ("title", "source", "note", "settings", "sets", "columns", "rows", "also", "picture")
 PICTURES = ("shots", "grid", "t-sne")
 
 
@@ -46,6 +46,7 @@ class Experiment:
         settings: that all cells share, over those of `common.json`.
         sets: of the user's own, name -> `{"path", "train", "val", "test"}`; see `Sets`.
         columns, rows: at least one each.
+        also: other figures of the cells, each in a table of its own below.
         picture: "shots" draws accuracy against shots, "grid" and "t-sne" the images of the cells; None for none.
     """
 
@@ -57,6 +58,7 @@ class Experiment:
     settings: Settings
     note: str = ""
     sets: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     picture: str | None = None
 
     def cell(self, row: Row, column: Column) -> Settings:
@@ -137,6 +139,7 @@ def read_experiment(name: str, text: str) -> Experiment:
         dict(content.get("settings", {})),
         content.get("note", ""),
         dict(content.get("sets", {})),
+        tuple(content.get("also", ())),
         picture,
     )
 

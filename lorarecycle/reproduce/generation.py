@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..config import as_plain
 from ..data.dataset import LabelledImages
 from ..data.images import normalize
 from ..generate import CondPDiff, LoRAGenerator, ModelSoup, task_vector, text_vector
@@ -18,13 +20,15 @@ from ..runtime.seeds import derive, stream
 from ..tuning import tune
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
+from .facts import Facts
 from .sets import with_enough
 from .settings import key_of, set_names, tune_config
 from .stages import draw_class_lists
 from .world import World
 
-READS = ("base", "weights", "set", "seed", "generator")
 GENERATORS: dict[str, type[Generator]] = {"soup": ModelSoup, "cond-p-diff": CondPDiff, "icm-lora": LoRAGenerator}
+DEFAULTS: dict[str, Any] = {"r": 2, "tasks": 5, "per_class": 20, "samples": 1, "vector": "vision"}
+"""What `generator` leaves open."""
 N_WAY = 5
 DESCRIPTION = "Tell apart {}."
 
@@ -43,8 +47,8 @@ def generation(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     Originals and generated adapters answer with their own heads; the plain model by the nearest class mean of the
     images that the others were tuned on. `generator.method` "data" has storage alone.
     """
-    chosen = settings["generator"]
-    method, samples = chosen["method"], chosen.get("samples", 1)
+    chosen = settled(settings)
+    method, samples = chosen["method"], chosen["samples"]
     tasks = make_tasks(world, settings)
     if method == "data":
         return {"storage": sum(task.images.images.numel() for task in tasks) / 1e6}
@@ -72,20 +76,57 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: there are not.
     """
-    chosen = settings.get("generator") or {}
+    chosen = settled(settings)
     if chosen.get("method") not in (*GENERATORS, "original", "plain", "data"):
         raise ValueError(f"`generator.method` must be given, one of {', '.join(GENERATORS)}, original, plain, data.")
+    generator_config(chosen["method"], chosen["config"], settings["seed"])
     with_enough(world.open(set_names(settings)[0], "train"), chosen["per_class"] + 1, N_WAY, "the tasks' set")
-    if chosen.get("vector", "vision") != "vision" and world.encode is None:
+    if chosen["vector"] != "vision" and world.encode is None:
         raise ValueError("`text_encoder` must be given for text task vectors, got none: a CLIP model of transformers.")
-    if chosen["method"] in GENERATORS:
-        _config(settings)
-    tune_config(_tuning(settings), chosen["r"], 0)
+    tune_config(chosen["tune"], chosen["r"], 0)
+
+
+def facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves such a cell."""
+    chosen = settled(settings)
+    reads = {"data": (), "plain": (), "original": ("r", "tune")}.get(chosen["method"], ("r", "tune", "samples"))
+    found = {
+        **_run_facts(world, settings),
+        "method": chosen["method"],
+        "tasks": chosen["tasks"],
+        "read": {name: chosen[name] for name in reads},
+    }
+    return found | (_generator_facts(world, settings) if chosen["method"] in GENERATORS else {})
+
+
+def _run_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves the adapters of the tasks: those of a rank serve every generator."""
+    chosen = settled(settings)
+    return {
+        **world.base_facts(settings),
+        "set": world.open(set_names(settings)[0], "train").digest(),
+        "seed": settings["seed"],
+        "per_class": chosen["per_class"],
+        "tune": as_plain(tune_config(chosen["tune"], chosen["r"], settings["seed"])),
+    }
+
+
+def _generator_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves a generator, once it has its adapters."""
+    chosen = settled(settings)
+    return {
+        **_run_facts(world, settings),
+        "tasks": chosen["tasks"],
+        "method": chosen["method"],
+        "config": as_plain(generator_config(chosen["method"], chosen["config"], settings["seed"])),
+        "vector": chosen["vector"],
+        "text_encoder": None if chosen["vector"] == "vision" else world.text_facts(),
+    }
 
 
 def make_tasks(world: World, settings: Mapping[str, Any]) -> list[Task]:
     """Tasks of train classes; each class's images parted into those to tune on and the rest."""
-    chosen, seed = settings["generator"], settings["seed"]
+    chosen, seed = settled(settings), settings["seed"]
     data = world.open(set_names(settings)[0], "train")
     fit, tasks = world.backbone(settings).fit, []
     for i, names in enumerate(draw_class_lists(data.class_names, chosen["tasks"], N_WAY, seed=seed)):
@@ -95,17 +136,15 @@ def make_tasks(world: World, settings: Mapping[str, Any]) -> list[Task]:
 
 
 def run_folder(world: World, settings: Mapping[str, Any], i: int) -> Path:
-    """Where the checkpoints of a task are kept: those of a rank serve every generator."""
-    chosen = settings["generator"]
-    shared = {k: chosen[k] for k in ("r", "tasks", "per_class", "tune") if k in chosen}
-    wanted = {k: settings[k] for k in ("base", "weights", "set", "seed") if k in settings}
-    return world.folder("icm-adapters", {**wanted, "generator": shared}) / f"task-{i}"
+    """Where the checkpoints of a task are kept."""
+    return world.folder("icm-adapters", _run_facts(world, settings)) / f"task-{i}"
 
 
 def checkpoints(world: World, settings: Mapping[str, Any], i: int, task: Task) -> list[Adapter]:
     """The adapters after the last epochs of one task's tuning; all tasks start from the same factors."""
     folder = run_folder(world, settings, i)
-    config = tune_config(_tuning(settings), settings["generator"]["r"], settings["seed"])
+    chosen = settled(settings)
+    config = tune_config(chosen["tune"], chosen["r"], settings["seed"])
     if len(list(folder.glob("epoch-*"))) < config.save_last:
         resume = folder.with_name(f".{folder.name}.tuning.safetensors")
         tune(
@@ -123,7 +162,7 @@ def checkpoints(world: World, settings: Mapping[str, Any], i: int, task: Task) -
 
 def vector(world: World, settings: Mapping[str, Any], task: Task) -> Tensor:
     """The task vector: of the images, of a sentence that names the classes, or both side by side (Tab. 6)."""
-    kind, parts = settings["generator"].get("vector", "vision"), []
+    kind, parts = settled(settings)["vector"], []
     if kind in ("vision", "both"):
         parts.append(task_vector(world.model(settings), task.images.images))
     if kind in ("text", "both"):
@@ -136,9 +175,9 @@ def generator(
     world: World, settings: Mapping[str, Any], runs: list[list[Adapter]], vectors: list[Tensor]
 ) -> tuple[Generator, int]:
     """What learns from all checkpoints of all tasks, from its file where it is there; and the file's bytes."""
-    kind = GENERATORS[settings["generator"]["method"]]
-    wanted = {**{k: settings[k] for k in READS if k in settings}}
-    path = world.work / "generators" / f"{key_of(wanted)}.safetensors"
+    chosen = settled(settings)
+    kind = GENERATORS[chosen["method"]]
+    path = world.work / "generators" / f"{key_of(_generator_facts(world, settings))}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         adapters = [adapter for run in runs for adapter in run]
@@ -146,7 +185,7 @@ def generator(
         kind.fit(
             adapters,
             conditions,
-            config=_config(settings),
+            config=generator_config(chosen["method"], chosen["config"], settings["seed"]),
             device=str(world.device),
             checkpoint=path.with_suffix(".fit"),
             quiet=world.quiet,
@@ -174,20 +213,33 @@ def mean_accuracy(backbone: Backbone, task: Task) -> float:
     return 100 * (torch.cdist(queries, means).argmin(dim=1) == task.test.labels).float().mean().item()
 
 
-def _tuning(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"save_last": 1, **settings["generator"].get("tune", {})}
+def generator_config(method: str, given: Mapping[str, Any], seed: int) -> Any:
+    """The settings of a generator from those that several share: what others have is left out. None where `method` is
+    no generator.
+
+    Raises:
+        ValueError: a setting that none of them has.
+    """
+    kinds = {name: {f.name for f in fields(kind.config_class)} for name, kind in GENERATORS.items()}
+    unknown = sorted(set(given) - set().union(*kinds.values()))
+    if unknown or "seed" in given:
+        raise ValueError(
+            f"`config` of a generator must hold settings of {', '.join(GENERATORS)} but `seed`, which is the cell's, "
+            f"got {[*unknown, 'seed'][0]!r}."
+        )
+    if method not in GENERATORS:
+        return None
+    own = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in kinds[method]}
+    if "seed" in kinds[method]:
+        own["seed"] = derive(seed, "generator") % 2**31
+    return GENERATORS[method].config_class(**own)
 
 
-def _config(settings: Mapping[str, Any]) -> Any:
-    """The generator's settings; those that its method does not have are left out."""
-    from dataclasses import fields
-
-    kind = GENERATORS[settings["generator"]["method"]].config_class
-    known = {f.name for f in fields(kind)}
-    given = {k: v for k, v in settings["generator"].get("config", {}).items() if k in known}
-    if "seed" in known:
-        given["seed"] = derive(settings["seed"], "generator") % 2**31
-    return kind(**given)
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`generator` with its defaults."""
+    given = settings.get("generator") or {}
+    tune = {"save_last": 1, **(given.get("tune") or {})}
+    return {**DEFAULTS, **given, "tune": tune, "config": given.get("config") or {}}
 
 
 def _figures(accuracies: list[float], size: float) -> dict[str, Any]:

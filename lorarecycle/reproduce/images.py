@@ -11,19 +11,29 @@ import torch
 from ..report.pictures import _pyplot, _save
 from ..runtime.files import load_tensors, save_tensors
 from ..vit.features import extract_features
+from .facts import Facts
 from .settings import key_of
-from .world import SURROGATES, World
+from .world import World
 
-READS = (*SURROGATES, "pictures")
+
+def facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves such a cell."""
+    count, per_class = drawn(settings)
+    return {**world.surrogate_facts(settings), "count": min(count, world.count(settings)), "per_class": per_class}
+
+
+def drawn(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """How many adapters are shown, and images of each class."""
+    chosen = settings.get("pictures") or {}
+    return chosen.get("adapters", 2), chosen.get("per_class", 1)
 
 
 def pictures(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A few images of each class of the first adapters, with the teacher's features, in a file; "images" is their
-    number and "loss" the teachers' mean cross-entropy of them."""
-    chosen = settings.get("pictures") or {}
-    per_class, count = chosen.get("per_class", 1), chosen.get("adapters", 2)
+    """A few images of each class of the first adapters, with the teacher's features, in a file; "images" is how many,
+    and "loss" the teachers' mean cross-entropy of them. No other adapters are tuned or inverted."""
+    count, per_class = drawn(settings)
     images, features, labels, losses = [], [], [], []
-    surrogates, adapters = world.surrogates(settings)[:count], world.adapters(settings)[:count]
+    surrogates, adapters = world.surrogates(settings, count), world.adapters(settings, count)
     for i, (surrogate, adapter) in enumerate(zip(surrogates, adapters, strict=True)):
         assert surrogate.labels is not None
         assert surrogate.teacher_logits is not None
@@ -35,7 +45,7 @@ def pictures(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
         labels.append(torch.stack([torch.full_like(index, i), surrogate.labels[index]], dim=1))
         losses.append(torch.nn.functional.cross_entropy(surrogate.teacher_logits, surrogate.labels).item())
     tensors = {"images": torch.cat(images), "features": torch.cat(features), "labels": torch.cat(labels)}
-    path = Path("pictures") / f"{key_of({k: settings[k] for k in READS if k in settings})}.safetensors"
+    path = Path("pictures") / f"{key_of(facts(world, settings))}.safetensors"
     (world.work / path.parent).mkdir(parents=True, exist_ok=True)
     save_tensors(world.work / path, tensors, {})
     return {"images": float(len(tensors["images"])), "loss": sum(losses) / len(losses), "file": str(path)}

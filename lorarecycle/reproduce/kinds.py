@@ -1,4 +1,4 @@
-"""The kinds of cells: how each runs, which settings move it, and what it checks before anything runs."""
+"""The kinds of cells: how each runs, what it hangs on, and what it checks before anything runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import accuracy, generation, images, language, losses, speed
-from .settings import Settings, key_of, pick
+from .facts import Facts
 from .world import World
 
 Run = Callable[[World, Mapping[str, Any]], dict[str, Any]]
@@ -16,16 +16,11 @@ class Kind(NamedTuple):
     """A kind of cell."""
 
     run: Run
-    reads: Callable[[Mapping[str, Any]], tuple[str, ...]]
-    """Names of the settings that move its result."""
+    facts: Callable[[World, Mapping[str, Any]], Facts]
+    """What it hangs on: cells of equal facts are one cell, in whatever table."""
     check: Callable[[World, Mapping[str, Any]], None]
     shows: tuple[str, ...]
     """Figures of its result that a column may show; where none are named, whatever the result has."""
-
-
-def _adapters(world: World, settings: Mapping[str, Any]) -> None:
-    """Cells that need adapters with heads, and surrogates: what LoRA Recycle needs."""
-    accuracy.check(world, {**settings, "kind": "accuracy", "method": "lora-recycle", "options": {}})
 
 
 def _nothing(world: World, settings: Mapping[str, Any]) -> None:
@@ -33,28 +28,25 @@ def _nothing(world: World, settings: Mapping[str, Any]) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "accuracy": Kind(accuracy.accuracy, accuracy.reads, accuracy.check, ("accuracy", "tasks_per_second", "memory")),
+    "accuracy": Kind(accuracy.accuracy, accuracy.facts, accuracy.check, accuracy.SHOWS),
     "inversion": Kind(
         speed.inversion_cost,
-        lambda s: speed.INVERSION,
-        _adapters,
+        speed.inversion_facts,
+        accuracy.check_adapters,
         ("iterations_per_second", "gflops", "memory"),
     ),
     "training": Kind(
-        speed.training_cost,
-        lambda s: speed.TRAINING,
-        _nothing,
-        ("iterations_per_second", "gflops", "memory"),
+        speed.training_cost, speed.training_facts, _nothing, ("iterations_per_second", "gflops", "memory")
     ),
-    "losses": Kind(losses.area_losses, lambda s: losses.READS, _adapters, ("before", "after")),
-    "pictures": Kind(images.pictures, lambda s: images.READS, _adapters, ("images", "loss")),
+    "losses": Kind(losses.area_losses, losses.facts, accuracy.check_adapters, ("before", "after")),
+    "pictures": Kind(images.pictures, images.facts, accuracy.check_adapters, ("images", "loss")),
     "generation": Kind(
         generation.generation,
-        lambda s: generation.READS,
+        generation.facts,
         generation.check,
         ("accuracy", "storage", *(f"task {i}" for i in range(1, 21))),
     ),
-    "language": Kind(language.language, lambda s: language.READS, language.check, ()),
+    "language": Kind(language.language, language.facts, language.check, ()),
 }
 
 
@@ -69,11 +61,6 @@ def find_kind(settings: Mapping[str, Any]) -> Kind:
     return KINDS[settings["kind"]]
 
 
-def read_settings(settings: Mapping[str, Any]) -> Settings:
-    """Of a cell's settings those that move its result: cells of equal ones are one cell, in whatever table."""
-    return {"kind": settings["kind"], **pick(settings, find_kind(settings).reads(settings))}
-
-
-def cell_key(settings: Mapping[str, Any]) -> str:
-    """Names a cell's file."""
-    return key_of(read_settings(settings))
+def cell_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What a cell hangs on; the digits of it name its file."""
+    return {"kind": settings["kind"], **find_kind(settings).facts(world, settings)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import as_plain
 from ..generate import PeftAdapter
 from ..runtime.files import load_tensors, save_tensors
 from ..runtime.seeds import stream
-from .generation import GENERATORS
+from .facts import Facts
+from .generation import GENERATORS, generator_config
 from .settings import key_of
 from .world import World
 
-READS = ("seed", "language")
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "model": {"width": 128, "blocks": 4, "heads": 4},
     "r": 2,
     "length": 128,
@@ -30,6 +32,8 @@ DEFAULTS = {
     "config": {},
 }
 """What `language` leaves open."""
+TOGETHER = 64
+"""Pieces of text in a forward pass."""
 HELD_OUT = 0.1
 """Share of each text, at its end, that is tested on."""
 
@@ -84,15 +88,14 @@ def factor(block: int, side: str) -> str:
 
 def language(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of each text's held-out end: "<text> ppl", the perplexity of the next character, and "<text> bpc", its bits."""
-    chosen = {**DEFAULTS, **settings["language"]}
-    method, seed = chosen["method"], settings["seed"]
+    chosen, seed = settled(settings), settings["seed"]
+    method = chosen["method"]
     assert world.read_text is not None
     texts = {name: world.read_text(name) for name in chosen["texts"]}
     known = {c: i for i, c in enumerate(sorted(set("".join(texts.values()))))}
     tokens = {name: torch.tensor([known[c] for c in text], device=world.device) for name, text in texts.items()}
     parts = {name: row.tensor_split([int(len(row) * (1 - HELD_OUT))]) for name, row in tokens.items()}
-    shared = {k: v for k, v in chosen.items() if k not in ("method", "config")}
-    folder = world.folder("language", {"language": shared, "seed": seed})
+    folder = model_folder(world, settings)
     model = _model(folder / "model.safetensors", len(known), chosen, {n: p[0] for n, p in parts.items()}, seed).to(
         world.device
     )
@@ -122,7 +125,8 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError, FileNotFoundError: they are not.
     """
-    chosen = {**DEFAULTS, **(settings.get("language") or {})}
+    chosen = settled(settings)
+    generator_config(chosen.get("method", ""), chosen["config"], settings["seed"])
     if not chosen.get("texts") or chosen.get("method") not in (*GENERATORS, "original", "plain"):
         raise ValueError(f"`language` must name `texts` and a `method`, got {sorted(chosen)}.")
     if world.read_text is None:
@@ -132,6 +136,34 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
         n = len(world.read_text(name))
         if n < least:
             raise ValueError(f"text {name!r} must have at least {least} characters, got {n}.")
+
+
+def facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves such a cell."""
+    chosen = settled(settings)
+    config = generator_config(chosen["method"], chosen["config"], settings["seed"])
+    plain = None if config is None else as_plain(config)
+    return {**_shared_facts(world, settings), "method": chosen["method"], "config": plain}
+
+
+def _shared_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves the model and the adapters of the texts, which all methods share."""
+    assert world.read_text is not None  # checked
+    chosen = settled(settings)
+    texts = {name: hashlib.sha256(world.read_text(name).encode()).hexdigest() for name in chosen["texts"]}
+    shared = {name: value for name, value in chosen.items() if name not in ("method", "config", "texts")}
+    return {"texts": texts, "language": shared, "seed": settings["seed"]}
+
+
+def model_folder(world: World, settings: Mapping[str, Any]) -> Path:
+    """Where the model and the adapters of the texts are kept."""
+    return world.folder("language", _shared_facts(world, settings))
+
+
+def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`language` with its defaults."""
+    given = settings.get("language") or {}
+    return {**DEFAULTS, **given, "model": {**DEFAULTS["model"], **(given.get("model") or {})}}
 
 
 def _draw(row: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
@@ -191,33 +223,25 @@ def _adapters(folder: Path, model: CharacterModel, chosen: Any, row: Tensor, see
 def _vector(model: CharacterModel, row: Tensor, length: int) -> Tensor:
     """The mean hidden state of the last character of pieces of the text (ICM-LoRA, Eq. 1)."""
     pieces = row[: len(row) // length * length].view(-1, length)
-    return model.hidden(pieces)[:, -1].mean(dim=0).cpu()
+    return torch.cat([model.hidden(part)[:, -1] for part in pieces.split(TOGETHER)]).mean(dim=0).cpu()
 
 
 @torch.no_grad()
 def _held_out_loss(model: CharacterModel, row: Tensor, length: int, lora: Mapping[str, Tensor] | None) -> float:
     pieces = row[: (len(row) - 1) // length * length + 1].unfold(0, length + 1, length)
-    return sum(model.loss(part, lora).item() * len(part) for part in pieces.split(64)) / len(pieces)
+    return sum(model.loss(part, lora).item() * len(part) for part in pieces.split(TOGETHER)) / len(pieces)
 
 
 def _generator(world: World, settings: Mapping[str, Any], chosen: Any, runs: Any, vectors: Any) -> Any:
-    from dataclasses import fields
-
     kind = GENERATORS[chosen["method"]]
-    path = (
-        world.work
-        / "generators"
-        / f"{key_of({'language': settings['language'], 'seed': settings['seed']})}.safetensors"
-    )
+    path = world.work / "generators" / f"{key_of(facts(world, settings))}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = {f.name for f in fields(kind.config_class)}
-        config = {k: v for k, v in chosen["config"].items() if k in known}
         adapters = [(adapter, vectors[name]) for name, run in runs.items() for adapter in run]
         kind.fit(
             [a for a, _ in adapters],
             [v for _, v in adapters],
-            config=config,
+            config=generator_config(chosen["method"], chosen["config"], settings["seed"]),
             device=str(world.device),
             quiet=world.quiet,
         ).save(path)

@@ -23,9 +23,9 @@ from ..runtime.progress import track
 from ..tuning import tune
 from ..vit.backbone import Backbone
 from ..vit.features import normalized_batches
-from .settings import meta_config, pick
+from .settings import meta_config
 from .stages import trained
-from .world import SURROGATES, World
+from .world import World
 
 MASK_SPARSITY = 0.75
 """Of the masks of Table 11, where `meta.sparsity` says nothing."""
@@ -37,10 +37,9 @@ def learned(world: World, settings: Mapping[str, Any]) -> tuple[Backbone, Adapte
     `learn` is "lora" (the meta-LoRA), "everything" (all weights, Tab. 10) or "joint" (a LoRA and one classifier over
     all classes of all adapters, Tab. 8).
     """
-    wanted = {**pick(settings, (*SURROGATES, "learn", "meta")), "method": settings["method"]}
     if settings["learn"] == "everything":
         return everything(world, settings), None
-    folder = world.folder("meta-loras", wanted)
+    folder = world.folder("meta-loras", world.learn_facts(settings))
     if not folder.exists():
         make = joint if settings["learn"] == "joint" else _meta_lora
         make(world, settings).save(folder)

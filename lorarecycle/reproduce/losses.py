@@ -16,12 +16,17 @@ from ..inversion.start import finished_pixels, start_images
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import derive, stream
 from ..vit.backbone import Backbone
+from .facts import Facts
 from .settings import inversion_config
 from .world import World
 
 SPARSITY = 0.75
 """Share of the patches that is background."""
-READS = ("base", "weights", "adapters", "surrogates", "seed", "area")
+
+
+def facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves such a cell."""
+    return {**world.surrogate_facts(settings), "count": world.count(settings), "area": settings["area"]}
 
 
 @torch.no_grad()

@@ -2,171 +2,87 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-from ..config import RecycleConfig
-from ..costs import PASSES, flops_per_second, forward_flops, network_flops
-from ..fewshot.methods.recycled import FromWeights, LoRARecycle
-from ..fewshot.methods.registry import find_method, make_method
-from ..meta.guide import native_size
+from ..costs import flops_per_second
 from ..plan import _duration
-from .accuracy import validation_set
+from .costs import Work, works
 from .run import Cell, Run
-from .settings import inversion_config, key_of, meta_config, method_options, pick, set_names, task_config
-from .world import ADAPTERS, SURROGATES, World
+from .world import World
 
-ALL_WEIGHTS = 3.0
-"""Cost of a forward and a backward pass to all weights, in forward passes."""
-
-
-class Work(NamedTuple):
-    """Something that is made once, for however many cells."""
-
-    stage: str
-    key: str
-    amount: int
-    unit: str
-    flops: float
+UNKNOWN = "not estimated"
 
 
 def plan_run(run: Run) -> str:
     """A table of the work that is left. Estimates: one product of the model's shape is timed.
 
     Args:
-        run: prepared; its models and its prior are loaded, as their operations are counted.
+        run: prepared.
     """
-    world, todo = run.world, run.todo()
-    found: dict[tuple[str, str], tuple[Work, float]] = {}
-    speeds: dict[int, float] = {}
+    todo, speed = run.todo(), Speed(run.world)
+    found: dict[tuple[str, str], Work] = {}
     for cell in todo:
-        width = world.backbone(cell.settings).embed_dim
-        if width not in speeds:  # the best of three: other programs slow some of them down
-            speeds[width] = max(flops_per_second(world.device, world.dtype, width) for _ in range(3))
-        speed = speeds[width]
-        for work in works(world, cell):
-            found.setdefault((work.stage, work.key), (work, work.flops / speed))
-    stages: dict[str, list[tuple[Work, float]]] = {}
-    for work, seconds in found.values():
-        stages.setdefault(work.stage, []).append((work, seconds))
-    rows = [("stage", "amount", "about")]
+        for work in works(run.world, cell.settings, cell.key):
+            found.setdefault((work.stage, work.key), work)
+    stages: dict[str, list[Work]] = {}
+    for work in found.values():
+        stages.setdefault(work.stage, []).append(work)
+    rows, total, unknown = [("stage", "amount", "about")], 0.0, False
     for stage, parts in stages.items():
-        amount = f"{sum(work.amount for work, _ in parts)} {parts[0][0].unit}"
-        rows.append((stage, amount, _duration(sum(seconds for _, seconds in parts))))
-    total = sum(seconds for _, seconds in found.values())
-    rows.append(("", "", _duration(total)))
+        seconds = [speed.seconds(work) for work in parts]
+        known = [s for s in seconds if s is not None]
+        unknown |= len(known) < len(seconds)
+        about = _duration(sum(known)) if len(known) == len(seconds) else UNKNOWN
+        rows.append((stage, f"{sum(work.amount for work in parts)} {parts[0].unit}", about))
+        total += sum(known)
+    rows.append(("", "", _duration(total) + (" and what is not estimated" if unknown else "")))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    missing = sum(bool(cell.missing) for cell in run.cells)
+    missing = [cell for cell in run.cells if cell.missing]
     different = len({cell.key for cell in run.cells if not cell.missing})
     title = f"{run.experiment.title}: {len(run.cells)} cells, {different} different ones, {different - len(todo)} done"
-    title += f", {missing} without their data set" if missing else ""
     note = ["A rehearsal at small size."] if run.quick else []
+    note += [f"{len(missing)} cells cannot run; the first: {missing[0].missing}"] if missing else []
     return "\n".join([title, run.machine, *note, "", *table])
 
 
-def works(world: World, cell: Cell) -> Iterator[Work]:
-    """What a cell needs made, itself last."""
-    settings = cell.settings
-    kind = settings["kind"]
-    backbone = world.backbone(settings)
-    forward = forward_flops(backbone, backbone.image_size)
-    if kind not in ("accuracy", "losses", "inversion", "training"):
-        yield Work(f"{kind} cells", cell.key, 1, "cells", 0.0)
-        return
-    method = make_method(settings["method"], **method_options(settings))
-    needs = method.needs
-    adapters = needs.adapters or needs.surrogates if kind == "accuracy" else kind != "training"
-    surrogates = needs.surrogates if kind == "accuracy" else kind == "losses"
-    if adapters and not settings["adapters"].get("folder"):
-        yield _tuning(world, settings, forward)
-    if surrogates:
-        yield _inversion(world, settings, forward)
-    if kind == "accuracy":
-        if isinstance(method, LoRARecycle):
-            yield _meta_training(settings, cell.key, forward)
-        if isinstance(method, FromWeights):
-            yield _from_weights(world, settings, method, forward)
-        yield _evaluation(world, settings, cell.key, forward)
-    elif kind != "losses":
-        yield Work(f"measure {kind}", cell.key, 1, "cells", 80 * 100 * PASSES * forward)
+class Speed:
+    """How fast this device is, timed once for each width of a model: the best of three, as other programs slow some."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.known: dict[int, float] = {}
+
+    def seconds(self, work: Work) -> float | None:
+        """That some work takes; None where nobody knows."""
+        if work.flops is None:
+            return None
+        if work.width not in self.known:
+            rates = [flops_per_second(self.world.device, self.world.dtype, work.width) for _ in range(3)]
+            self.known[work.width] = max(rates)
+        return work.flops / self.known[work.width]
 
 
-def _tuning(world: World, settings: Mapping[str, Any], forward: float) -> Work:
-    wanted, chosen = pick(settings, ADAPTERS), settings["adapters"]
-    folder = world.folder("adapters", wanted)
-    left = sum(not (folder / f"task-{i}").exists() for i in range(chosen["count"]))
-    counts = [torch.bincount(world.open(name, "train").labels).float().mean().item() for name in chosen["of"]]
-    images = left * chosen["n_way"] * sum(counts) / len(counts) * chosen["tune"].get("epochs", 10)
-    return Work("tune adapters", key_of(wanted), left, "adapters", images * PASSES * forward)
+def cheapest_first(run: Run) -> list[Cell]:
+    """The cells that are left, each time the one that adds least to what those before it made; those whose cost nobody
+    knows last."""
+    speed = Speed(run.world)
+    left: list[tuple[Cell, dict[Any, float]]] = []
+    for cell in run.todo():
+        costs = {(w.stage, w.key): _or_endless(speed.seconds(w)) for w in works(run.world, cell.settings, cell.key)}
+        left.append((cell, costs))
+    return list(_greedy(left))
 
 
-def _inversion(world: World, settings: Mapping[str, Any], forward: float) -> Work:
-    wanted, config, chosen = pick(settings, SURROGATES), inversion_config(settings), settings["adapters"]
-    backbone = world.backbone(settings)
-    count = len(world.adapters(settings)) if chosen.get("folder") else chosen["count"]
-    images = count * chosen["n_way"] * config.images_per_class
-    if settings["surrogates"]["images"] == "real":
-        return Work("label real images", key_of(wanted), images, "images", images * forward)
-    wanted["surrogates"] = {k: v for k, v in wanted["surrogates"].items() if k != "mask"}
-    folder = world.folder("surrogates", wanted)
-    left = sum(not (folder / f"{i}.safetensors").exists() for i in range(count))
-    pruned = forward_flops(backbone, backbone.image_size, config.prune)
-    share = 1 - config.prune_from if config.prune else 0.0
-    step = (1 - share) * forward + share * pruned
-    prior = world.prior(config)
-    if prior is not None:
-        step += network_flops(prior.network, prior.size or backbone.image_size)
-    images = images * left // max(1, count)
-    return Work("invert adapters", key_of(wanted), images, "images", images * config.steps * PASSES * step)
+def _greedy(left: list[tuple[Cell, dict[Any, float]]]) -> Iterator[Cell]:
+    made: set[Any] = set()
+    while left:
+        extra = [sum(seconds for key, seconds in costs.items() if key not in made) for _, costs in left]
+        cell, costs = left.pop(extra.index(min(extra)))
+        made |= set(costs)
+        yield cell
 
 
-def _meta_training(settings: Mapping[str, Any], key: str, forward: float) -> Work:
-    config = meta_config(settings)
-    images = config.steps * config.n_way * (config.n_shot + config.n_query)
-    passes = ALL_WEIGHTS if settings["learn"] == "everything" else PASSES
-    flops = images * (1 - (config.sparsity or 0)) * passes * forward
-    return Work("meta-train", key, config.steps, "steps", flops)
-
-
-def _from_weights(world: World, settings: Mapping[str, Any], method: FromWeights, forward: float) -> Work:
-    """A meta-LoRA of the default preset, once for all sets and shots: steps on painted pictures, and the guide's
-    features of them."""
-    config, backbone = RecycleConfig.weights(), world.backbone(settings)
-    meta = config.meta
-    images = method.steps * meta.n_way * (meta.n_shot + meta.n_query)
-    side = meta.guide_size or max(native_size(backbone), backbone.image_size)
-    guide = config.inversion.pictures * (1 + meta.flip) * forward_flops(backbone, side)
-    key = key_of(pick(settings, (*ADAPTERS, "method", "options")))
-    return Work("meta-train", key, method.steps, "steps", images * PASSES * forward + guide)
-
-
-def _evaluation(world: World, settings: Mapping[str, Any], key: str, forward: float) -> Work:
-    """Features of the images that tasks use; for methods that run the model anew, of each task and its training."""
-    config = task_config(settings)
-    method: Any = make_method(settings["method"], **method_options(settings))
-    needs = find_method(settings["method"]).needs
-    per_task = config.n_way * (config.n_shot + config.n_query)
-    sets, tasks = set_names(settings), config.n_tasks
-    if needs.rate and method.rate is None and validation_set(world, settings):
-        tasks += config.n_validation_tasks * len(method.rates)
-    heavy = needs.fine_tuning and settings["method"] != "linear-probe"
-    if not heavy:
-        images = sum(min(len(world.open(name, "test")), tasks * per_task) for name in sets)
-        model = pick(
-            settings, ("base", "weights", "set")
-        )  # whose features serve all shots, and methods that adapt none
-        if needs.adapters:
-            model |= pick(settings, ("adapters", "surrogates", "learn", "meta", "method", "options", "seed"))
-        return Work("features", key_of(model), images, "images", images * forward)
-    support = config.n_way * config.n_shot
-    if hasattr(method, "budget"):
-        training = method.budget * support * (1 + method.views)
-    else:
-        passes = ALL_WEIGHTS if settings["method"] in ("full", "pmf") else PASSES
-        training = method.steps * support * passes * (2 if settings["method"] == "pmf" else 1)
-    images = len(sets) * tasks * (per_task + math.ceil(training))
-    return Work("fine-tune and answer tasks", key, config.n_tasks * len(sets), "tasks", images * forward)
+def _or_endless(seconds: float | None) -> float:
+    return float("inf") if seconds is None else seconds

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..config import InversionConfig
 from ..data.lazy import Dataset, LazyImages
 from ..data.splits import class_split
-from ..fewshot.methods.registry import find_method, make_method
+from ..fewshot.methods.recycled import LoRARecycle
+from ..fewshot.methods.registry import make_method
 from ..inversion.prior import BatchNormPrior
 from ..runtime.seeds import stream
 from ..vit.backbone import Backbone
@@ -41,7 +42,7 @@ SIZES: Settings = {
     "adapters": {"count": 4, "tune": {"epochs": 1, "batch_size": 30}},
     "surrogates": {"inversion": {"steps": 2, "images_per_class": 6, "batch_size": 30, "prior": "resnet50"}},
     "meta": {"steps": 2, "n_query": 1},
-    "tasks": {"n_query": 3, "n_tasks": 2, "n_validation_tasks": 1},
+    "tasks": {"n_query": 3, "n_tasks": 2, "n_tuned": 2, "n_validation_tasks": 1},
     "measure": {"steps": 2, "batch_size": 10},
     "generator": {
         "tasks": 2,
@@ -63,6 +64,7 @@ SIZES: Settings = {
 METHOD_SIZES: dict[str, Any] = {
     "steps": 2,
     "budget": 6,
+    "episodes": 2,
     "meta_steps": 2,
     "batch": 2,
     "hidden": 16,
@@ -80,10 +82,9 @@ def shrink(settings: Mapping[str, Any]) -> Settings:
     small.pop("weights", None)
     if small["surrogates"]["inversion"].get("prune") or small["meta"].get("layers"):
         small["base"] = DEEP
-    kind = make_method(settings["method"])
-    known = {name for name in METHOD_SIZES if hasattr(kind, name)} - set(settings["options"])
-    if find_method(settings["method"]).needs.rate is False and "recycle" in settings["method"]:
-        known -= {"steps"}  # meta.steps says it
+    method = make_method(settings["method"])
+    known = {name for name in METHOD_SIZES if hasattr(method, name)} - set(settings["options"])
+    known -= {"steps"} if isinstance(method, LoRARecycle) else set()  # meta.steps says it
     small["options"] = {**small["options"], **{name: METHOD_SIZES[name] for name in sorted(known)}}
     if "steps" in settings["options"]:
         small["options"]["steps"] = min(2, settings["options"]["steps"])
@@ -93,8 +94,6 @@ def shrink(settings: Mapping[str, Any]) -> Settings:
         if part in small:
             asked = settings[part].get("config", {}).get("conv_layers", 12)
             small[part]["config"]["conv_layers"] = asked - FEWER_LAYERS
-    if settings["kind"] == "pictures":
-        small["adapters"]["count"] = 2
     if settings["kind"] == "training":
         small["meta"] = merge(small["meta"], {"n_way": 2})
     return small
@@ -151,6 +150,10 @@ class Letters:
     """A text encoder that knows nothing: each name a drawn direction, each image a drawn projection."""
 
     scale = 10.0
+
+    def digest(self) -> str:
+        """There is one of them."""
+        return "letters"
 
     def encode(self, class_names: Sequence[str]) -> Tensor:
         """Unit vectors, float32 [C, 8]."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from ..runtime.files import read_json, write_json, write_text
 from ..runtime.progress import track
 from ..vit.backbone import Backbone
 from .experiment import Column, Experiment, Row, load_experiment
+from .facts import Facts
 from .images import draw_grid, draw_map, draw_shots
-from .kinds import cell_key, find_kind, read_settings
+from .kinds import cell_facts, find_kind
 from .quick import Letters, drawn_set, drawn_text, shrink, tiny_backbone, tiny_prior
 from .sets import Sets
-from .settings import Settings, check_settings, merge
+from .settings import Settings, check_settings, key_of, merge
 from .table import markdown
 from .world import World
 
@@ -33,6 +34,20 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 WRITE_EVERY = 30.0
 """Seconds between tables that are written on the way."""
+
+
+class CellsFailed(RuntimeError):
+    """Cells of a run failed; the others are done.
+
+    Attributes:
+        table: file of what is done.
+        failures: a line for each.
+    """
+
+    def __init__(self, table: Path, failures: list[str]) -> None:
+        super().__init__("; ".join([f"{len(failures)} cells failed", *failures]))
+        self.table = table
+        self.failures = failures
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Cell:
         asked: settings, as the file says.
         settings: those that it runs with; smaller in a rehearsal.
         missing: why it cannot run, where that is put up with.
+        facts: what it hangs on.
+        key: names its file; equal for cells of equal facts, empty where it cannot run.
     """
 
     row: Row
@@ -51,11 +68,8 @@ class Cell:
     asked: Settings
     settings: Settings
     missing: str = ""
-
-    @cached_property
-    def key(self) -> str:
-        """Names its file; equal for cells that are one."""
-        return cell_key(self.settings)
+    facts: Facts = field(default_factory=dict)
+    key: str = ""
 
 
 @dataclass
@@ -68,6 +82,7 @@ class Run:
         cells: row after row.
         quick: a rehearsal.
         machine: in words.
+        order: of the cells that are left; column after column when None.
     """
 
     experiment: Experiment
@@ -75,6 +90,7 @@ class Run:
     cells: list[Cell]
     quick: bool
     machine: str
+    order: Callable[[Run], list[Cell]] | None = None
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -97,18 +113,22 @@ class Run:
         """Run what is not there yet; the table's file.
 
         Raises:
-            RuntimeError: cells that failed, once all others are done; they are tried again by the next call.
+            CellsFailed: cells that failed, once all others are done; they are tried again by the next call.
         """
+        self.failed.clear()
         write_json(self.world.work / "settings.json", {"quick": self.quick, "machine": self.machine})
         written = time.perf_counter()
-        for cell in track(self.todo(), self.experiment.name, unit="cells", quiet=self.world.quiet):
+        cells = self.todo() if self.order is None else self.order(self)
+        for cell in track(cells, self.experiment.name, unit="cells", quiet=self.world.quiet):
             try:
                 result = find_kind(cell.settings).run(self.world, cell.settings)
-            except RuntimeError as error:  # out of memory, say: the other cells are worth having
-                self.failed[cell.key] = f"{cell.row.name}, {cell.column.name}: {error}"
+            except Exception as error:  # out of memory, say: the other cells are worth having
+                reason = " ".join(str(error).split()) or "no reason given"
+                self.failed[cell.key] = f"{cell.row.name}, {cell.column.name}: {type(error).__name__}: {reason}"
                 logger.error("failed: %s", self.failed[cell.key])
+                logger.debug("failed: %s", cell.row.name, exc_info=True)
                 continue
-            write_json(self.path(cell), {"settings": read_settings(cell.settings), "result": result})
+            write_json(self.path(cell), {"facts": cell.facts, "result": result})
             logger.info("%s, %s: %s", cell.row.name, cell.column.name, result)
             if time.perf_counter() - written > WRITE_EVERY:
                 self.write()
@@ -116,7 +136,7 @@ class Run:
         table = self.write()
         self.draw()
         if self.failed:
-            raise RuntimeError("; ".join([f"{len(self.failed)} cells failed", *self.failed.values()]))
+            raise CellsFailed(table, list(self.failed.values()))
         return table
 
     def results(self) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
@@ -196,7 +216,7 @@ def prepare_run(
         work_dir: keeps adapters, surrogates and cells; tables of one base may share it, and what is there is not done
             again.
         base: model in place of the experiment's; cells that name their own keep it.
-        weights: local safetensors file for `base`.
+        weights: local safetensors file for `base`, for every cell of that base that names none of its own.
         prior: batch-norm network in place of the settings', a timm name or a safetensors file.
         prior_weights: local weights for it.
         text_encoder: folder or Hub id of a CLIP model, for what reads class names.
@@ -214,9 +234,13 @@ def prepare_run(
             rehearsal's.
     """
     experiment = table if isinstance(table, Experiment) else load_experiment(table)
+    given: dict[str, Any] = {"base": base, "weights": weights, "prior": prior, "prior_weights": prior_weights}
+    given |= {"text_encoder": text_encoder, "n_tasks": n_tasks}
+    if weights is not None and base is None:
+        raise ValueError(f"`weights` must come with `base`, the model that they are for, got {weights} alone.")
     layer: Settings = {}
     if base is not None:
-        layer |= {"base": base, **({} if weights is None else {"weights": str(weights)})}
+        layer["base"] = base
     if prior is not None:
         layer["surrogates"] = {"inversion": {"prior": prior}}
     if n_tasks is not None:
@@ -227,19 +251,27 @@ def prepare_run(
     work = Path(work_dir).expanduser()
     if quick:
         world = World(
-            drawn_set, work, tiny_backbone, tiny_prior, where, precision, Letters(), Letters().encode, drawn_text
+            open=drawn_set,
+            work=work,
+            load=tiny_backbone,
+            load_prior=tiny_prior,
+            device=where,
+            dtype=precision,
+            text_encoder=Letters(),
+            encode=Letters().encode,
+            read_text=drawn_text,
         )
     else:
         if data is None:
             raise ValueError("`data` must be the folder that holds the sets, got none; `quick` runs without.")
         sets = Sets(data, experiment.sets)
         world = World(
-            sets.open,
-            work,
-            partial(_load, image_size=image_size, device=where),
-            partial(_prior, weights=prior_weights, dtype=precision, device=where),
-            where,
-            precision,
+            open=sets.open,
+            work=work,
+            load=partial(_load, image_size=image_size, device=where),
+            load_prior=partial(_prior, weights=prior_weights, dtype=precision, device=where),
+            device=where,
+            dtype=precision,
             read_text=sets.read_text,
             root=sets.root,
         )
@@ -253,7 +285,17 @@ def prepare_run(
     for row in experiment.rows:
         for column in experiment.columns:
             asked = experiment.cell(row, column)
-            cells.append(_checked(Cell(row, column, asked, shrink(asked) if quick else asked), world, skip_missing))
+            if weights is not None and asked["base"] == base:
+                asked = {"weights": str(weights), **asked}
+            cells.append(
+                _checked(
+                    Cell(row, column, asked, shrink(asked) if quick else asked), world, experiment.also, skip_missing
+                )
+            )
+    if not quick:
+        _refuse_idle(world, cells, {name: value for name, value in given.items() if value is not None})
+    elif named := [name for name, value in {"data": data, **given}.items() if value is not None]:
+        logger.warning("a rehearsal has its own models and images: %s left out", ", ".join(named))
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {where}, {precision}"
     machine += f", torch {torch.__version__}" + ("" if image_size is None else f", {image_size} px")
     _refuse_other(work, quick, machine)
@@ -266,21 +308,36 @@ def reproduce(table: str | PathLike[str] | Experiment, **settings: Any) -> Path:
     return prepare_run(table, **settings)()
 
 
-def _checked(cell: Cell, world: World, skip_missing: bool) -> Cell:
+def _checked(cell: Cell, world: World, also: tuple[str, ...], skip_missing: bool) -> Cell:
     where = f"row {cell.row.name!r}, column {cell.column.name!r}"
     try:
         check_settings(cell.settings)
         kind = find_kind(cell.settings)
-        if kind.shows and cell.column.shows not in kind.shows:
-            raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {cell.column.shows!r}.")
+        unknown = [] if not kind.shows else [one for one in (cell.column.shows, *also) if one not in kind.shows]
+        if unknown:
+            raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {unknown[0]!r}.")
         kind.check(world, cell.settings)
+        facts = cell_facts(world, cell.settings)
     except FileNotFoundError as error:
         if not skip_missing:
             raise FileNotFoundError(f"{where}: {error}") from error
         return replace(cell, missing=str(error))
     except (ValueError, TypeError, ImportError) as error:
         raise type(error)(f"{where}: {error}") from error
-    return cell
+    return replace(cell, facts=facts, key=key_of(facts))
+
+
+def _refuse_idle(world: World, cells: list[Cell], given: Mapping[str, Any]) -> None:
+    """Raise where an argument reaches no cell; it would be thought to have done something."""
+    if any(cell.missing for cell in cells):
+        return
+    used = {"base", "weights"} if any(cell.settings["base"] == given.get("base") for cell in cells) else set()
+    used |= {"n_tasks"} if any("tasks" in cell.facts for cell in cells) else set()
+    used |= {"prior", "prior_weights"} if "prior" in world.used else set()
+    for name in sorted(set(given) - used - world.used):
+        raise ValueError(
+            f"`{name}` must be left out of this experiment, none of whose cells uses it, got {given[name]}."
+        )
 
 
 def _refuse_other(work: Path, quick: bool, machine: str) -> None:

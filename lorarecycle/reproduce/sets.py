@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from os import PathLike
@@ -31,6 +32,8 @@ class Known(NamedTuple):
     """Of `lorarecycle.data.splits`."""
     parts: tuple[str, ...] = ("train", "val", "test")
     """That have classes."""
+    by_list: bool = False
+    """Parted by the lists alone, whatever parts the files have."""
 
 
 KNOWN = {
@@ -42,6 +45,9 @@ KNOWN = {
     "isic": Known(("isic", "ISIC2018"), "isic", ("test",)),
     "eurosat": Known(("eurosat.npz", "eurosat", "EuroSAT"), "eurosat", ("test",)),
     "crop-diseases": Known(("crop_diseases", "CropDiseases", "plant_village"), "crop_diseases", ("test",)),
+    "crop-diseases-by-plant": Known(
+        ("crop_diseases", "CropDiseases", "plant_village"), "crop_diseases_by_plant", ("train", "test"), by_list=True
+    ),
     "aircraft": Known(("aircraft", "fgvc_aircraft"), "aircraft"),
     "dtd": Known(("dtd", "DTD"), "dtd"),
 }
@@ -92,7 +98,7 @@ class Sets:
                 f"set {name!r} must be under {self.root} as one of {', '.join(known.folders)}, got none of them"
                 f"{f'; it is to be had at {where}' if where else ''}."
             )
-        return self._part(path, name, part, class_split(known.split)[part])
+        return self._part(path, name, part, class_split(known.split)[part], own=not known.by_list)
 
     def read_text(self, name: str) -> str:
         """The text `texts/<name>.txt` under the root.
@@ -121,26 +127,28 @@ class Sets:
                 return open_dataset(path)
         return self._part(path, name, part, ())
 
-    def _part(self, path: Any, name: str, part: Part, classes: Sequence[str]) -> Dataset:
-        """The part that the set itself has; else the classes of a list, of the whole set."""
+    def _part(self, path: Any, name: str, part: Part, classes: Sequence[str], own: bool = True) -> Dataset:
+        """The part that the set itself has; else, or where that is not wanted, the classes of a list."""
         tried: Exception | None = None
-        for own in PARTS[part]:
+        for named in PARTS[part] if own else ():
             try:
-                return open_dataset(path, own)
+                return open_dataset(path, named)
             except (FileNotFoundError, ValueError) as error:
                 tried = error
         if not classes:
             raise ValueError(f"set {name!r} ({path}) must have a part {part!r}, got none: {tried}") from tried
         whole = open_dataset(path)
-        there = {_plain(one): one for one in whole.class_names}
-        found = [there[_plain(one)] for one in classes if _plain(one) in there]
+        there = {_plain(one): one for one in whole.class_names} | {one: one for one in whole.class_names}
+        found = [there[key] for one in classes if (key := one if one in there else _plain(one)) in there]
         if not found:
             raise ValueError(
                 f"set {name!r} ({path}) must hold classes such as {', '.join(classes[:3])}, got "
                 f"{', '.join(whole.class_names[:3])}."
             )
         if len(found) < len(classes):
-            logger.warning("%s: %d of %d %s classes are there", name, len(found), len(classes), part)
+            absent = [one for one in classes if one not in there and _plain(one) not in there]
+            text = "%s: %d of %d %s classes are there, without %s"
+            logger.warning(text, name, len(found), len(classes), part, ", ".join(absent))
         return whole.select_classes(found)
 
 
@@ -159,13 +167,18 @@ def check_apart(seen: Dataset, unseen: Dataset, name: str) -> None:
     """Make sure that no class is tuned on and tested on: accuracy on seen classes is no few-shot accuracy.
 
     Raises:
-        ValueError: a class, named, is in both; mere numbers count for nothing.
+        ValueError: a class, named, is in both; or an image of classes that are mere numbers, which may be others.
     """
     both = sorted(set(seen.class_names) & set(unseen.class_names))
-    both = [one for one in both if not one.isdecimal()]
-    if both:
+    named, numbered = ([one for one in both if one.isdecimal() is number] for number in (False, True))
+    found = repr(named[0]) if named else ""
+    if not found and numbered:
+        images = [set(part.select_classes(numbered).image_digests) for part in (seen, unseen)]
+        shared = len(images[0] & images[1])
+        found = f"{shared} images of the classes {', '.join(numbered[:5])}" if shared else ""
+    if found:
         raise ValueError(
-            f"set {name!r} must have each class in one part only, got {both[0]!r} both in the part that adapters are "
+            f"set {name!r} must have each class in one part only, got {found} both in the part that adapters are "
             "tuned on and in the part that is tested on; take it out of one of them."
         )
 
@@ -187,6 +200,8 @@ def with_enough(data: Dataset, count: int, n_way: int, what: str) -> Dataset:
 
 
 def _plain(name: str) -> str:
-    """A class name without case, number in front, and kinds of space."""
+    """A class name as it is compared: letters and digits without case, without a number in front, without what stands
+    in brackets, no word twice in a row. Copies of one set spell its names in many ways."""
     bare = name.split(".", 1)[1] if name.partition(".")[0].isdecimal() and "." in name else name
-    return bare.casefold().replace("_", " ").replace("-", " ").strip()
+    found = re.findall(r"\w+", re.sub(r"\(.*?\)", " ", bare).casefold().replace("_", " "))
+    return "".join(word for word, before in zip(found, [None, *found[:-1]], strict=True) if word != before)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from importlib import resources
 from typing import Any, cast
 
 from ..config import EvaluateConfig, InversionConfig, MetaConfig, RecycleConfig, TuneConfig, as_config
+from ..fewshot.methods.base import Method
+from ..fewshot.methods.linear_probe import LinearProbe
+from ..fewshot.methods.recycled import LoRARecycle
 from ..fewshot.methods.registry import find_method, make_method
 
 Settings = dict[str, Any]
@@ -53,9 +57,14 @@ def common() -> Settings:
 
 
 def merge(*layers: Mapping[str, Any]) -> Settings:
-    """Settings laid over one another, the last on top; mappings are merged name by name, null takes a value away."""
+    """Settings laid over one another, the last on top; mappings are merged name by name, null takes a value away.
+
+    Weights belong to the base that they are named with: another base on top takes them away.
+    """
     found: Settings = {}
     for layer in layers:
+        if layer.get("base", found.get("base")) != found.get("base"):
+            found.pop("weights", None)
         for name, value in layer.items():
             below = found.get(name)
             if isinstance(value, Mapping) and isinstance(below, dict):
@@ -92,7 +101,28 @@ def tune_config(settings: Mapping[str, Any], r: int, seed: int) -> TuneConfig:
 
 def task_config(settings: Mapping[str, Any]) -> EvaluateConfig:
     """The tasks of a cell."""
-    return as_config(EvaluateConfig, {**settings["tasks"], "seed": settings["seed"]}, argument="tasks")
+    given = {name: value for name, value in settings["tasks"].items() if name != "n_tuned"}
+    return as_config(EvaluateConfig, {**given, "seed": settings["seed"]}, argument="tasks")
+
+
+def runs_anew(settings: Mapping[str, Any]) -> bool:
+    """Whether the method runs the model again for each task; a linear probe does not."""
+    entry = find_method(settings["method"])
+    return entry.needs.fine_tuning and not issubclass(entry.kind, LinearProbe)
+
+
+def tasks_seen(settings: Mapping[str, Any]) -> int:
+    """How many of the tasks that are drawn a cell sees: the first `n_tuned` where its method runs the model anew."""
+    drawn, tuned = task_config(settings).n_tasks, settings["tasks"].get("n_tuned")
+    return min(drawn, tuned) if tuned and runs_anew(settings) else drawn
+
+
+def make_cell_method(settings: Mapping[str, Any]) -> Method:
+    """The method of a cell with its options, and the cell's seed where it has one."""
+    options = _tuples(settings["options"], tuple(settings["options"]))
+    kind: Any = find_method(settings["method"]).kind
+    seeded = any(f.name == "seed" and f.init for f in fields(kind))
+    return make_method(settings["method"], **({"seed": settings["seed"]} if seeded else {}), **options)
 
 
 def set_names(settings: Mapping[str, Any]) -> list[str]:
@@ -116,8 +146,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             value = (value or {}).get(name)
         if value is not None and value not in allowed:
             raise ValueError(f"`{path}` must be one of {', '.join(allowed)}, got {value!r}.")
-    find_method(settings["method"])
-    make_method(settings["method"], **method_options(settings))
+    _check_method(settings)
+    _check_tasks(settings["tasks"])
     adapters = settings["adapters"]
     if not adapters.get("folder") and (not adapters.get("of") or adapters["count"] < 1 or not adapters["ranks"]):
         raise ValueError(f"`adapters` must name sets (`of`), a `count` of at least 1 and `ranks`, got {adapters}.")
@@ -126,19 +156,40 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     inversion_config(settings), meta_config(settings), task_config(settings)
 
 
-def method_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`options`, lists as tuples."""
-    return _tuples(settings["options"], tuple(settings["options"]))
+def _check_method(settings: Mapping[str, Any]) -> None:
+    """Options that a method does not have, or that something else decides."""
+    options = settings["options"]
+    if "seed" in options:
+        raise ValueError(f"`options` must leave `seed` to the cell's own, got {options['seed']!r}; give `seed` there.")
+    decided = sorted(set(options) - {"distance"})
+    if isinstance(make_cell_method(settings), LoRARecycle) and decided:
+        raise ValueError(
+            f"`options` of method {settings['method']!r} may hold `distance` only, got {decided[0]!r}; `meta` says how "
+            "it trains."
+        )
 
 
-def key_of(settings: Mapping[str, Any]) -> str:
-    """Sixteen digits that name settings: equal ones, equal digits."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def _check_tasks(tasks: Mapping[str, Any]) -> None:
+    """Settings of tasks that would change nothing."""
+    for name, place in (("distance", "options"), ("seed", "seed")):
+        if name in tasks:
+            raise ValueError(f"`tasks` must leave {name!r} out, got {tasks[name]!r}; give it in `{place}`.")
+    tuned = tasks.get("n_tuned")
+    if tuned is not None and not (isinstance(tuned, int) and tuned >= 1):
+        raise ValueError(f"`tasks.n_tuned` must be at least 1, got {tuned!r}.")
 
 
-def pick(settings: Mapping[str, Any], names: Sequence[str]) -> Settings:
-    """Some settings."""
-    return {name: settings[name] for name in names if name in settings}
+def key_of(facts: Mapping[str, Any]) -> str:
+    """Sixteen digits that name facts: equal ones, equal digits, 5 and 5.0 alike."""
+    return hashlib.sha256(json.dumps(_alike(facts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _alike(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _alike(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_alike(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _tuples(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -10,27 +10,43 @@ from typing import Any
 
 import torch
 
+from ..config import as_plain
 from ..costs import forward_flops
 from ..inversion.invert import Inverter
 from ..inversion.surrogate import Surrogate
 from ..meta.train import meta_train
 from ..runtime.seeds import stream
+from .facts import Facts
 from .memory import peak, reset_peak
 from .settings import inversion_config, meta_config
 from .world import World
 
 STEPS, BATCH = 20, {"inversion": 25, "training": 100}
 """Steps that are timed, and the paper's batch sizes."""
-INVERSION = ("base", "weights", "adapters", "surrogates", "seed", "measure")
-TRAINING = ("base", "weights", "method", "meta", "seed", "measure")
-"""Settings that these cells read."""
+
+
+def inversion_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves a cell of `inversion_cost`."""
+    return {**world.surrogate_facts(settings), "measure": _measure(settings, "inversion")}
+
+
+def training_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves a cell of `training_cost`."""
+    meta = as_plain(meta_config(settings))
+    measure = _measure(settings, "training")
+    return {**world.base_facts(settings), "meta": meta, "seed": settings["seed"], "measure": measure}
+
+
+def _measure(settings: Mapping[str, Any], kind: str) -> tuple[int, int]:
+    """Steps that are timed, images of a batch."""
+    measure = settings.get("measure") or {}
+    return measure.get("steps", STEPS), measure.get("batch_size", BATCH[kind])
 
 
 def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Steps of inversion of one batch of one adapter; where tokens are pruned, pruned ones."""
-    measure = settings.get("measure") or {}
-    steps, batch = measure.get("steps", STEPS), measure.get("batch_size", BATCH["inversion"])
-    adapter, backbone = world.adapters(settings)[0], world.backbone(settings)
+    steps, batch = _measure(settings, "inversion")
+    (adapter,), backbone = world.adapters(settings, 1), world.backbone(settings)
     assert adapter.head is not None
     per_class = max(1, round(batch / len(adapter.head.class_names)))
     chosen = inversion_config(settings)
@@ -48,8 +64,7 @@ def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def training_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Steps of meta-training on random images, which cost what surrogates cost."""
-    measure = settings.get("measure") or {}
-    steps, batch = measure.get("steps", STEPS), measure.get("batch_size", BATCH["training"])
+    steps, batch = _measure(settings, "training")
     model, config = world.model(settings), meta_config(settings)
     per_class = max(2, batch // config.n_way)
     n_shot = min(5, per_class - 1)

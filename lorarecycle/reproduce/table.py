@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .experiment import Column, Experiment, Row
+from .experiment import Experiment
 
+WORDS = {
+    "accuracy": "Accuracy, %",
+    "tasks_per_second": "Tasks per second, the share of features that no earlier cell left included",
+    "prepare_seconds": "Seconds of preparation",
+    "memory": "Peak memory, GB",
+}
+"""Titles of tables."""
 REHEARSAL = "A rehearsal at small size on drawn images: these are no results."
 
 
@@ -27,21 +34,29 @@ def markdown(
     paper = not quick and any(figure is not None for row in experiment.rows for figure in row.paper)
     if paper:
         lines += ["In brackets: the paper.", ""]
-    lines.append("| | " + " | ".join(_escape(column.name) for column in experiment.columns) + " |")
-    lines.append("| --- |" + " --- |" * len(experiment.columns))
-    for row in experiment.rows:
-        shown = [
-            _cell(row, column, i, cells.get((row.name, column.name)), paper)
-            for i, column in enumerate(experiment.columns)
-        ]
-        lines.append(f"| {_escape(row.name)} | {' | '.join(shown)} |")
+    lines += _table(experiment, cells, [column.shows for column in experiment.columns], paper)
+    for shows in experiment.also:
+        lines += ["", f"## {WORDS.get(shows, shows)}", ""]
+        lines += _table(experiment, cells, [shows] * len(experiment.columns), False)
     return "\n".join([*lines, ""])
 
 
-def _cell(row: Row, column: Column, i: int, result: Mapping[str, Any] | None, paper: bool) -> str:
-    ours = "not run" if result is None else figure(result, column.shows)
-    known = row.paper[i]
-    return f"{ours} ({known})" if paper and known is not None else ours
+def _table(
+    experiment: Experiment, cells: Mapping[tuple[str, str], Mapping[str, Any]], shows: Sequence[str], paper: bool
+) -> list[str]:
+    lines = ["| | " + " | ".join(_escape(column.name) for column in experiment.columns) + " |"]
+    lines.append("| --- |" + " --- |" * len(experiment.columns))
+    for row in experiment.rows:
+        found = [cells.get((row.name, column.name)) for column in experiment.columns]
+        known = row.paper if paper else (None,) * len(found)
+        shown = [_cell(result, name, figure) for result, name, figure in zip(found, shows, known, strict=True)]
+        lines.append(f"| {_escape(row.name)} | {' | '.join(shown)} |")
+    return lines
+
+
+def _cell(result: Mapping[str, Any] | None, shows: str, known: float | str | None) -> str:
+    ours = "not run" if result is None else figure(result, shows)
+    return f"{ours} ({known})" if known is not None else ours
 
 
 def figure(result: Mapping[str, Any], shows: str) -> str:
@@ -51,7 +66,8 @@ def figure(result: Mapping[str, Any], shows: str) -> str:
         return "-"
     if shows == "accuracy":
         interval = result.get("interval")
-        return f"{value:.2f}" + (f" ± {interval:.2f}" if interval is not None and interval == interval else "")
+        fewer = f" ({result['n_tasks']} tasks)" if result.get("n_tasks", 0) < result.get("n_drawn", 0) else ""
+        return f"{value:.2f}" + (f" ± {interval:.2f}" if interval is not None and interval == interval else "") + fewer
     return f"{value:.2f}" if abs(value) >= 10 or shows in ("before", "after") else f"{value:.3g}"
 
 

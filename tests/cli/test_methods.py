@@ -30,6 +30,8 @@ def test_evaluate_takes_any_method(tmp_path, capsys):
         (["--method", "nn", "--rate", "0.1"], "`rate` must be left out for method 'nn'"),
         (["--method", "caml"], "`surrogates` must hold labelled images"),
         (["--method", "caml", "--surrogates", str(tmp_path / "gone")], "`--surrogates` must be a folder"),
+        (["--method", "nn", "--validation", "digits"], "`--validation` must be left out for method 'nn'"),
+        (["--method", "nn", *worn], "`--adapters` must be left out for method 'nn', which does not use it"),
         (["--n-query", "500"], "`n_shot + n_query` must be at most"),
     ):
         assert main(["evaluate", "digits", *COMMON, *flags]) == 2

@@ -1,6 +1,7 @@
 """Few-shot tasks and their accuracy: seeded, counted by a naive loop, saved and loaded."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lorarecycle.config import EvaluateConfig
 from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.data.images import normalize
 from lorarecycle.fewshot.evaluate import Evaluation, evaluate, task_accuracies
+from lorarecycle.fewshot.methods import registry
 from lorarecycle.fewshot.tasks import Tasks, sample_tasks
 from lorarecycle.vit.backbone import Backbone
 from lorarecycle.vit.features import extract_features
@@ -135,3 +137,17 @@ def test_too_few(tiny_backbone: Backbone, tiny_data: LabelledImages) -> None:
         evaluate(tiny_backbone, tiny_data, config=EvaluateConfig(n_way=2), quiet=True)
     with pytest.raises(ValueError, match="`n_tasks` must be at least 1"):
         sample_tasks(tiny_data.labels, **{**SIZES, "n_tasks": 0}, seed=0)
+
+
+def test_the_seed_reaches_tasks_and_method(tiny_backbone, tiny_data, monkeypatch):
+    made = []
+
+    def make(name, **settings):
+        made.append(settings)
+        return registry.make_method(name, rate=0.01, steps=1, **settings)
+
+    monkeypatch.setattr(sys.modules["lorarecycle.fewshot.evaluate"], "make_method", make)
+    sizes = {**SIZES, "n_tasks": 1}
+    result = evaluate(tiny_backbone, tiny_data, method="linear-probe", config=sizes, seed=7, quiet=True)
+    assert made == [{"seed": 7}]
+    assert torch.equal(result.tasks.query, sample_tasks(tiny_data.labels, **sizes, seed=7).query)

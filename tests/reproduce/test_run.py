@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lorarecycle.cli.main import main
+from lorarecycle.data.lazy import Dataset, LazyImages
 from lorarecycle.reproduce import run as running
+from lorarecycle.reproduce.accuracy import validation_set
 from lorarecycle.reproduce.experiment import load_experiment
 from lorarecycle.reproduce.planning import plan_run
 from lorarecycle.reproduce.run import prepare_run, reproduce
-from lorarecycle.reproduce.sets import Sets
+from lorarecycle.reproduce.sets import Sets, check_apart
 from lorarecycle.reproduce.table import figure, markdown
 from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.vit.backbone import Backbone
@@ -96,7 +98,7 @@ def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkey
     again()
     found = read_json(cells[0])["result"]
     assert found["accuracy"] == lost["result"]["accuracy"], "equal settings, equal figures"
-    assert read_json(cells[0])["settings"] == lost["settings"]
+    assert read_json(cells[0])["facts"] == lost["facts"]
 
     more = {**SMALL, "tasks": {**SMALL["tasks"], "n_tasks": 5}}
     assert len(prepare_run(experiment(settings=more), **settings).todo()) == 6, "other settings, other cells"
@@ -116,11 +118,62 @@ def test_adapters_of_a_folder_are_looked_at_first(root, experiment, tmp_path, ma
         columns = [{"name": "c", "shows": "accuracy" if kind == "accuracy" else "before"}]
         with pytest.raises(ValueError, match="must hold adapters with classification heads .*, got none in adapter-0"):
             prepare_run(experiment(settings=settings, rows=rows, columns=columns), **file)
+    rows = [{"name": "a", "settings": {"method": "caml"}}]
+    with pytest.raises(ValueError, match="must hold adapters with classification heads for method 'caml', got none"):
+        prepare_run(experiment(settings=settings, rows=rows), **file)  # its surrogates are inverted from them
     rows = [{"name": "a", "settings": {"method": "warm-start"}}]
     assert len(prepare_run(experiment(settings=settings, rows=rows), **file).todo()) == 2
+    rows = [{"name": "a", "settings": {"method": "mole"}}]
+    tuned = prepare_run(experiment(settings=settings, rows=rows), **file).cells[0]
+    assert validation_set(tuned.settings) == "shapes", "rates are chosen on the set's own validation classes"
+    sets = {"shapes": {"path": "shapes.npz", "test": "test"}}
+    aside = {**settings, "validation": "cub"}
+    with pytest.raises(FileNotFoundError, match="set 'cub' must be under"):
+        prepare_run(experiment(settings=aside, rows=rows, sets=sets), **file)
     rows = [{"name": "a", "settings": {"surrogates": {"images": "real"}}}]
     with pytest.raises(ValueError, match="`surrogates.images` must be 'inverted' for adapters of a folder"):
         prepare_run(experiment(settings=settings, rows=rows), **file)
+
+
+def test_cells_of_adapters_ask_for_no_test_set(root, experiment, tmp_path):
+    """Losses of inverted images: the set that is named to be tested on is not there, and nobody wants it."""
+    settings = {**SMALL, "set": "cub", "kind": "losses", "area": "foreground"}
+    file = experiment(settings=settings, rows=[{"name": "a"}], columns=[{"name": "before", "shows": "before"}])
+    assert len(prepare_run(file, data=root, work_dir=tmp_path / "work", **MACHINE).todo()) == 1
+
+
+def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, monkeypatch):
+    """Weights are those of the base that they are given with; a model that is not to be had is told at once."""
+    asked = []
+
+    def load(base, weights, **machine):
+        asked.append((base, weights))
+        if base == "lvvit_m" and weights is None:
+            raise FileNotFoundError("no weights of lvvit_m")
+        return Backbone.load("demo")
+
+    monkeypatch.setattr(running, "_load", load)
+    rows = [{"name": n, "settings": {"method": "nn", "base": n}} for n in ("deit", "lvvit_m")]
+    file = experiment(rows=rows, columns=[{"name": "1-shot"}])
+    where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "quiet": True}
+    with pytest.raises(FileNotFoundError, match="row 'lvvit_m', column '1-shot': no weights of lvvit_m"):
+        prepare_run(file, **where)
+    left = prepare_run(file, skip_missing=True, **where)
+    assert len(left.todo()) == 1
+    assert "1 cells cannot run; the first: no weights of lvvit_m" in plan_run(left)
+    asked.clear()
+    prepare_run(file, base="lvvit_m", weights="lv.safetensors", **where)
+    assert asked == [("deit", None), ("lvvit_m", "lv.safetensors")]
+    with pytest.raises(ValueError, match="`weights` must come with `base`, the model that they are for, got w alone"):
+        prepare_run(file, weights="w", **where)
+    idle = {"base": "vit", "prior": "resnet50", "prior_weights": "p", "skip_missing": False}
+    for name in ("base", "prior", "prior_weights"):
+        given = {**where, "base": "lvvit_m", "weights": "lv.safetensors", name: idle[name]}
+        if name == "base":
+            given["weights"] = None
+            monkeypatch.setattr(running, "_load", lambda base, weights, **machine: Backbone.load("demo"))
+        with pytest.raises(ValueError, match=f"`{name}` must be left out of this experiment, none of whose cells"):
+            prepare_run(file, **given)
 
 
 @pytest.mark.medium
@@ -131,14 +184,16 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
     def fail(settings):
         kind = real(settings)
         if settings["method"] != "nn":
-            return kind._replace(run=lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("too little")))
+            return kind._replace(run=lambda *a: (_ for _ in ()).throw(KeyError("too little")))
         return kind
 
     monkeypatch.setattr(running, "find_kind", fail)
-    with pytest.raises(RuntimeError, match="4 cells failed; warm, 1-shot: too little"):
+    with pytest.raises(RuntimeError, match="4 cells failed; warm, 1-shot: KeyError: 'too little'"):
         prepared()
     assert "| warm | not run | not run |" in (tmp_path / "work" / "shapes" / "table.md").read_text()
-    assert len(prepared.todo()) == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(prepared, "todo", list)
+    assert prepared().exists(), "the failures of an earlier run are not told again"
 
 
 @pytest.mark.parametrize(
@@ -157,6 +212,19 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
         (
             {"rows": [{"name": "a", "settings": {"method": "zero-shot"}}]},
             "row 'a', column '1-shot': `text_encoder` must be given for method 'zero-shot'",
+        ),
+        (
+            {"settings": {**SMALL, "options": {"steps": 3}}},
+            "`options` of method 'lora-recycle' may hold `distance` only",
+        ),
+        ({"settings": {**SMALL, "options": {"seed": 3}}}, "`options` must leave `seed` to the cell's own, got 3"),
+        ({"settings": {**SMALL, "tasks": {"distance": "cosine"}}}, "`tasks` must leave 'distance' out, got 'cosine'"),
+        (
+            {
+                "settings": {**SMALL, "kind": "generation", "generator": {"method": "soup", "config": {"epoch": 3}}},
+                "columns": [{"name": "a"}],
+            },
+            "`config` of a generator must hold settings of soup, cond-p-diff, icm-lora but `seed`, .* got 'epoch'",
         ),
         (
             {"sets": {"shapes": {"path": "gone.npz"}}},
@@ -227,12 +295,39 @@ def test_whole_sets_are_parted_by_the_lists_of_classes(tmp_path, make_data):
         sets.open("crop-diseases", "train")
 
 
+def test_plants_are_parted_by_our_list(tmp_path, caplog):
+    """A copy of PlantVillage that has a part of its own and spells classes its own way."""
+    from PIL import Image
+
+    names = ("Tomato___YellowLeaf__Curl_Virus", "Pepper_bell___healthy", "Corn___Common_rust", "Tomato___mosaic_virus")
+    for name in names:
+        (tmp_path / "crop_diseases" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "crop_diseases" / name / "a.png")
+    sets = Sets(tmp_path)
+    assert set(sets.open("crop-diseases-by-plant", "train").class_names) == {names[1], names[2]}
+    assert set(sets.open("crop-diseases-by-plant", "test").class_names) == {names[0], names[3]}
+    assert "2 of 25 train classes are there, without Apple___Apple_scab" in caplog.text
+
+
+def test_numbered_classes_may_share_names_but_no_images(make_data):
+    def numbered(seed):
+        data = make_data(n_classes=3, seed=seed)
+        return Dataset(LazyImages(data.images.__getitem__, torch.arange(len(data))), data.labels, ("0", "1", "2"))
+
+    check_apart(numbered(0), numbered(1), "numbers")
+    with pytest.raises(ValueError, match=r"got \d+ images of the classes 0, 1, 2 both in the part that adapters"):
+        check_apart(numbered(0), numbered(0), "numbers")
+
+
 @pytest.mark.medium
 def test_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "list"]) == 0
     assert "table14    Table 14: zero-shot classification" in capsys.readouterr().out
     assert main(["reproduce", "table7", "--copy", "mine.json"]) == 0
+    assert main(["reproduce", "table9", "--copy", "mine.json"]) == 2
+    assert main(["reproduce", "--copy", "other.json"]) == 2
+    assert "`--copy` must come with the table" in capsys.readouterr().err
     content = json.loads((tmp_path / "mine.json").read_text())
     assert content["rows"][0]["settings"] == {"meta": {"interpolation": 0.0}}
     flags = ["--quick", "--device", "cpu", "--dtype", "float32", "--quiet", "--work-dir", "work"]
@@ -241,6 +336,16 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "work").exists()
     assert main(["reproduce", "mine.json", *flags]) == 0
     assert "| without cross-task interpolation |" in capsys.readouterr().out
+    for cell in (tmp_path / "work" / "cells").iterdir():
+        cell.unlink()
+    monkeypatch.setattr("lorarecycle.reproduce.accuracy.evaluate", lambda *a, **k: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        main(["reproduce", "mine.json", *flags])
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "with cross-task interpolation, 1-shot: ZeroDivisionError: division by zero" in lines
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     assert reproduce("mine.json", quick=True, device="cpu", dtype="float32", quiet=True, work_dir="work").exists()
 
 

@@ -1,18 +1,23 @@
 """Every table and figure, rehearsed: it runs, and its record says what its file says."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 
+from lorarecycle.fewshot.methods.registry import METHODS
 from lorarecycle.reproduce.experiment import experiment_names, load_experiment, read_experiment
 from lorarecycle.reproduce.kinds import KINDS, find_kind
 from lorarecycle.reproduce.quick import METHOD_SIZES, SIZES
-from lorarecycle.reproduce.settings import check_settings, common, merge
+from lorarecycle.reproduce.settings import check_settings, common, merge, tasks_seen
+from lorarecycle.reproduce.table import figure
 from lorarecycle.runtime.files import read_json
 
 TABLES = (
-    {f"table{i}" for i in range(1, 19)} | {f"icm{i}" for i in range(1, 7)} | {"figure5", "figure8", "figure9", "own"}
+    {f"table{i}" for i in range(1, 19)}
+    | {f"icm{i}" for i in range(1, 7)}
+    | {"figure5", "figure8", "figure9", "own", "methods"}
 )
 
 
@@ -37,7 +42,7 @@ def test_files_hold_settings_that_are_known(name):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", sorted(TABLES))
+@pytest.mark.parametrize("name", sorted(TABLES - {"methods"}))
 def test_a_rehearsal_runs_what_the_file_says(name, rehearse):
     """Rows, columns and all settings that a rehearsal does not make small are those of the file."""
     pytest.importorskip("nevergrad")
@@ -60,6 +65,21 @@ def test_a_rehearsal_runs_what_the_file_says(name, rehearse):
     assert "these are no results" in shown
     figures = [str(f) for r in rows for f in r.get("paper", []) if f is not None]
     assert not any(f"({figure})" in shown for figure in figures), "the paper's figures stay away from a rehearsal"
+
+
+@pytest.mark.medium
+def test_methods_beside_one_another(rehearse):
+    """A few rows of the table of all methods, whose cells `test_methods` answers one by one; its tables of cost."""
+    experiment = load_experiment("methods")
+    assert len(experiment.rows) == sum(not entry.needs.text_encoder for entry in METHODS.values())
+    rows = tuple(row for row in experiment.rows if row.settings["method"] in ("nn", "full", "linear-probe"))
+    table = rehearse(replace(experiment, rows=rows, columns=experiment.columns[-1:]))()
+    text = table.read_text()
+    for title in ("Tasks per second", "Seconds of preparation", "Peak memory, GB"):
+        assert f"## {title}" in text
+    assert text.count("| full fine-tuning |") == 4
+    assert [tasks_seen(experiment.cell(row, experiment.columns[0])) for row in rows] == [600, 100, 600]
+    assert figure({"accuracy": 50.0, "n_tasks": 30, "n_drawn": 600}, "accuracy") == "50.00 (30 tasks)"
 
 
 def without_sizes(settings, sizes):

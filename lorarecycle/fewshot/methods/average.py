@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 
 from ...adapters.adapter import Adapter, LoRAFactors
-from ...inversion.surrogate import Surrogate
 from ...meta.warm_start import start_factors
 from ...vit.backbone import Backbone
 from ...vit.lora import LoRA
-from .base import Needs
+from .base import Given, Needs
 from .nearest import NearestMean
 
 
@@ -72,7 +71,8 @@ class AverageNearestMean(NearestMean):
     r: int | None = None
     needs: ClassVar[Needs] = Needs(adapters=1)
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
+    def _encode(self, given: Given) -> Backbone:
+        backbone, adapters = given.backbone, given.adapters
         if self.r is None:
             return backbone.merge(average(adapters))
         return backbone.merge(average_factors(adapters, backbone, self.r).to_adapter(name="average", like=backbone))

@@ -123,6 +123,17 @@ class Needs(NamedTuple):
         return ", ".join([*found, *["fine-tuning"] * self.fine_tuning, *self.packages]) or "nothing"
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a method is given by `Method.prepare`, once it is checked."""
+
+    backbone: Backbone
+    adapters: list[Adapter]
+    surrogates: list[Surrogate]
+    validation_tasks: list[Task]
+    text_encoder: TextEncoder | None
+
+
 class Method(ABC):
     """A way of answering few-shot tasks. Settings are arguments of the subclass; what it learns is set by `prepare`."""
 
@@ -201,18 +212,12 @@ class Method(ABC):
             ValueError, ImportError: see `check`.
         """
         self.check(backbone, adapters, surrogates, validation_tasks, text_encoder)
-        self._prepare(backbone, list(adapters), list(surrogates or ()), list(validation_tasks or ()), text_encoder)
+        aside = list(validation_tasks or ())
+        self._prepare(Given(backbone, list(adapters), list(surrogates or ()), aside, text_encoder))
         return self
 
     @abstractmethod
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None: ...
+    def _prepare(self, given: Given) -> None: ...
 
     @abstractmethod
     def solve(self, task: Task) -> Tensor:

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...runtime.seeds import stream
 from ...vit.backbone import Backbone
 from ...vit.features import extract_features
-from .base import Method, Needs, Task, TextEncoder
+from .base import Given, Method, Needs, Task
 from .episodes import EpisodeDraw, pool_classes
 
 
@@ -97,17 +95,10 @@ class CAML(Method):
     encoder: Backbone = field(init=False, repr=False)
     model: SequenceModel = field(init=False, repr=False)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        images, labels = pool_classes(surrogates)
-        features = extract_features(backbone, images).to(backbone.device)
-        self.encoder, self.model = backbone, self.train(features, labels)
+    def _prepare(self, given: Given) -> None:
+        images, labels = pool_classes(given.surrogates)
+        self.encoder = given.backbone
+        self.model = self.train(extract_features(self.encoder, images).to(self.encoder.device), labels)
 
     def train(self, features: Tensor, labels: Tensor) -> SequenceModel:
         """A sequence model from features [n, D] and their classes [n]."""

@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
-from ...vit.backbone import Backbone
-from .base import Task
+from .base import Given, Task
 from .tuned import Trainable, Tuned
 
 
@@ -19,8 +16,8 @@ class FullFineTuning(Tuned):
 
     trainable: Trainable = field(init=False, repr=False)
 
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
-        self.trainable = Trainable(backbone)
+    def _setup(self, given: Given) -> None:
+        self.trainable = Trainable(given.backbone)
 
     def _solve(self, task: Task, rate: float) -> Tensor:
         self.trainable.reset()

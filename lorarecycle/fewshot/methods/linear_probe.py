@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
-from .base import Task
+from .base import Given, Task
 from .tuned import Optimizer, Tuned, descend
 
 TOGETHER = 100
@@ -28,8 +26,8 @@ class LinearProbe(Tuned):
     optimizer: Optimizer = "adam"
     encoder: Backbone = field(init=False, repr=False)
 
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
-        self.encoder = backbone
+    def _setup(self, given: Given) -> None:
+        self.encoder = given.backbone
 
     def _solve(self, task: Task, rate: float) -> Tensor:
         return next(self._solve_all([task], rate))

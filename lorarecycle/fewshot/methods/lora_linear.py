@@ -8,12 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...runtime.seeds import stream
 from ...vit.backbone import Backbone
 from ...vit.lora import LoRA
 from .average import average_factors
-from .base import Needs, Task
+from .base import Given, Needs, Task
 from .tuned import Tuned
 
 
@@ -30,9 +29,9 @@ class LoRALinear(Tuned):
     start: Adapter = field(init=False, repr=False)
     """What each task's factors start from."""
 
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
-        self.backbone = backbone
-        self.start = self._first(adapters).to_adapter(name="start", like=backbone)
+    def _setup(self, given: Given) -> None:
+        self.backbone = given.backbone
+        self.start = self._first(given.adapters).to_adapter(name="start", like=self.backbone)
 
     def _first(self, adapters: list[Adapter]) -> LoRA:
         generator = stream(self.seed, "lora + linear")

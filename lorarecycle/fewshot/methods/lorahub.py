@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...meta.prototypes import class_centres, distance_logits
 from ...runtime.seeds import derive, stream
 from ...vit.backbone import Backbone
 from ...vit.replay import ReplayedForward
-from .base import Method, Needs, Task, TextEncoder, inputs
+from .base import Given, Method, Needs, Task, inputs
 from .linear_probe import probe
 from .tuned import augmented
 
@@ -76,15 +75,8 @@ class LoRAHub(Method):
     summed: WeightedSum = field(init=False, repr=False)
     count: int = field(init=False, default=0)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        self.summed, self.count = WeightedSum(backbone, adapters), len(adapters)
+    def _prepare(self, given: Given) -> None:
+        self.summed, self.count = WeightedSum(given.backbone, given.adapters), len(given.adapters)
 
     def solve(self, task: Task) -> Tensor:
         self.summed.set(self.find_weights(task))

@@ -12,9 +12,8 @@ from typing import ClassVar
 import torch
 
 from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
-from .base import Needs
+from .base import Given, Needs
 from .nearest import NearestMean
 
 COMBINATIONS = (
@@ -73,6 +72,8 @@ class PeftNearestMean(NearestMean):
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=2, packages=("peft",))
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
-        combined = combine_with_peft(backbone, adapters, self.combination, density=self.density, seed=self.seed)
-        return backbone.merge(combined)
+    def _encode(self, given: Given) -> Backbone:
+        combined = combine_with_peft(
+            given.backbone, given.adapters, self.combination, density=self.density, seed=self.seed
+        )
+        return given.backbone.merge(combined)

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
 from ...vit.lora import LoRA
-from .base import Needs, Task
+from .base import Given, Needs, Task
 from .tuned import Optimizer, Tuned
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -92,8 +91,8 @@ class Mole(Tuned):
     needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, rate=True)
     gated: Gated = field(init=False, repr=False)
 
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
-        self.gated = Gated(backbone, adapters)
+    def _setup(self, given: Given) -> None:
+        self.gated = Gated(given.backbone, given.adapters)
 
     def _solve(self, task: Task, rate: float) -> Tensor:
         self.gated.reset()

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...meta.prototypes import Distance, class_centres, distance_logits
 from ...vit.backbone import Backbone
-from .base import Method, Task, TextEncoder
+from .base import Given, Method, Task
 
 
 @dataclass
@@ -26,18 +24,11 @@ class NearestMean(Method):
     distance: Distance = "euclidean"
     encoder: Backbone = field(init=False, repr=False)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        self.encoder = self._encode(backbone, adapters, surrogates)
+    def _prepare(self, given: Given) -> None:
+        self.encoder = self._encode(given)
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
-        return backbone
+    def _encode(self, given: Given) -> Backbone:
+        return given.backbone
 
     def solve(self, task: Task) -> Tensor:
         support, query = task.features(self.encoder)

@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...meta.prototypes import class_centres, distance_logits
 from ...runtime.seeds import stream
-from ...vit.backbone import Backbone
-from .base import Needs, Task, inputs
+from .base import Given, Needs, Task, inputs
 from .episodes import EpisodeDraw, pool_classes
 from .tuned import Trainable, Tuned, augmented, descend
 
@@ -42,11 +39,11 @@ class PMF(Tuned):
     needs: ClassVar[Needs] = Needs(adapters=1, surrogates=True, fine_tuning=True, rate=True)
     trainable: Trainable = field(init=False, repr=False)
 
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None:
-        images, labels = pool_classes(surrogates)
+    def _setup(self, given: Given) -> None:
+        images, labels = pool_classes(given.surrogates)
         fewest = int(torch.bincount(labels).min())
         draw = EpisodeDraw(labels, min(self.n_way, len(labels.unique())), min(self.n_shot, fewest - 1), self.n_query)
-        self.trainable = Trainable(backbone)
+        self.trainable = Trainable(given.backbone)
 
         def loss(step: int) -> Tensor:
             support, known, query, truth = draw(stream(self.seed, "P>M>F", step))

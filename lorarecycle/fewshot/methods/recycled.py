@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ...adapters.adapter import Adapter
-from ...config import RecycleConfig
+from ...config import MetaConfig, RecycleConfig
 from ...inversion.pictures import painted_surrogate
 from ...inversion.surrogate import Surrogate
 from ...meta.factors import random_factors
 from ...meta.train import meta_train
 from ...meta.warm_start import start_factors
 from ...vit.backbone import Backbone
-from .base import Needs
+from .base import Given, Needs
 from .nearest import NearestMean
 
 
@@ -31,9 +30,10 @@ class WarmStart(NearestMean):
     gain: float | None = None
     needs: ClassVar[Needs] = Needs(adapters=1)
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
+    def _encode(self, given: Given) -> Backbone:
+        backbone = given.backbone
         meta = replace(RecycleConfig.weights().meta, r=self.r, lora_alpha=float(self.r))
-        start = start_factors(adapters, random_factors(backbone, meta, 0), backbone, gain=self.gain)
+        start = start_factors(given.adapters, random_factors(backbone, meta, 0), backbone, gain=self.gain)
         return backbone.merge(start.to_adapter(name="warm start", like=backbone))
 
 
@@ -51,12 +51,11 @@ class FromWeights(NearestMean):
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=1)
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
+    def _encode(self, given: Given) -> Backbone:
         config = RecycleConfig.weights()
         meta = replace(config.meta, steps=self.steps)
-        pictures = painted_surrogate(backbone, config.inversion, seed=self.seed, quiet=True)
-        trained = meta_train(backbone, [pictures], config=meta, adapters=adapters, seed=self.seed, quiet=True)
-        return backbone.merge(trained.meta_lora)
+        pictures = painted_surrogate(given.backbone, config.inversion, seed=self.seed, quiet=True)
+        return _trained(given, [pictures], meta, self.seed)
 
 
 @dataclass
@@ -75,10 +74,15 @@ class LoRARecycle(NearestMean):
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=1, heads=True, surrogates=True)
 
-    def _encode(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> Backbone:
+    def _encode(self, given: Given) -> Backbone:
         meta = RecycleConfig.paper().meta
         meta = replace(meta, sparsity=self.sparsity, steps=meta.steps if self.steps is None else self.steps)
-        if len(surrogates) == 1:
+        if len(given.surrogates) == 1:
             meta = replace(meta, interpolation=0.0)
-        trained = meta_train(backbone, surrogates, config=meta, adapters=adapters, seed=self.seed, quiet=True)
-        return backbone.merge(trained.meta_lora)
+        return _trained(given, given.surrogates, meta, self.seed)
+
+
+def _trained(given: Given, surrogates: list[Surrogate], config: MetaConfig, seed: int) -> Backbone:
+    """The backbone under the meta-LoRA that the surrogates train."""
+    result = meta_train(given.backbone, surrogates, config=config, adapters=given.adapters, seed=seed, quiet=True)
+    return given.backbone.merge(result.meta_lora)

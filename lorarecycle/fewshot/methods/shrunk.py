@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
 from ...meta.prototypes import class_centres, distance_logits
 from ...vit.backbone import Backbone
-from .base import Method, Needs, Task, TextEncoder, accuracy
+from .base import Given, Method, Needs, Task, accuracy
 from .recycled import WarmStart
 
 STRENGTHS = (0.0, 0.125, 0.25, 0.5, 1.0)
@@ -43,14 +42,8 @@ class ShrunkMean(Method):
     """float32 [K, D], unit directions of the adapters' classes"""
     chosen: float = field(init=False, default=0.0)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: object,
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
+    def _prepare(self, given: Given) -> None:
+        backbone, adapters, aside = given.backbone, given.adapters, given.validation_tasks
         self.encoder = WarmStart().prepare(backbone, adapters).encoder
         heads = [a.head for a in adapters if a.head is not None and a.head.weight.shape[1] == backbone.embed_dim]
         if not heads:
@@ -58,8 +51,8 @@ class ShrunkMean(Method):
         rows = torch.cat([head.weight - head.weight.mean(dim=0) for head in heads])
         self.known = F.normalize(rows.float(), dim=-1).to(backbone.device)
         self.chosen = 0.25 if self.strength is None else self.strength
-        if self.strength is None and validation_tasks:
-            scores = [accuracy(self._solve_all, validation_tasks, s).mean().item() for s in STRENGTHS]
+        if self.strength is None and aside:
+            scores = [accuracy(self._solve_all, aside, s).mean().item() for s in STRENGTHS]
             self.chosen = STRENGTHS[max(range(len(scores)), key=scores.__getitem__)]
 
     def _solve_all(self, tasks: list[Task], strength: float) -> list[Tensor]:

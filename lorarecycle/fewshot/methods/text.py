@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -11,9 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
 from ...vit.backbone import Backbone
-from .base import Method, Needs, Task, TextEncoder
+from .base import Given, Method, Needs, Task, TextEncoder
+
+TOGETHER = 64
+"""Texts in a forward pass."""
+
+
+def words(name: str) -> str:
+    """A class's name as people write it: "001.Black_footed_Albatross" is "Black footed Albatross"."""
+    number, dot, rest = name.partition(".")
+    return " ".join((rest if dot and number.isdecimal() and rest else name).replace("_", " ").split())
 
 
 class ClipText:
@@ -56,18 +66,63 @@ class ClipText:
         model = CLIPModel.from_pretrained(str(source)).eval().requires_grad_(False)
         return cls(model.to(device), AutoTokenizer.from_pretrained(str(source)), template)
 
+    def digest(self) -> str:
+        """SHA-256 (hex) over weights, temperature, template and how the tokenizer writes the alphabet."""
+        letters = self.tokenizer([string.printable], padding=True, return_tensors="pt")["input_ids"].tolist()
+        sha = hashlib.sha256(f"{self.scale} {self.template} {letters}".encode())
+        for part in (self.text, self.text_projection, self.visual_projection):
+            for name, tensor in sorted(part.state_dict().items()):
+                sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
     @torch.no_grad()
     def encode(self, class_names: Sequence[str]) -> Tensor:
-        """Unit vectors, float32 [C, E]."""
-        texts = [self.template.format(name.replace("_", " ")) for name in class_names]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.text_projection.weight.device)
-        pooled = self.text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+        """Unit vectors, float32 [C, E]; names as people write them, see `words`."""
+        found = []
+        for start in range(0, len(class_names), TOGETHER):
+            texts = [self.template.format(words(name)) for name in class_names[start : start + TOGETHER]]
+            tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.text_projection.weight.device)
+            pooled = self.text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+            found.append(F.normalize(self.text_projection(pooled).float(), dim=-1))
+        return torch.cat(found)
 
     def project(self, features: Tensor) -> Tensor:
         """Image features [n, D] in the same space, float32 [n, E]; gradients to them run through."""
         weight = self.visual_projection.weight
         return self.visual_projection(features.to(weight)).float()
+
+
+class Names:
+    """Classes by their names: each name is encoded once, when it is first met.
+
+    Args:
+        text_encoder: of the model that image features are of.
+    """
+
+    def __init__(self, text_encoder: TextEncoder) -> None:
+        self.text_encoder = text_encoder
+        self._known: dict[str, Tensor] = {}
+
+    def encode(self, class_names: Sequence[str]) -> Tensor:
+        """Unit vectors, float32 [C, E]."""
+        new = [name for name in dict.fromkeys(class_names) if name not in self._known]
+        if new:
+            self._known |= dict(zip(new, self.text_encoder.encode(new), strict=True))
+        return torch.stack([self._known[name] for name in class_names])
+
+    def logits(self, features: Tensor, class_names: Sequence[str]) -> Tensor:
+        """CLIP's logits: cosines of image and text features, times the model's temperature.
+
+        Args:
+            features: [B, D], of images; gradients run through.
+            class_names: C names.
+
+        Returns:
+            float32 [B, C].
+        """
+        images = F.normalize(self.text_encoder.project(features), dim=-1)
+        return self.text_encoder.scale * images @ self.encode(class_names).to(images).T
 
 
 @dataclass
@@ -77,20 +132,12 @@ class ZeroShot(Method):
 
     needs: ClassVar[Needs] = Needs(text_encoder=True)
     encoder: Backbone = field(init=False, repr=False)
-    text_encoder: TextEncoder = field(init=False, repr=False)
+    names: Names = field(init=False, repr=False)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: object,
-        validation_tasks: object,
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        assert text_encoder is not None  # checked
-        self.encoder, self.text_encoder = backbone, text_encoder
+    def _prepare(self, given: Given) -> None:
+        assert given.text_encoder is not None  # checked
+        self.encoder, self.names = given.backbone, Names(given.text_encoder)
 
     def solve(self, task: Task) -> Tensor:
         _, query = task.features(self.encoder)
-        images = F.normalize(self.text_encoder.project(query), dim=-1)
-        return (self.text_encoder.scale * images @ self.text_encoder.encode(task.class_names).to(images).T).detach()
+        return self.names.logits(query, task.class_names).detach()

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.adapter import Adapter
-from ...inversion.surrogate import Surrogate
 from ...vit.backbone import Backbone
-from .base import Method, Needs, Task, TextEncoder, accuracy, inputs
+from .base import Given, Method, Needs, Task, accuracy, inputs
 
 RATES = (0.1, 0.01, 0.001)
 """Learning rates of LoRA Recycle's baselines (App. D)."""
@@ -43,25 +41,17 @@ class Tuned(Method):
     """The learning rate in use."""
     validation_accuracy: dict[float, float] = field(init=False, default_factory=dict, repr=False)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        self._setup(backbone, adapters, surrogates)
+    def _prepare(self, given: Given) -> None:
+        self._setup(given)
         if self.rate is not None:
             self.chosen = self.rate
             return
-        self.validation_accuracy = {
-            rate: accuracy(self._solve_all, validation_tasks, rate).mean().item() for rate in self.rates
-        }
+        aside = given.validation_tasks
+        self.validation_accuracy = {r: accuracy(self._solve_all, aside, r).mean().item() for r in self.rates}
         self.chosen = max(self.rates, key=self.validation_accuracy.__getitem__)
 
     @abstractmethod
-    def _setup(self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]) -> None: ...
+    def _setup(self, given: Given) -> None: ...
 
     @abstractmethod
     def _solve(self, task: Task, rate: float) -> Tensor: ...

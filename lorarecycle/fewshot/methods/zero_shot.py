@@ -11,32 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.adapter import Adapter, Head
+from ...adapters.adapter import Head
 from ...config import RecycleConfig
-from ...inversion.surrogate import Surrogate
 from ...meta.factors import random_factors
 from ...meta.train import learning_rate
 from ...runtime.seeds import derive, stream
 from ...vit.backbone import Backbone
-from .base import Method, Needs, Task, TextEncoder, inputs
+from .base import Given, Method, Needs, Task, TextEncoder, inputs
 from .lorahub import WeightedSum
 from .mole import Gated
+from .text import Names
 from .tuned import descend
-
-
-def contrastive_logits(text_encoder: TextEncoder, features: Tensor, class_names: Sequence[str]) -> Tensor:
-    """CLIP's logits: cosines of image and text features, times the model's temperature.
-
-    Args:
-        text_encoder: of the model that the features are of.
-        features: [B, D], of images; gradients run through.
-        class_names: C names.
-
-    Returns:
-        float32 [B, C].
-    """
-    images = F.normalize(text_encoder.project(features), dim=-1)
-    return text_encoder.scale * images @ text_encoder.encode(class_names).to(images).T
 
 
 def text_head(text_encoder: TextEncoder, class_names: Sequence[str], width: int, *, pool: str = "token") -> Head:
@@ -88,31 +73,25 @@ class ZeroShotRecycle(Method):
     needs: ClassVar[Needs] = Needs(adapters=1, surrogates=True, text_encoder=True)
     encoder: Callable[[Tensor], Tensor] = field(init=False, repr=False)
     model: Backbone = field(init=False, repr=False)
-    text_encoder: TextEncoder = field(init=False, repr=False)
+    names: Names = field(init=False, repr=False)
 
-    def _prepare(
-        self,
-        backbone: Backbone,
-        adapters: list[Adapter],
-        surrogates: list[Surrogate],
-        validation_tasks: list[Task],
-        text_encoder: TextEncoder | None,
-    ) -> None:
-        assert text_encoder is not None  # checked
-        self.text_encoder = text_encoder
-        self.model, self.encoder = self._learn(backbone, adapters, surrogates)
+    @property
+    def passes(self) -> tuple[int, bool]:
+        """How many episodes go through the model in preparation, and whether with gradients."""
+        return RecycleConfig.paper().meta.steps if self.steps is None else self.steps, True
 
-    def _learn(
-        self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]
-    ) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
+    def _prepare(self, given: Given) -> None:
+        assert given.text_encoder is not None  # checked
+        self.names = Names(given.text_encoder)
+        self.model, self.encoder = self._learn(given, Episodes(given, self.names, self.n_way, self.n_query, self.seed))
+
+    def _learn(self, given: Given, loss: Episodes) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
         """The model that was trained, and what gives its features."""
-        meta = RecycleConfig.paper().meta
-        steps = meta.steps if self.steps is None else self.steps
+        meta, backbone = RecycleConfig.paper().meta, given.backbone
         lora = random_factors(backbone, replace(meta, r=self.r, lora_alpha=float(self.r)), self.seed)
         optimizer = torch.optim.Adam(lora.parameters(), lr=meta.lr or 1e-3)
-        loss = self._episodes(backbone, surrogates)
         with torch.enable_grad():
-            for step in range(steps):
+            for step in range(self.passes[0]):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, meta, meta.lr or 1e-3)
                 optimizer.zero_grad(set_to_none=True)
@@ -121,40 +100,46 @@ class ZeroShotRecycle(Method):
         trained = backbone.merge(lora.to_adapter(name="zero-shot meta-LoRA", like=backbone))
         return trained, trained
 
-    def _episodes(
-        self, backbone: Backbone, surrogates: list[Surrogate]
-    ) -> Callable[[int, Callable[[Tensor], Tensor]], Tensor]:
-        """The contrastive loss of the episode of a step, under some encoder."""
-        names = list(dict.fromkeys(name for s in surrogates for name in s.class_names))
-        images = torch.cat([s.images for s in surrogates])
-        known = torch.cat(
-            [
-                torch.tensor([names.index(n) for n in s.class_names])[s.labels]
-                for s in surrogates
-                if s.labels is not None
-            ]
-        )
-
-        def loss(step: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
-            generator = stream(self.seed, "zero-shot episode", step)
-            classes = torch.randperm(len(names), generator=generator)[: self.n_way].tolist()
-            rows, truth = [], []
-            for i, c in enumerate(classes):
-                own = (known == c).nonzero()[:, 0]
-                rows.append(own[torch.randperm(len(own), generator=generator)[: self.n_query]])
-                truth.append(torch.full((len(rows[-1]),), i))
-            features = encode(inputs(backbone, images[torch.cat(rows)])).float()
-            logits = contrastive_logits(self.text_encoder, features, [names[c] for c in classes])
-            return F.cross_entropy(logits, torch.cat(truth).to(logits.device))
-
-        return loss
-
     def solve(self, task: Task) -> Tensor:
         if isinstance(self.encoder, Backbone):
             _, query = task.features(self.encoder)
         else:
             query = task.run(self.model, self.encoder, task.query)
-        return contrastive_logits(self.text_encoder, query, task.class_names).detach()
+        return self.names.logits(query, task.class_names).detach()
+
+
+class Episodes:
+    """Cross-entropy of CLIP's logits on episodes of the surrogates; classes of one name are one.
+
+    Args:
+        given: backbone and surrogates of a method.
+        names: of the classes.
+        n_way, n_query: classes of an episode, images of each.
+        seed: of the draws.
+    """
+
+    def __init__(self, given: Given, names: Names, n_way: int, n_query: int, seed: int) -> None:
+        self.backbone, self.names, self.seed = given.backbone, names, seed
+        self.n_way, self.n_query = n_way, n_query
+        self.classes = list(dict.fromkeys(name for s in given.surrogates for name in s.class_names))
+        self.images: Tensor = torch.cat([s.images for s in given.surrogates])
+        names.encode(self.classes)  # all at once
+        number = {name: i for i, name in enumerate(self.classes)}
+        owned = [(torch.tensor([number[n] for n in s.class_names]), s.labels) for s in given.surrogates]
+        known = torch.cat([own[labels] for own, labels in owned if labels is not None])
+        self.members: list[Tensor] = [(known == c).nonzero()[:, 0] for c in range(len(self.classes))]
+
+    def __call__(self, step: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the episode of a step, under some encoder of images."""
+        generator = stream(self.seed, "zero-shot episode", step)
+        classes = torch.randperm(len(self.classes), generator=generator)[: self.n_way].tolist()
+        rows = []
+        for own in (self.members[c] for c in classes):
+            rows.append(own[torch.randperm(len(own), generator=generator)[: self.n_query]])
+        truth = torch.cat([torch.full((len(own),), i) for i, own in enumerate(rows)])
+        features = encode(inputs(self.backbone, self.images[torch.cat(rows)])).float()
+        logits = self.names.logits(features, [self.classes[c] for c in classes])
+        return F.cross_entropy(logits, truth.to(logits.device))
 
 
 @dataclass
@@ -163,26 +148,31 @@ class ZeroShotHub(ZeroShotRecycle):
 
     Args:
         budget: weights that are tried.
+        episodes: of surrogates, whose mean loss judges all weights: those of one would fit its few classes.
         penalty: of long weights, as in `LoRAHub`.
     """
 
     budget: int = 40
+    episodes: int = 10
     penalty: float = 0.05
     needs: ClassVar[Needs] = Needs(adapters=1, surrogates=True, text_encoder=True, packages=("nevergrad",))
 
+    @property
+    def passes(self) -> tuple[int, bool]:
+        return self.budget * self.episodes, False
+
     @torch.no_grad()
-    def _learn(
-        self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]
-    ) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
+    def _learn(self, given: Given, loss: Episodes) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
         import nevergrad
 
-        summed, loss = WeightedSum(backbone, adapters), self._episodes(backbone, surrogates)
+        summed = WeightedSum(given.backbone, given.adapters)
 
         def judge(weights: np.ndarray) -> float:
             summed.set(torch.from_numpy(weights).float())
-            return loss(0, summed.model).item() + self.penalty * float(np.abs(weights).mean())
+            losses = [loss(step, summed.model).item() for step in range(self.episodes)]
+            return sum(losses) / len(losses) + self.penalty * float(np.abs(weights).mean())
 
-        weights = nevergrad.p.Array(init=np.zeros(len(adapters))).set_bounds(-1.5, 1.5)
+        weights = nevergrad.p.Array(init=np.zeros(len(given.adapters))).set_bounds(-1.5, 1.5)
         weights.random_state.seed(derive(self.seed, "weights") % 2**32)
         found = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget).minimize(judge)
         summed.set(torch.from_numpy(found.value).float())
@@ -199,10 +189,12 @@ class ZeroShotMole(ZeroShotRecycle):
 
     rate: float = 1e-3
 
-    def _learn(
-        self, backbone: Backbone, adapters: list[Adapter], surrogates: list[Surrogate]
-    ) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
-        gated, loss = Gated(backbone, adapters), self._episodes(backbone, surrogates)
-        steps = 50 if self.steps is None else self.steps
-        descend(gated.parameters(), lambda step: loss(step, gated.model), steps=steps, rate=self.rate, optimizer="adam")
+    @property
+    def passes(self) -> tuple[int, bool]:
+        return 50 if self.steps is None else self.steps, True
+
+    def _learn(self, given: Given, loss: Episodes) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
+        gated = Gated(given.backbone, given.adapters)
+        steps = self.passes[0]
+        descend(gated.parameters(), lambda s: loss(s, gated.model), steps=steps, rate=self.rate, optimizer="adam")
         return gated.model, gated.model

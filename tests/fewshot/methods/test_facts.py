@@ -17,8 +17,9 @@ from lorarecycle.fewshot.methods.lorahub import LoRAHub, WeightedSum
 from lorarecycle.fewshot.methods.mole import Gated
 from lorarecycle.fewshot.methods.registry import make_method
 from lorarecycle.fewshot.methods.shrunk import ShrunkMean
+from lorarecycle.fewshot.methods.text import Names, words
 from lorarecycle.fewshot.methods.tuned import Trainable, augmented
-from lorarecycle.fewshot.methods.zero_shot import contrastive_logits, text_head
+from lorarecycle.fewshot.methods.zero_shot import Episodes, text_head
 from lorarecycle.inversion.surrogate import Surrogate
 from lorarecycle.meta.prototypes import class_centres, distance_logits
 
@@ -214,7 +215,7 @@ def test_classes_of_one_name_are_one(tiny_data):
         EpisodeDraw(labels, 8, 1, 5)
 
 
-def test_clip_text_gives_what_clip_gives(tmp_path):
+def test_clip_text_gives_what_clip_gives(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     from lorarecycle.fewshot.methods.text import ClipText, ZeroShot
     from lorarecycle.vit.backbone import Backbone
@@ -239,6 +240,12 @@ def test_clip_text_gives_what_clip_gives(tmp_path):
         return Letters(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     clip, names = ClipText(model, tokenizer, template="{}"), ("owl", "red fox", "ant")
+    many = [f"{i:03d}.bird_{i}" for i in range(70)]
+    sizes = []
+    monkeypatch.setattr(clip, "tokenizer", lambda texts, **k: sizes.append(len(texts)) or tokenizer(texts, **k))
+    torch.testing.assert_close(clip.encode(many)[-1:], clip.encode(["bird 69"]))
+    assert sizes == [64, 6, 1]
+    assert clip.digest() == ClipText(model, tokenizer, template="{}").digest() != ClipText(model, tokenizer).digest()
     backbone = Backbone.load(model.vision_model)
     pixels = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     task = Task(TaskImages(pixels, 32), torch.arange(3), torch.arange(3), torch.arange(5), names)
@@ -277,7 +284,7 @@ def test_a_text_head_is_the_projection_before_normalisation():
     expected = space.scale * space.project(features) @ space.encode(["dog", "cat"]).T / 4
     torch.testing.assert_close(head(features), expected, atol=1e-4, rtol=1e-4)
     assert head.class_names == ("dog", "cat")
-    logits = contrastive_logits(space, features, ["dog", "cat"])
+    logits = Names(space).logits(features, ["dog", "cat"])
     assert logits.abs().max() <= space.scale
     assert torch.equal(logits.argmax(1), head(features).argmax(1)), "normalising moves no winner"
     space.project = lambda features: features.square()[:, :8]
@@ -303,3 +310,34 @@ def test_zero_shot_recycle_learns_what_names_mean(tiny_backbone, make_data, make
         method = make_method(name, **settings).prepare(tiny_backbone, adapters, [surrogate], None, space)
         found[name] = (method.solve(task).argmax(1) == data.labels).float().mean().item()
     assert found["zero-shot-recycle"] > max(0.6, found["zero-shot"] + 0.1)
+
+
+def test_class_names_are_read_as_words():
+    assert words("001.Black_footed_Albatross") == "Black footed Albatross"
+    assert words("Tomato___Leaf_Mold") == "Tomato Leaf Mold"
+    assert words("7") == "7"
+    assert words("St. Bernard") == "St. Bernard"
+
+
+def test_names_are_encoded_once(tiny_backbone, make_data, make_adapter):
+    """And LoRAHub's weights are judged on several episodes, not on the classes of one."""
+    pytest.importorskip("nevergrad")
+    data = make_data(n_classes=6, per_class=4)
+    space = Space(data.class_names, tiny_backbone.embed_dim)
+    asked, encode = [], space.encode
+    space.encode = lambda names: asked.extend(names) or encode(names)
+    surrogate = Surrogate(data.images, data.labels, None, data.class_names, patch_size=8)
+    method = make_method("zero-shot-lorahub", budget=2, episodes=3, n_way=2, n_query=2)
+    steps, solved = [], Episodes.__call__
+
+    def watched(self, step, encode):
+        steps.append(step)
+        return solved(self, step, encode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Episodes, "__call__", watched)
+        method.prepare(tiny_backbone, [make_adapter(tiny_backbone)], [surrogate], None, space)
+    assert steps == [0, 1, 2, 0, 1, 2]
+    task = Task(TaskImages(data.images, 32), torch.arange(2), torch.arange(2), torch.arange(4), data.class_names[:2])
+    method.solve(task)
+    assert sorted(asked) == sorted(data.class_names)

@@ -1,0 +1,70 @@
+"""`--plan`: a line for each stage, its cost or that nobody knows it; the order of cells by cost."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from lorarecycle.reproduce import planning
+from lorarecycle.reproduce.costs import works
+from lorarecycle.reproduce.experiment import load_experiment
+from lorarecycle.reproduce.settings import common, merge
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch):
+    """A machine whose speed nobody times."""
+    monkeypatch.setattr(planning, "flops_per_second", lambda *a: 1e9)
+
+
+def stages(world, *layers):
+    """Stage -> work of a cell, of the settings of the tables but for a tiny model."""
+    settings = merge(common(), {"base": "tiny"}, *layers)
+    return {work.stage: work for work in works(world, settings, "key")}
+
+
+def test_what_methods_learn_beforehand_is_counted(rehearse):
+    world = rehearse("table7").world
+    for method, amount in (("caml", 1000), ("pmf", 100), ("zero-shot-recycle", 200), ("recycle-weights", 100)):
+        found = stages(world, {"method": method})
+        assert found["prepare methods"].amount == amount
+        assert found["prepare methods"].flops > 0
+    trained = stages(world, {"method": "zero-shot-mole"})["prepare methods"].flops
+    tried = stages(world, {"method": "zero-shot-lorahub"})["prepare methods"].flops
+    assert tried / 400 < trained / 50 < 3 * tried / 400, "a step has a backward pass too"
+    assert set(stages(world, {"method": "nn"})) == {"features"}
+
+
+@pytest.mark.medium
+def test_pictures_make_what_they_show(rehearse, tmp_path):
+    """A hundred adapters are asked for, two are shown: two are tuned and inverted."""
+    run = rehearse("figure5", work_dir=tmp_path)
+    cell = run.cells[0]
+    assert cell.asked["adapters"]["count"] == 100
+    found = stages(run.world, cell.asked, {"base": "tiny"})
+    assert found["tune adapters"].amount == 2
+    assert found["invert adapters"].amount == 2 * 5 * 20
+    run()
+    assert len(list((tmp_path / "adapters").glob("*/task-*"))) == 2
+    assert len(list((tmp_path / "surrogates").glob("*/*.safetensors"))) == 2 * len(run.experiment.rows)
+
+
+@pytest.mark.parametrize("name", ["icm1", "icm2"])
+def test_what_nobody_knows_is_said(name, rehearse, tmp_path):
+    text = planning.plan_run(rehearse(name, work_dir=tmp_path))
+    assert re.search(r"fit generators +3 generators +not estimated", text)
+    assert "and what is not estimated" in text
+    assert "tune adapters" in text
+    assert not re.search(r" 0 cells", text)
+
+
+def test_cells_in_the_order_of_their_cost(rehearse, tmp_path):
+    """What an earlier cell made costs nothing: the rows of the plain model come together, what tunes adapters last."""
+    experiment = load_experiment("methods")
+    wanted = ("average", "full", "nn", "laplacian-shot")
+    rows = tuple(row for row in experiment.rows if row.settings["method"] in wanted)
+    run = rehearse(replace(experiment, rows=rows, columns=experiment.columns[:2]), work_dir=tmp_path)
+    order = [cell.settings["method"] for cell in planning.cheapest_first(run)]
+    assert order[:4] == ["nn", "laplacian-shot", "nn", "laplacian-shot"] or order[:4] == ["nn", "nn", *order[:2]]
+    assert sorted(order) == sorted(2 * wanted)
+    assert {*order[:4]} == {"nn", "laplacian-shot"}
