@@ -80,9 +80,8 @@ def write_peft(
             save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
         write_json(folder / CONFIG_FILE, peft_config)
         write_json(folder / METADATA_FILE, metadata.content)
-        save_tensors(
-            folder / WEIGHTS_FILE, tensors, {SEAL: make_seal(folder, [f.name for f in folder.iterdir()], tensors)}
-        )
+        seal = make_seal(folder, [file.name for file in folder.iterdir()], tensors)
+        save_tensors(folder / WEIGHTS_FILE, tensors, {SEAL: seal}, digests=False)
         write_text(folder / "README.md", card)
     return directory
 
