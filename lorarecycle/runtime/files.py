@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import owner
 from .digests import KEY, check_digests, make_digests
+from .settled import read_settled
 
 if TYPE_CHECKING:  # the exported session writes files without torch
     from torch import Tensor
@@ -38,12 +39,13 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
 
     Whatever goes wrong on the way (disk full, process killed), an earlier file at `path` stays whole. The temporary
     file has the same name, in a hidden folder beside: what the writing library puts next to it goes with it. Its rights
-    are what the umask leaves.
+    are what the umask leaves. What processes that are gone left beside is removed.
 
     Raises:
         OSError: writing failed; the message names the file. Nothing is left then, folders made here included.
     """
     path = Path(path).expanduser()
+    remove_leftovers(path.parent)
     try:
         with hidden_folder(path.parent) as folder:
             temporary = folder / path.name
@@ -314,16 +316,23 @@ def load_tensors(path: str | PathLike[str], *, skip: Collection[str] = ()) -> tu
         FileNotFoundError: no such file.
         ValueError: truncated, corrupt or no safetensors file; not what its digests say; a Git LFS pointer.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}.")
+    # safetensors opens a file twice: for its header, and for its numbers
+    return read_settled(path.parent, (path.name,), lambda: _load_tensors(path, skip))
+
+
+def _load_tensors(path: Path, skip: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
             tensors, strings = {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}.") from None
         refuse_pointer(path)
         raise ValueError(
             f"{path} must be a whole safetensors file, got one that does not read ({str(error)[:200]}); fetch or make "

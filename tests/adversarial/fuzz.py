@@ -6,8 +6,8 @@
 A good set of files is made for each target of `targets.py`; every input is a copy with one file mutated
 (`mutations.py`). Correct is what the good files give, or what the mutated ones say, where that is legal. A clear error
 is a ValueError or OSError (so also FileNotFoundError) of one paragraph that names the file or its folder. All else is a
-failure: other errors, more than `SECONDS` or `MEMORY`, a process that dies, files left or changed, code of a pickle that
-is run. POSIX only.
+failure: other errors, more than `SECONDS` or `MEMORY`, a process that dies, files left or changed, code of a pickle
+that is run. POSIX only.
 """
 
 from __future__ import annotations

@@ -73,8 +73,12 @@ def write_peft(
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
-    earlier = _head_file(directory)
-    stale = [earlier] if earlier else []
+
+    def stale() -> list[str]:
+        """The head's file of the adapter that is there when this one is put in its place."""
+        earlier = _head_file(directory)
+        return [earlier] if earlier else []
+
     with atomic_folder(directory, first=WEIGHTS_FILE, last=(METADATA_FILE, CONFIG_FILE), stale=stale) as folder:
         if placed.beside_file:
             save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
