@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
 
-.PHONY: demo docs quick test test-avx2 ci gpu grid bench lint wheel clean
+.PHONY: demo docs quick test test-avx2 ci gpu grid adversarial bench lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/lorarecycle demo
@@ -31,6 +31,10 @@ ci: lint wheel docs $(VENV)/browser-installed
 # Before a change of a kernel: every one compiled for GPUs in every configuration that can be launched; no GPU needed.
 grid: $(VENV)/installed
 	$(BIN)/pytest -m "grid or slow" tests/kernels
+
+# Mutated files, kills, many processes, full disks: about half an hour; writes benchmarks/results/reliability.md.
+adversarial: $(VENV)/installed
+	$(BIN)/python tests/adversarial/reliability.py
 
 # On a machine with a GPU, as it is: no environment is made, nothing is fetched. `make gpu PARTS="tests ops steps job"`.
 gpu:

@@ -133,5 +133,9 @@ def _without_names(run: Any) -> dict[str, Any]:
     return {
         **run,
         "base": base.get("sha256") if isinstance(base, dict) else base,
-        "adapters": sorted(str(a.get("sha256")) for a in adapters or () if isinstance(a, dict)),
+        "adapters": sorted(str(a.get("sha256")) for a in _list(adapters) if isinstance(a, dict)),
     }
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

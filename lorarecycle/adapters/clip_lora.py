@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.files import refuse_pointer
+from ..runtime.files import naming, refuse_pointer
 from .base_model import BaseModel, require_base
 from .value import AnyValue, LoRAFactors
 
@@ -48,7 +48,8 @@ def read_clip_lora(file: str | PathLike[str], base: BaseModel, kind: type[AnyVal
             factors[site] = LoRAFactors(lora_A, lora_B, alpha / math.sqrt(r))
     text = len(names) - len(blocks)
     notes = (f"{text} layers of the text tower are left out; only the vision model counts",) if text else ()
-    return kind(factors, None, base.name, base.mean, base.std, path.stem, notes=notes)
+    with naming(path):
+        return kind(factors, None, base.name, base.mean, base.std, path.stem, notes=notes)
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

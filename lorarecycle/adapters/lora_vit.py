@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.files import load_tensors
+from ..runtime.files import load_tensors, naming
 from .base_model import BaseModel, require_base
 from .value import AnyValue, Head, LoRAFactors
 
@@ -94,10 +94,12 @@ def read_lora_vit(
     if head is None and len(weights) == 1 and weights[0].ndim == 2 and not rest:
         width = factors[next(iter(factors))].lora_A.shape[1]
         if weights[0].shape[1] == width:
-            head = Head(weights[0], None, tuple(class_names), "pooled")
+            with naming(path):
+                head = Head(weights[0], None, tuple(class_names), "pooled")
         else:
             notes.append(f"the head is left out: it reads {weights[0].shape[1]} features, the model has {width}")
-    return kind(factors, head, base.name, base.mean, base.std, path.stem, notes=tuple(notes))
+    with naming(path):
+        return kind(factors, head, base.name, base.mean, base.std, path.stem, notes=tuple(notes))
 
 
 def _parts(layer: str, lora_B: Tensor, path: Path) -> list[tuple[str, Tensor]]:

@@ -82,9 +82,14 @@ class Fit:
     config: Annotated[GenerateConfig, Flat] = field(default_factory=GenerateConfig)
 
     def run(self) -> None:
+        import logging
+
+        from ..generate import training
         from ..generate.icm_lora import LoRAGenerator
         from ..generate.task_vectors import load_vector
 
+        if not self.manners.quiet:
+            training.logger.setLevel(logging.INFO)  # how long it will take
         folders = find_tasks(self.tasks, len(self.task_vectors))
         files = self.task_vectors or [folder / FILE for folder in folders]
         if len(files) != len(folders):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.files import hash_file
+from ..runtime.files import hash_file, naming
 from ..runtime.progress import track
 from .dataset import LabelledImages
 from .images import Fit, to_batches
@@ -157,7 +157,7 @@ class Dataset:
         if not len(self):
             return LabelledImages(torch.empty(0, 3, 1, 1, dtype=torch.uint8), self.labels, self.class_names)
         parts = []
-        with track(range(len(self)), f"read {self.name}", unit="images", quiet=quiet) as bar:
+        with naming(self.name), track(range(len(self)), f"read {self.name}", unit="images", quiet=quiet) as bar:
             for batch in to_batches(self.images, size, 64, workers=workers):
                 parts.append(batch)
                 bar.update(len(batch))

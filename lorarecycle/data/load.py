@@ -59,7 +59,7 @@ def load_dataset(
     cache = Path(root).expanduser() if root is not None else Path.home() / ".cache/lorarecycle/datasets"
     if fspath(source) in NAMED_SOURCES:
         found = NAMED_SOURCES[fspath(source)](split, cache, download)
-    elif path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+    elif path.is_dir() and not any(file.is_file() for file in path.rglob("*.parquet")):
         folder = ClassFolders(path, split, strict=strict)
         found = Source([Path(file) for file, _ in folder.samples], folder.targets, folder.classes)
     elif path.is_file() and path.suffix != ".parquet":

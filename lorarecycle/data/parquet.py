@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def open_parquet(folder: Path, split: str | None = None) -> Dataset:
         ImportError: pyarrow is missing.
     """
     parquet = _pyarrow()
-    files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
+    files = [folder] if folder.is_file() else sorted(f for f in folder.rglob("*.parquet") if f.is_file())
     parts = {file: _split_of(file, folder) for file in files}
     known = sorted(set(parts.values()))
     if split is None and len(known) > 1:
@@ -48,14 +49,16 @@ def open_parquet(folder: Path, split: str | None = None) -> Dataset:
         files = [file for file in files if parts[file] == split]
     if not files:
         raise FileNotFoundError(f"`split` must be one of {known}, the parquet files of {folder}, got {split!r}.")
-    opened = [parquet.ParquetFile(file) for file in files]
-    schema = opened[0].schema_arrow
+    opened = [_reading(file, partial(parquet.ParquetFile, file)) for file in files]
+    schema = _reading(files[0], lambda: opened[0].schema_arrow)
     image, label = _column(schema.names, IMAGE_COLUMNS, folder), _column(schema.names, LABEL_COLUMNS, folder)
     columns = [label, *(["group"] if "group" in schema.names else [])]
-    tables = [file.read(columns=columns) for file in opened]
+    tables = [_reading(path, partial(file.read, columns=columns)) for path, file in zip(files, opened, strict=True)]
     labels = np.concatenate([table[label].to_numpy() for table in tables])
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUSO":
+        raise ValueError(f"column {label} of {folder} must hold whole numbers or text, got {labels.dtype}; mend it.")
     groups = np.concatenate([t["group"].to_numpy() for t in tables]) if len(columns) > 1 else None
-    rows = _Rows(opened, image)
+    rows = _Rows(files, opened, image)
     return _dataset(rows, labels, _class_names(schema.metadata, label), groups, str(folder))
 
 
@@ -113,11 +116,11 @@ def from_hugging_face(data: Any, *, name: str = "data") -> Dataset:
 class _Rows:
     """Image i of several parquet files: the row group that holds it is read, and kept for those that come next."""
 
-    def __init__(self, files: Sequence[Any], column: str) -> None:
-        self.files, self.column = files, column
-        groups = [(file, g) for file in files for g in range(file.num_row_groups)]
+    def __init__(self, paths: Sequence[Path], files: Sequence[Any], column: str) -> None:
+        self.column = column
+        groups = [(path, file, g) for path, file in zip(paths, files, strict=True) for g in range(file.num_row_groups)]
         self.groups = groups
-        self.starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for file, g in groups)]).tolist()
+        self.starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for _, file, g in groups)]).tolist()
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -126,12 +129,23 @@ class _Rows:
         with self._lock:
             column = self._kept.pop(group, None)
             if column is None:
-                file, g = self.groups[group]
-                column = file.read_row_group(g, columns=[self.column])[self.column]
+                path, file, g = self.groups[group]
+                column = _reading(path, lambda: file.read_row_group(g, columns=[self.column])[self.column])
             while self._kept and sum(c.nbytes for c in self._kept.values()) + column.nbytes > KEPT_BYTES:
                 self._kept.popitem(last=False)
             self._kept[group] = column
         return _content(column[i - self.starts[group]].as_py())
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives, whose errors do not say which file is damaged."""
+    try:
+        return read()
+    except Exception as error:  # pyarrow's are OSError, ValueError, KeyError, NotImplementedError and more
+        raise ValueError(
+            f"{path} must be a whole parquet file, got one that does not read ({type(error).__name__}: "
+            f"{str(error)[:200]}); fetch it again."
+        ) from error
 
 
 def _content(value: Any) -> Any:
@@ -155,8 +169,13 @@ def _dataset(
 
 def _class_names(metadata: Any, label: str) -> list[str] | None:
     """Of a ClassLabel in the metadata that `datasets` writes."""
-    facts = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    return facts.get("info", {}).get("features", {}).get(label, {}).get("names")
+    try:
+        facts = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return None
+    for key in ("info", "features", label, "names"):
+        facts = facts.get(key) if isinstance(facts, dict) else None
+    return facts if isinstance(facts, list) else None
 
 
 def _column(names: Sequence[str], wanted: Sequence[str], source: object) -> str:

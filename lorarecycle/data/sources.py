@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,24 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.npz import names_in_npz, read_npz_arrays
 from .splits import class_split
 
 MOST_CLASSES = 10**6
 """Of a npz file that names none: a label beyond is damage, and names would be made for all below it."""
-_BROKEN = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    OSError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    zlib.error,
-    zipfile.BadZipFile,
-)
-"""What numpy and zipfile raise on damaged files."""
 
 
 class Source(NamedTuple):
@@ -65,14 +49,14 @@ def common_size(images: Iterable[Any]) -> int | None:
 
 def read_npz(path: Path, split: str | None) -> Source:
     """A npz file with `<split>_images`, `<split>_labels` and, if named, `<split>_classes`; no other part is read."""
-    members = _sizes(path)
-    splits = sorted(key[: -len("images")].rstrip("_") for key in members if key.endswith("images"))
+    names_there = names_in_npz(path)
+    splits = sorted(key[: -len("images")].rstrip("_") for key in names_there if key.endswith("images"))
     if split is None and len(splits) == 1:
         split = splits[0]
     if split not in splits:
         raise ValueError(f"`split` must be one of {splits}, the image arrays of {path}, got {split!r}.")
     prefix = f"{split}_" if split else ""
-    arrays = _load_arrays(path, members, [f"{prefix}{what}" for what in ("images", "labels", "classes")])
+    arrays = read_npz_arrays(path, [f"{prefix}{what}" for what in ("images", "labels", "classes")])
     images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
@@ -82,46 +66,25 @@ def read_npz(path: Path, split: str | None) -> Source:
         found = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
         raise ValueError(f"{prefix}labels of {path} must be {len(images)} integers, got {found}.")
     highest = int(labels.max(initial=-1))
+    if labels.min(initial=0) < 0:
+        raise ValueError(
+            f"{prefix}labels of {path} must be 0 or more, got {int(labels.min())}; leave those images out."
+        )
     if f"{prefix}classes" not in arrays and highest >= MOST_CLASSES:
         raise ValueError(
             f"{prefix}labels of {path} must be below {MOST_CLASSES} where no `{prefix}classes` names them, got "
             f"{highest}."
         )
     names = arrays.get(f"{prefix}classes", np.arange(highest + 1))
+    if names.ndim != 1 or names.dtype.kind not in "USiu" or not highest < len(names) <= MOST_CLASSES:
+        raise ValueError(
+            f"{prefix}classes of {path} must be a name for each label up to {highest}, at most {MOST_CLASSES}, got "
+            f"{names.dtype} {list(names.shape)}."
+        )
+    if len(set(names.tolist())) != len(names):
+        raise ValueError(f"{prefix}classes of {path} must all be different, got {str(names.tolist())[:100]}.")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return Source(pixels, labels, [str(name) for name in names])
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    """The arrays of a npz file, with the bytes that each unpacks to."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return {info.filename.removesuffix(".npy"): info.file_size for info in file.infolist()}
-    except _BROKEN as error:
-        raise _no_npz(path, error) from error
-
-
-def _load_arrays(path: Path, members: dict[str, int], wanted: list[str]) -> dict[str, np.ndarray]:
-    """Those of the wanted arrays that are there, once it is known that they fit into memory."""
-    wanted = [name for name in wanted if name in members]
-    needed, memory = sum(members[name] for name in wanted), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(
-            f"{path} must unpack to less than the {memory / 1e9:.0f} GB of memory here, got {needed / 1e9:.0f} GB; use "
-            "a folder of images or parquet files, which `open_dataset` leaves on disk."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in wanted}
-    except _BROKEN as error:
-        raise _no_npz(path, error) from error
-
-
-def _no_npz(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} must be a whole npz file without pickled objects, got {type(error).__name__}: {error}; make it again "
-        "with numpy.savez."
-    )
 
 
 def read_cifar_fs(split: str | None, root: Path, download: bool) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.files import write_atomic
+from ..runtime.npz import read_npz_arrays
 
 SUFFIXES = (".npz", ".safetensors")
 FORMAT_VERSION = 2
@@ -93,8 +94,8 @@ def _import_safetensors() -> Any:
 
 def _read(path: Path, safetensors: Any) -> tuple[np.ndarray, dict[str, Any]]:
     if safetensors is None:
-        with np.load(path, allow_pickle=False) as file:
-            return file["prototypes"], json.loads(str(file["facts"]))
+        found = read_npz_arrays(path, ("prototypes", "facts"))
+        return found["prototypes"], json.loads(str(found["facts"]))
     with safetensors.safe_open(str(path), framework="np") as file:
         return file.get_tensor("prototypes"), json.loads((file.metadata() or {})["facts"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import write_atomic
+from ..runtime.npz import read_npz_arrays
 
 TRIES = 200
 """Draws of a class's support before it is said that its groups leave too few queries."""
@@ -85,13 +85,16 @@ class Tasks:
             ValueError: not such a file.
         """
         path = Path(path).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"no task list {path}.")
+        names = ("classes", "support", "query")
+        found = read_npz_arrays(path, names)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = [file[name].astype(np.int64) for name in ("classes", "support", "query")]
-            return cls(*map(torch.from_numpy, arrays))
-        except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            if set(found) != {*names}:
+                raise ValueError(f"no {', '.join(sorted({*names} - set(found)))}")
+            for name, array in found.items():
+                if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() < 2**62):
+                    raise ValueError(f"{name} of {array.dtype}, or below 0")
+            return cls(*(torch.from_numpy(found[name].astype(np.int64)) for name in names))
+        except ValueError as error:
             raise ValueError(f"{path} must be a task list written by `Tasks.save`, got {error}.") from error
 
 

@@ -59,7 +59,7 @@ class CondPDiff(LoRAGenerator):
             model,
             reconstruction,
             len(vectors),
-            epochs=config.epochs,
+            epochs=config.epochs_of(len(vectors)),
             batch_size=config.batch_size,
             lr=config.lr,
             seed=config.seed,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..config import _at_least, _between, _one_of, _positive
 from .cvae import channel_plan
 
+STEPS, PAPER_EPOCHS = 2500, 2000
+"""Of a fit whose number of epochs is not given."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """ICM-LoRA's conditional variational autoencoder and its training (ICM-LoRA, Training Strategies)."""
 
-    epochs: int = 2000
-    """Passes over the adapters."""
+    epochs: int | None = None
+    """Passes over the adapters. When None, as many as make `STEPS` steps, at most the paper's 2000: generators of 500
+    checkpoints had converged by then."""
     batch_size: int = 8
     """Adapters per step."""
     lr: float = 1e-3
@@ -40,7 +45,8 @@ class GenerateConfig:
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        _at_least("epochs", self.epochs, 1)
+        if self.epochs is not None:
+            _at_least("epochs", self.epochs, 1)
         _at_least("batch_size", self.batch_size, 2)
         _positive("lr", self.lr)
         _between("conv_layers", self.conv_layers, 1, 20)  # vectors are padded to a multiple of 2 ** conv_layers
@@ -54,6 +60,13 @@ class GenerateConfig:
         _at_least("kl_weight", self.kl_weight, 0)
         _between("settle", self.settle, 0, 1)
         _one_of("normalisation", self.normalisation, ("adapter", "tensor"))
+
+    def epochs_of(self, count: int) -> int:
+        """Passes over `count` adapters."""
+        if self.epochs is not None:
+            return self.epochs
+        per_epoch = math.ceil(count / min(self.batch_size, count))
+        return min(PAPER_EPOCHS, math.ceil(STEPS / per_epoch))
 
     @property
     def plan(self) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class LoRAGenerator(Generator):
             model,
             terms,
             len(vectors),
-            epochs=self.config.epochs,
+            epochs=self.config.epochs_of(len(vectors)),
             batch_size=self.config.batch_size,
             lr=self.config.lr,
             seed=self.config.seed,

@@ -64,7 +64,8 @@ class PeftAdapter:
         """Write the two files, put in place together; the folder."""
         with atomic_folder(folder, first=WEIGHTS_FILE, last=(CONFIG_FILE,)) as new:
             write_json(new / CONFIG_FILE, dict(self.config))
-            save_tensors(new / WEIGHTS_FILE, self.tensors, {SEAL: make_seal(new, [CONFIG_FILE], self.tensors)})
+            seal = make_seal(new, [CONFIG_FILE], self.tensors)
+            save_tensors(new / WEIGHTS_FILE, self.tensors, {SEAL: seal}, digests=False)
         return Path(folder)
 
 

@@ -123,4 +123,7 @@ def load_vector(path: str | PathLike[str]) -> Tensor:
     tensors, _ = load_tensors(path)
     if "task_vector" not in tensors:
         raise ValueError(f"{path} must hold `task_vector`, got {sorted(tensors)}; see `lorarecycle task-vector`.")
-    return check_vector(tensors["task_vector"], what=f"`task_vector` in {path}")
+    try:
+        return check_vector(tensors["task_vector"], what=f"`task_vector` in {path}")
+    except TypeError as error:
+        raise ValueError(str(error)) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,31 @@ from ..runtime.checkpoint import Checkpoint
 from ..runtime.progress import track
 from ..runtime.seeds import stream
 
+logger: logging.Logger = logging.getLogger(__name__)
+
 CHECKPOINT_EVERY = 200
+TIMED = 3
+"""Steps after the first that are timed, to say how long all will take."""
 
 LossTerms = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """(indices of a batch, randomness on the CPU) -> terms of the loss, already weighted, by name."""
+
+
+def forecast(name: str, steps: int, epochs: int, seconds: float, left: int) -> str:
+    """How long a training will take, for people.
+
+    Args:
+        name: of the run.
+        steps, epochs: in all.
+        seconds: for one step.
+        left: steps that are left.
+    """
+    wait = seconds * left
+    amount = f"{wait / 3600:.1f} h" if wait >= 5400 else f"{wait / 60:.0f} min" if wait >= 90 else f"{wait:.0f} s"
+    return (
+        f"{name}: {steps} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} from now; `epochs` (--epochs) "
+        "makes it shorter"
+    )
 
 
 def train(
@@ -68,7 +91,10 @@ def train(
     module.train()
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
     bar = track(range(done, steps), name, quiet=quiet, initial=done)
+    start = time.monotonic()
     for step in bar:
+        if step == done + 1:  # the first step warms up
+            start = time.monotonic()
         if step >= (1 - settle) * steps:
             for norm in norms:
                 norm.eval()
@@ -82,6 +108,10 @@ def train(
         optimizer.step()
         for key, value in found.items():
             history.setdefault(key, torch.zeros(steps, device=value.device))[step] = value.detach()
+        if step == done + TIMED:
+            next(iter(found.values())).item()  # waits for a GPU
+            seconds = (time.monotonic() - start) / TIMED
+            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step))
         if step % 50 == 0 or step + 1 == steps:
             values = {key: value[step].item() for key, value in history.items()}
             if not all(map(math.isfinite, values.values())):

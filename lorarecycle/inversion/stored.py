@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.digests import KEY, hash_tensor, read_digests, refusal
 from ..runtime.files import load_tensors
-from .surrogate import mask_scores, read_facts
+from .surrogate import check_tables, mask_scores, read_facts
 
 
 class Tables(NamedTuple):
@@ -45,26 +46,29 @@ class StoredSurrogate:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path: Path = Path(path)
-        tensors, raw = load_tensors(self.path, skip=("images",))
-        found = _images(self.path)
-        meta = read_facts(self.path, raw, images=found is not None)
-        assert found is not None
-        self.shape, self._offset = found
+        tensors, strings = load_tensors(self.path, skip=("images",))
         self.tables: Tables = Tables(
             tensors.get("teacher_logits"), tensors["kept"].long() if "kept" in tensors else None, tensors.get("scores")
         )
-        self.patch_size: int = meta["patch_size"]
-        self.adapter: str = meta["adapter"]
-        self.adapter_digest: str = meta["adapter_digest"]
-        self.class_names: tuple[str, ...] = tuple(meta["class_names"])
+        self.shape, self._offset, digest = _place(self.path)
+        facts = read_facts(self.path, strings)
+        self.patch_size: int = facts["patch_size"]
+        self.adapter: str = facts["adapter"]
+        self.adapter_digest: str = facts["adapter_digest"]
+        self.class_names: tuple[str, ...] = tuple(facts["class_names"])
+        check_tables(self.path, self.shape, len(self.class_names), self.patch_size, tensors)
+        if digest is not None and digest != hash_tensor("torch.uint8", self.shape, self._mapped().reshape(-1)):
+            raise ValueError(refusal(self.path, "other images"))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def images(self, rows: Tensor) -> Tensor:
         """uint8 [k, 3, H, W], the images at `rows` [k]: a copy, after which nothing stays mapped."""
-        mapped = np.memmap(self.path, np.uint8, "r", self._offset, self.shape)
-        return torch.from_numpy(mapped[rows.numpy()])
+        return torch.from_numpy(self._mapped()[rows.numpy()])
+
+    def _mapped(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r", self._offset, self.shape)
 
 
 class StoredImages:
@@ -97,18 +101,15 @@ class StoredImages:
         return found
 
 
-def _images(path: Path) -> tuple[tuple[int, int, int, int], int] | None:
-    """Shape of the images in a safetensors file, and the byte at which they start; None where it has none.
-
-    Raises:
-        ValueError: images of another kind.
-    """
+def _place(path: Path) -> tuple[tuple[int, int, int, int], int, str | None]:
+    """Shape of the images in a safetensors file that loads, where they start, and their digest if any."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        images = json.loads(file.read(size)).get("images")
-    if images is None:
-        return None
-    shape = images["shape"]
-    if images["dtype"] != "U8" or len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"{path} must hold images uint8 [n, 3, H, W], got {images['dtype']} {shape}; make it again.")
-    return (shape[0], shape[1], shape[2], shape[3]), 8 + size + images["data_offsets"][0]
+        header = json.loads(file.read(size))
+    images = header.get("images")
+    if images is None or images["dtype"] != "U8" or len(images["shape"]) != 4 or images["shape"][1] != 3:
+        found = "none" if images is None else f"{images['dtype']} {images['shape']}"
+        raise ValueError(f"{path} must hold `images`, uint8 [n, 3, H, W], got {found}; make it again.")
+    strings = header.get("__metadata__", {})
+    digest = (read_digests(strings) or {}).get("images", "") if KEY in strings else None
+    return tuple(images["shape"]), 8 + size + images["data_offsets"][0], digest

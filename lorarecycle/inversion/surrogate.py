@@ -20,6 +20,7 @@ FORMAT = 2
 READABLE = (1, 2)
 PER_IMAGE = ("labels", "teacher_logits", "kept", "scores", "curves", "rows")
 """Tensors with a row for each image, beside the images."""
+_FACTS = {"class_names": list, "patch_size": int, "adapter": str, "adapter_digest": str, "config": dict}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,13 @@ class Surrogate:
             FileNotFoundError: no such file.
             ValueError: truncated, corrupt, or no surrogate of this version.
         """
-        tensors, raw = load_tensors(path)
-        meta = read_facts(path, raw, images="images" in tensors)
+        tensors, strings = load_tensors(path)
+        meta = read_facts(path, strings)
+        images = tensors.get("images")
+        if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{path} must hold `images`, uint8 [n, 3, H, W], got {found}; make it again.")
+        check_tables(path, tuple(images.shape), len(meta["class_names"]), meta["patch_size"], tensors)
         return cls(
             images=tensors["images"],
             labels=tensors.get("labels"),
@@ -143,31 +149,77 @@ class Surrogate:
         )
 
 
-def read_facts(path: str | PathLike[str], raw: Mapping[str, str], *, images: bool) -> dict[str, Any]:
-    """What a surrogate's file says beside its tensors, from its metadata.
-
-    Args:
-        path: of the file, for messages.
-        raw: the metadata, JSON in strings.
-        images: whether it has any.
+def read_facts(path: str | PathLike[str], strings: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of a surrogate's file, checked.
 
     Raises:
-        ValueError: no surrogate of this version.
+        ValueError: no JSON, another format, or values of other kinds; the message names the file and the field.
     """
     try:
-        meta = {key: json.loads(value) for key, value in raw.items() if key != "format"}
+        meta = {key: json.loads(value) for key, value in strings.items() if key != "format"}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must have metadata in JSON, got {str(error)[:80]}; make it again.") from error
     if meta.get("surrogate_format") not in READABLE:
         raise ValueError(
-            f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')}; make it again."
+            f"{path} must be a surrogate of a format in {READABLE}, got {meta.get('surrogate_format')!r:.40}; make it "
+            "again."
         )
-    facts = ("class_names", "patch_size", "adapter", "adapter_digest", "config")
-    missing = sorted({*facts} - set(meta)) + ([] if images else ["images"])
-    if missing or not isinstance(meta["class_names"], list):
-        found = f"none of {', '.join(missing)}" if missing else f"`class_names` {meta['class_names']!r}"
-        raise ValueError(f"{path} must hold `images`, {', '.join(facts)}, got {found}; make it again.")
+    for key, kind in _FACTS.items():
+        if not isinstance(meta.get(key), kind) or isinstance(meta[key], bool):
+            raise ValueError(
+                f"`{key}` of {path} must be {kind.__name__}, got {str(meta.get(key))[:80]!r}; make it again."
+            )
+    if meta["patch_size"] < 1 or not all(isinstance(name, str) for name in meta["class_names"]):
+        raise ValueError(f"{path} must have a `patch_size` above 0 and `class_names` of text; make it again.")
     return meta
+
+
+def check_tables(
+    path: str | PathLike[str],
+    shape: tuple[int, ...],
+    classes: int,
+    patch_size: int,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Make sure that what stands beside the images of a file fits them.
+
+    Args:
+        path: of the file.
+        shape: of the images.
+        classes, patch_size: as the metadata say.
+        tensors: what is there of `PER_IMAGE`, as stored.
+
+    Raises:
+        ValueError: no images, other shapes or types, NaN, labels or patches that are not there.
+    """
+    n, _, height, width = shape
+    patches = (height // patch_size) * (width // patch_size)
+    if not n or not patches:
+        raise ValueError(f"{path} must hold images of patches of {patch_size}, got {list(shape)}; make it again.")
+    rules: dict[str, tuple[list[int | None], int | None]] = {
+        "labels": ([n], classes),
+        "teacher_logits": ([n, classes], None),
+        "kept": ([n, None], patches),
+        "scores": ([n, patches], None),
+        "curves": ([n, 2, None], None),
+        "rows": ([n], 2**31),
+    }
+    for name, (sizes, below) in rules.items():
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        fits = found.ndim == len(sizes) and all(a in (None, b) for a, b in zip(sizes, found.shape, strict=True))
+        if below is None:
+            fits = fits and found.dtype == torch.float32 and (name == "curves" or bool(torch.isfinite(found).all()))
+        else:
+            fits = fits and found.dtype in (torch.int32, torch.int64) and found.numel() > 0
+            fits = fits and 0 <= int(found.min()) <= int(found.max()) < below
+        if not fits:
+            rule = f"whole numbers below {below}" if below is not None else "float32"
+            raise ValueError(
+                f"`{name}` of {path} must be {rule}, {['any' if size is None else size for size in sizes]}, got "
+                f"{found.dtype} {list(found.shape)} or values that cannot be; make it again."
+            )
 
 
 def mask_scores(scores: Tensor | None, sparsity: float, adapter: str) -> Tensor:

@@ -10,10 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..runtime.files import naming
 from .settings import Settings, common, merge
 
 FIELDS = ("title", "source", "note", "settings", "sets", "columns", "rows", "also", "picture")
 PICTURES = ("shots", "grid", "t-sne")
+_KINDS = {str: "text", dict: "an object"}
+_FIGURES = (int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ def load_experiment(source: str | PathLike[str]) -> Experiment:
         ValueError: an unknown name (the known are listed), or a file that is no experiment.
         FileNotFoundError: no such file.
     """
-    name = str(source).lower()
-    return read_experiment(name if name in experiment_names() else Path(source).stem, experiment_text(source))
+    name, text = str(source).lower(), experiment_text(source)
+    if name in experiment_names():
+        return read_experiment(name, text)
+    with naming(source):
+        return read_experiment(Path(source).stem, text)
 
 
 def experiment_text(source: str | PathLike[str]) -> str:
@@ -98,7 +104,10 @@ def experiment_text(source: str | PathLike[str]) -> str:
         )
     if not path.is_file():
         raise FileNotFoundError(f"`table` must be a file that is there, got {path}.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be JSON in UTF-8, got other bytes ({error}); fetch the file again.") from error
 
 
 def read_experiment(name: str, text: str) -> Experiment:
@@ -109,27 +118,35 @@ def read_experiment(name: str, text: str) -> Experiment:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"experiment {name!r} must be JSON, got {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"experiment {name!r} must be JSON, got {str(error)[:200]}.") from error
     if not isinstance(content, dict) or not set(content) <= set(FIELDS):
         unknown = sorted(set(content) - set(FIELDS)) if isinstance(content, dict) else [type(content).__name__]
-        raise ValueError(f"experiment {name!r} must hold some of {', '.join(FIELDS)}, got {unknown[0]!r}.")
+        raise ValueError(f"experiment {name!r} must hold some of {', '.join(FIELDS)}, got {unknown[0][:80]!r}.")
+    for key, kind in {"title": str, "source": str, "note": str, "settings": dict, "sets": dict}.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f"`{key}` of experiment {name!r} must be {_KINDS[kind]}, got {str(content[key])[:80]!r}.")
     columns = tuple(
-        Column(_text(c, "name", name), dict(c.get("settings", {})), c.get("shows", "accuracy"))
+        Column(c["name"], dict(c.get("settings", {})), _text({"shows": "accuracy", **c}, "shows", name))
         for c in _objects(content, "columns", name, ("name", "settings", "shows"))
     )
     rows = []
     for r in _objects(content, "rows", name, ("name", "settings", "paper")):
-        paper = tuple(r.get("paper", [None] * len(columns)))
+        paper = r.get("paper", [None] * len(columns))
+        if not isinstance(paper, list) or not all(isinstance(figure, _FIGURES) for figure in paper):
+            raise ValueError(
+                f"`paper` of row {r['name']!r} in {name!r} must be a list of numbers, text or null, got "
+                f"{str(paper)[:80]!r}."
+            )
         if len(paper) != len(columns):
             raise ValueError(
                 f"`paper` of row {r['name']!r} in {name!r} must have a figure (or null) for each of {len(columns)} "
                 f"columns, got {len(paper)}."
             )
-        rows.append(Row(_text(r, "name", name), dict(r.get("settings", {})), paper))
+        rows.append(Row(r["name"], dict(r.get("settings", {})), tuple(paper)))
     picture = content.get("picture")
     if picture is not None and picture not in PICTURES:
-        raise ValueError(f"`picture` of {name!r} must be one of {', '.join(PICTURES)}, got {picture!r}.")
+        raise ValueError(f"`picture` of {name!r} must be one of {', '.join(PICTURES)}, got {str(picture)[:80]!r}.")
     return Experiment(
         name,
         content.get("title", name),
@@ -147,12 +164,19 @@ def read_experiment(name: str, text: str) -> Experiment:
 def _objects(content: Mapping[str, Any], key: str, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     found = content.get(key)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
-        raise ValueError(f"`{key}` of experiment {name!r} must be a list of objects with a name, got {found!r}.")
+        raise ValueError(
+            f"`{key}` of experiment {name!r} must be a list of objects with a name, got {str(found)[:80]!r}."
+        )
     for one in found:
         unknown = sorted(set(one) - set(fields))
         if unknown:
-            raise ValueError(f"`{key}` of experiment {name!r} must hold {', '.join(fields)}, got {unknown[0]!r}.")
-    names = [one.get("name") for one in found]
+            raise ValueError(f"`{key}` of experiment {name!r} must hold {', '.join(fields)}, got {unknown[0][:80]!r}.")
+        if not isinstance(one.get("settings", {}), dict):
+            raise ValueError(
+                f"`settings` of each of `{key}` of experiment {name!r} must be an object, got "
+                f"{str(one['settings'])[:80]!r}."
+            )
+    names = [_text(one, "name", name) for one in found]
     if len(set(names)) != len(names):
         raise ValueError(f"`{key}` of experiment {name!r} must have different names, got {names}.")
     return found
@@ -161,7 +185,7 @@ def _objects(content: Mapping[str, Any], key: str, name: str, fields: tuple[str,
 def _text(content: Mapping[str, Any], key: str, name: str) -> str:
     value = content.get(key)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"`{key}` of each row and column of {name!r} must be some text, got {value!r}.")
+        raise ValueError(f"`{key}` of each row and column of {name!r} must be some text, got {str(value)[:80]!r}.")
     return value
 
 

@@ -128,15 +128,16 @@ class Checkpoint:
         """The step of a file that is whole and of this training."""
         try:
             facts = {key: json.loads(value) for key, value in strings.items() if key != "format"}
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             facts = {}
         if facts.get("kind") != KIND:
             raise self._refusal("a training's checkpoint", "another kind of file")
         if facts.get("format_version") != FORMAT_VERSION:
-            raise self._refusal(f"of format {FORMAT_VERSION}", f"format {facts.get('format_version')!r}")
-        missing = sorted(set(facts.get("names") or ()) ^ set(tensors))
+            raise self._refusal(f"of format {FORMAT_VERSION}", f"format {facts.get('format_version')!r:.40}")
+        names = facts.get("names")
+        missing = sorted(set(map(str, names if isinstance(names, list) else ())) ^ set(tensors))
         if missing:
-            raise self._refusal("whole", f"one with {missing[0]} missing or added")
+            raise self._refusal("whole", f"one with {missing[0][:80]} missing or added")
         run = facts.get("run")
         if run != self._run:
             parts = ", ".join(differences(run if isinstance(run, dict) else {}, self._run))
@@ -146,7 +147,7 @@ class Checkpoint:
             )
         step = facts.get("step")
         if type(step) is not int or not 1 <= step <= self._steps:
-            raise self._refusal(f"of step 1 to {self._steps}", f"step {step!r}")
+            raise self._refusal(f"of step 1 to {self._steps}", f"step {step!r:.40}")
         return step
 
     def _states(self, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:

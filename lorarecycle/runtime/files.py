@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import owner
+from .digests import KEY, check_digests, make_digests
+from .settled import read_settled
 
 if TYPE_CHECKING:  # the exported session writes files without torch
     from torch import Tensor
@@ -37,12 +39,13 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
 
     Whatever goes wrong on the way (disk full, process killed), an earlier file at `path` stays whole. The temporary
     file has the same name, in a hidden folder beside: what the writing library puts next to it goes with it. Its rights
-    are what the umask leaves.
+    are what the umask leaves. What processes that are gone left beside is removed.
 
     Raises:
         OSError: writing failed; the message names the file. Nothing is left then, folders made here included.
     """
     path = Path(path).expanduser()
+    remove_leftovers(path.parent)
     try:
         with hidden_folder(path.parent) as folder:
             temporary = folder / path.name
@@ -176,6 +179,8 @@ def read_json(path: str | PathLike[str]) -> Any:
         ValueError: not JSON, nested too deep or too large; the message names the file and the place.
     """
     path = Path(path).expanduser()
+    if path.exists() and not path.is_file():  # a folder, a pipe, a device
+        raise ValueError(f"{path} must be a JSON file, got something else of that name; choose the file.")
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
@@ -186,7 +191,7 @@ def read_json(path: str | PathLike[str]) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, OverflowError) as error:
         refuse_pointer(path)
         raise ValueError(
-            f"{path} must be JSON, got text that does not parse ({error}); fetch the file again."
+            f"{path} must be JSON, got text that does not parse ({str(error)[:200]}); fetch the file again."
         ) from error
 
 
@@ -207,6 +212,17 @@ def read_object(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch the file again.")
     return content
+
+
+@contextmanager
+def naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Puts the file's name before a ValueError of the block that does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError or str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def hash_file(path: Path) -> str:
@@ -245,14 +261,27 @@ def refuse_pickles(folder: Path, pattern: str, loader: str) -> None:
 
 
 def save_tensors(
-    path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None
+    path: str | PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, object] | None = None,
+    *,
+    digests: bool = True,
 ) -> Path:
-    """Write a safetensors file atomically; `metadata` values are stored as JSON."""
+    """Write a safetensors file atomically.
+
+    Args:
+        path: the file.
+        tensors: on any device.
+        metadata: values are stored as JSON.
+        digests: store hashes of all that, which `load_tensors` checks.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {"format": "pt", **{key: json.dumps(value) for key, value in (metadata or {}).items()}}
+    if digests:
+        meta[KEY] = make_digests(plain, meta)
 
     def write(temporary: Path) -> None:
         try:
@@ -277,7 +306,7 @@ def _sort_header(path: Path) -> None:
 
 
 def load_tensors(path: str | PathLike[str], *, skip: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors on the CPU, and the metadata as stored (strings).
+    """Read a safetensors file: tensors on the CPU, and the metadata as stored (strings), without digests.
 
     Args:
         path: the file.
@@ -285,19 +314,28 @@ def load_tensors(path: str | PathLike[str], *, skip: Collection[str] = ()) -> tu
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, corrupt or no safetensors file; a Git LFS pointer.
+        ValueError: truncated, corrupt or no safetensors file; not what its digests say; a Git LFS pointer.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}.")
+    # safetensors opens a file twice: for its header, and for its numbers
+    return read_settled(path.parent, (path.name,), lambda: _load_tensors(path, skip))
+
+
+def _load_tensors(path: Path, skip: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             names = [name for name in file.keys() if name not in skip]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            tensors, strings = {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}.") from None
         refuse_pointer(path)
         raise ValueError(
-            f"{path} must be a whole safetensors file, got one that does not read ({error}); fetch or make it again."
+            f"{path} must be a whole safetensors file, got one that does not read ({str(error)[:200]}); fetch or make "
+            "it again."
         ) from error
+    return tensors, check_digests(path, tensors, strings, skip=skip)

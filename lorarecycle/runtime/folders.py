@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,7 @@ def atomic_folder(
     *,
     first: str | None = None,
     last: Sequence[str] = (),
-    stale: Collection[str] = (),
+    stale: Collection[str] | Callable[[], Collection[str]] = (),
 ) -> Iterator[Path]:
     """A hidden folder to write files into, which are put into `target` when the block ends without an error.
 
@@ -33,7 +33,8 @@ def atomic_folder(
         target: the folder, made with its parents where it is absent.
         first: name of the file that is replaced before all others, such as one that says what the others must be.
         last: names of files that are replaced after all others, in this order, such as one that lists them.
-        stale: names of files of an earlier writer, removed before the `last` unless this one wrote them too.
+        stale: names of files of an earlier writer, removed before the `last` unless this one wrote them too; or what
+            gives them, called when no other writer puts files into the target.
 
     Yields:
         the hidden folder; files only, no folders in it.
@@ -43,9 +44,8 @@ def atomic_folder(
             After any error in the block nothing is left, folders made here included.
         ValueError: `stale` names something outside the folder.
     """
-    for name in stale:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(f"`stale` must be names of files in the folder, got {name!r}.")
+    if not callable(stale):
+        _require_names(stale)
     real = Path(os.path.realpath(os.path.expanduser(target)))
     remove_leftovers(real)
     remove_leftovers(real.parent)
@@ -68,7 +68,7 @@ def atomic_folder(
         early = [first] if first in names else []
         final = [name for name in last if name in names]
         middle = [name for name in names if name not in (*early, *final)]
-        _put_in_place(folder, real, target, [*early, *middle], final, set(stale) - set(names))
+        _put_in_place(folder, real, target, [*early, *middle], final, stale)
 
 
 def _put_in_place(
@@ -77,7 +77,7 @@ def _put_in_place(
     target: str | PathLike[str],
     before: Sequence[str],
     last: Sequence[str],
-    stale: Collection[str],
+    stale: Collection[str] | Callable[[], Collection[str]],
 ) -> None:
     names = [*before, *last]
     placed: list[str] = []
@@ -92,10 +92,12 @@ def _put_in_place(
                 if (real / name).is_dir():
                     raise IsADirectoryError(errno.EISDIR, f"{name} there is a folder")
             with _alone(real):
+                old = set(stale() if callable(stale) else stale) - set(names)
+                _require_names(old)
                 for name in before:
                     move(folder / name, real / name)
                     placed.append(name)
-                for name in stale:
+                for name in old:
                     (real / name).unlink(missing_ok=True)
                 for name in last:
                     move(folder / name, real / name)
@@ -110,6 +112,12 @@ def _put_in_place(
         raise OSError(error.errno, f"cannot write {target}: {reason(error)}; {state}") from error
     flush_folder(real)
     flush_folder(real.parent)
+
+
+def _require_names(stale: Collection[str]) -> None:
+    for name in stale:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"`stale` must be names of files in the folder, got {name!r}.")
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def find_folder(
                 f"{fspath(source)!r} is meant, call from another directory or move that one."
             )
         return _subfolder(folder, inside, f"{folder}")
-    if folder.exists():
+    if folder.is_file():
         raise ValueError(f"`{argument}` must be the directory of {what}, got the file {folder}; give {folder.parent}.")
     if not (isinstance(source, str) and is_hub_id(source)):
         raise FileNotFoundError(

@@ -38,18 +38,28 @@ def read_settled(folder: Path, names: Iterable[str], read: Callable[[], T]) -> T
         try:
             result = read()
         except (OSError, ValueError) as error:
-            if wait is None or (not isinstance(error, TornFolderError) and _stamps(folder, names) == before):
+            at_rest = _stamps(folder, names) == before
+            if isinstance(error, TornFolderError):
+                if wait is None:
+                    raise
+            elif at_rest:
                 raise
+            elif wait is None:
+                raise _restless(folder) from error
         else:
             if _stamps(folder, names) == before:
                 return result
             if wait is None:
-                raise TornFolderError(
-                    f"the files in {folder} must stay as they are while they are read, got ones that another process "
-                    "keeps replacing; read them when it is done."
-                )
+                raise _restless(folder)
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _restless(folder: Path) -> TornFolderError:
+    return TornFolderError(
+        f"the files in {folder} must stay as they are while they are read, got ones that another process keeps "
+        "replacing; read them when it is done."
+    )
 
 
 def _stamps(folder: Path, names: Iterable[str]) -> list[tuple[int, int, int] | None]:

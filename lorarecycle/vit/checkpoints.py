@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.peft.names import PARTS, find_layer, split_block
-from ..runtime.files import load_tensors, read_json, refuse_pickles
+from ..runtime.files import load_tensors, naming, read_json, refuse_pickles
 from .checkpoint_facts import DEFAULTS, Facts, read_config
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def build_vit(state_dict: Mapping[str, Tensor], facts: Facts | None = None) -> V
         )
     facts = {**DEFAULTS[family], **(facts or {})}  # type: ignore[typeddict-item]
     weights = convert_state_dict(state_dict)
+    _require_shapes(weights, family)
+    require_floats(weights)
     width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     hidden, reads = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
@@ -200,8 +202,42 @@ def load_vit(path: str | PathLike[str]) -> tuple[VisionTransformer, Facts]:
     facts = read_config(folder)
     if not facts:
         logger.warning("%s has no config.json; the defaults of the model's family count.", folder)
-    vit, family = build_vit(tensors, facts), find_family(tensors)
+    with naming(path):
+        vit, family = build_vit(tensors, facts), find_family(tensors)
     return vit, {**DEFAULTS[family], **facts, "family": family}  # type: ignore[typeddict-item]
+
+
+def require_floats(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where weights are no floating-point numbers, NaN or infinite; the message names the tensor."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"weights must be floating-point numbers, got {tensor.dtype} in {name[:80]}; fetch them again."
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"weights must be finite, got NaN or infinite values in {name[:80]}; fetch them again.")
+
+
+_DIMENSIONS = {
+    "patch_embed.proj.weight": 4,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
+    "cls_token": (3, 1),
+    "pos_embed": (3, 2),
+}
+"""Of the tensors that sizes are taken from; of CLIP's own forms too."""
+
+
+def _require_shapes(weights: Mapping[str, Tensor], family: str) -> None:
+    for name, dimensions in _DIMENSIONS.items():
+        found = weights.get(name)
+        allowed = dimensions if isinstance(dimensions, tuple) else (dimensions,)
+        if found is None or found.ndim not in allowed or not found.numel():
+            shown = "none" if found is None else list(found.shape)
+            raise ValueError(f"a {family} checkpoint must hold `{name}` of {allowed[0]} dimensions, got {shown}.")
+    patch = weights["patch_embed.proj.weight"]
+    if patch.shape[2] != patch.shape[3]:
+        raise ValueError(f"a {family} checkpoint must have square patches, got {list(patch.shape[2:])}.")
 
 
 def _prefix(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -234,6 +270,8 @@ def _fuse(weights: dict[str, Tensor], fused: str) -> None:
         names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
         if any(name not in weights for name in names):
             raise ValueError(f"a checkpoint must hold {names} together, got {sorted(set(names) & set(weights))}.")
+        if len({(weights[name].ndim, *weights[name].shape[1:]) for name in names}) > 1 or not weights[names[0]].ndim:
+            raise ValueError(f"a checkpoint must hold {names} of one width, got others; fetch it again.")
         joined = torch.cat([weights.pop(name) for name in names])
         weights[key.replace(f".{parts[0]}.", f".{fused}.")] = joined
 

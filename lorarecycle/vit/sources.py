@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.processor import read_channels
-from ..runtime.files import load_tensors, read_json, read_object
+from ..runtime.files import load_tensors, naming, read_json, read_object
 from ..runtime.hub import find_folder
 from .support import require_plain_vit
 
@@ -171,7 +171,17 @@ def _timm_folder(
             f"{folder} must hold model.safetensors, got {f'only the pickle file {pickles[0]}' if pickles else 'none'}; "
             "fetch it again, or write it with `timm.models.save_for_hf(model, folder, safe_serialization=True)`."
         )
-    vit, facts = _timm_vit(str(content["architecture"]), weights or folder / "model.safetensors", arguments)
+    try:
+        vit, facts = _timm_vit(str(content["architecture"]), weights or folder / "model.safetensors", arguments)
+    except (ValueError, OSError) as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a model's class makes of `model_args`
+        raise ValueError(
+            f"`architecture` and `model_args` in {path} must make a timm model, got {type(error).__name__}: "
+            f"{str(error)[:200]}; fetch it again."
+        ) from error
     own = {key: read_channels(config[key], key, path) for key in ("mean", "std") if config.get(key) is not None}
     if isinstance(config.get("crop_pct"), (int, float)):
         own["crop_pct"] = config["crop_pct"]
@@ -184,12 +194,13 @@ def _fill(vit: Any, tensors: dict[str, Tensor], source: str) -> None:
     """Load weights under timm's or transformers' keys; position embeddings are resampled, classifiers left out."""
     from timm.layers import resample_abs_pos_embed
 
-    from .checkpoints import convert_state_dict
+    from .checkpoints import convert_state_dict, require_floats
 
     own = set(vit.state_dict())
-    state = {
-        k: v.float() for k, v in convert_state_dict(tensors).items() if k in own or not k.startswith(CLASSIFIER_KEYS)
-    }
+    with naming(source):
+        require_floats(tensors)
+        tensors = convert_state_dict(tensors)
+    state = {k: v.float() for k, v in tensors.items() if k in own or not k.startswith(CLASSIFIER_KEYS)}
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None and positions.shape[1] != vit.pos_embed.shape[1]:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

@@ -165,7 +165,7 @@ def test_earlier_files_stay_whole_when_the_disk_is_full(failing, tmp_path, monke
     before.save(tmp_path / "adapter")
     files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"lorarecycle.adapters.peft.write.{failing}", full)

@@ -141,12 +141,14 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
         ({"images": IMAGES[..., :1], "labels": LABELS}, r"\[2, 4, 4, 1\]"),
         ({"images": IMAGES}, "must be 2 integers, got none"),
         ({"images": IMAGES, "labels": LABELS[:1]}, r"must be 2 integers, got int64 \[1\]"),
-        ({"images": IMAGES, "labels": LABELS, "classes": np.array(["a"])}, "1 class names"),
+        ({"images": IMAGES, "labels": LABELS, "classes": np.array(["a"])}, "a name for each label up to 1"),
+        ({"images": IMAGES, "labels": LABELS, "classes": np.array(["a", "a"])}, "must all be different"),
+        ({"images": IMAGES, "labels": LABELS - 1}, r"must be 0 or more, got -1"),
         ({"images": IMAGES, "labels": np.array([0, {}], object)}, "without pickled objects"),
         ({"images": IMAGES, "labels": np.array([0, 10**8])}, "must be below 1000000 where no `classes` names them"),
         ({}, r"one of \[\]"),
     ],
-    ids=["float", "grey", "unlabelled", "fewer", "range", "pickle", "huge", "empty"],
+    ids=["float", "grey", "unlabelled", "fewer", "range", "twice", "below", "pickle", "huge", "empty"],
 )
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)  # type: ignore[arg-type]
@@ -156,7 +158,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) ->
 
 def test_a_npz_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 64, 64, 3), np.uint8), labels=np.zeros(100, int))
-    monkeypatch.setattr("lorarecycle.data.sources.os.sysconf", lambda name: 1000)  # 1 MB in all
+    monkeypatch.setattr("lorarecycle.runtime.npz.os.sysconf", lambda name: 1000)  # 1 MB in all
     with pytest.raises(ValueError, match=r"bomb\.npz must unpack to less than the 0 GB of memory here"):
         load_dataset(tmp_path / "bomb.npz")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from ...runtime.files import naming
 from ...runtime.settled import read_settled
 from ..algebra import split_factors, stack_factors
 from ..value import AnyValue, Head, LoRAFactors
@@ -67,17 +68,18 @@ def _read(
         found = replace(found, class_names=tuple(class_names))
     if keys.notes:
         logger.warning("%s: %s.", keys.path, "; ".join(keys.notes))
-    return kind(
-        factors,
-        head=found,
-        base_model=metadata.base_model or config.base_model,
-        mean=preparation.mean,
-        std=preparation.std,
-        name=name,
-        base_class=metadata.base_class or config.base_class,
-        resize=preparation.resize,
-        notes=keys.notes,
-    )
+    with naming(keys.path):
+        return kind(
+            factors,
+            head=found,
+            base_model=metadata.base_model or config.base_model,
+            mean=preparation.mean,
+            std=preparation.std,
+            name=name,
+            base_class=metadata.base_class or config.base_class,
+            resize=preparation.resize,
+            notes=keys.notes,
+        )
 
 
 def _site_factors(keys: FoundKeys, config: AdapterConfig, metadata: Metadata) -> dict[str, LoRAFactors]:

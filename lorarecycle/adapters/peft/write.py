@@ -73,16 +73,19 @@ def write_peft(
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
-    earlier = _head_file(directory)
-    stale = [earlier] if earlier else []
+
+    def stale() -> list[str]:
+        """The head's file of the adapter that is there when this one is put in its place."""
+        earlier = _head_file(directory)
+        return [earlier] if earlier else []
+
     with atomic_folder(directory, first=WEIGHTS_FILE, last=(METADATA_FILE, CONFIG_FILE), stale=stale) as folder:
         if placed.beside_file:
             save_tensors(folder / placed.beside_file, placed.beside, placed.beside_metadata)
         write_json(folder / CONFIG_FILE, peft_config)
         write_json(folder / METADATA_FILE, metadata.content)
-        save_tensors(
-            folder / WEIGHTS_FILE, tensors, {SEAL: make_seal(folder, [f.name for f in folder.iterdir()], tensors)}
-        )
+        seal = make_seal(folder, [file.name for file in folder.iterdir()], tensors)
+        save_tensors(folder / WEIGHTS_FILE, tensors, {SEAL: seal}, digests=False)
         write_text(folder / "README.md", card)
     return directory
 
