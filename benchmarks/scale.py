@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         adapters = [script, "--adapters", "20", "--folder", str(folder / "adapters-20")]
         run([*adapters, "--steps", "1"])  # writes them
         for count in options.processes:
-            job = [*adapters, "--steps", "25", "--episodes", "4", "--inversion-steps", "40"]
+            job = [*adapters, "--steps", "25", "--episodes", "4", "--inversion-steps", "20"]
             job += ["--work-dir", str(folder / f"work-{count}")]
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
             row = run([*launch, *job] if count > 1 else job)
