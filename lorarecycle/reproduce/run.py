@@ -287,11 +287,9 @@ def prepare_run(
             asked = experiment.cell(row, column)
             if weights is not None and asked["base"] == base:
                 asked = {"weights": str(weights), **asked}
-            cells.append(
-                _checked(
-                    Cell(row, column, asked, shrink(asked) if quick else asked), world, experiment.also, skip_missing
-                )
-            )
+            cells.append(Cell(row, column, asked, shrink(asked) if quick else asked))
+    for step in (partial(_check, also=experiment.also), _name):  # what is known at once, then what takes reading
+        cells = [_told(cell, world, step, skip_missing) for cell in cells]
     if not quick:
         _refuse_idle(world, cells, {name: value for name, value in given.items() if value is not None})
     elif named := [name for name, value in {"data": data, **given}.items() if value is not None]:
@@ -308,22 +306,32 @@ def reproduce(table: str | PathLike[str] | Experiment, **settings: Any) -> Path:
     return prepare_run(table, **settings)()
 
 
-def _checked(cell: Cell, world: World, also: tuple[str, ...], skip_missing: bool) -> Cell:
+def _told(cell: Cell, world: World, step: Callable[[Cell, World], Cell], skip_missing: bool) -> Cell:
+    """A step of a cell's preparation, whose errors say where they are; what is missing may be put up with."""
     where = f"row {cell.row.name!r}, column {cell.column.name!r}"
     try:
-        check_settings(cell.settings)
-        kind = find_kind(cell.settings)
-        unknown = [] if not kind.shows else [one for one in (cell.column.shows, *also) if one not in kind.shows]
-        if unknown:
-            raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {unknown[0]!r}.")
-        kind.check(world, cell.settings)
-        facts = cell_facts(world, cell.settings)
+        return cell if cell.missing else step(cell, world)
     except FileNotFoundError as error:
         if not skip_missing:
             raise FileNotFoundError(f"{where}: {error}") from error
         return replace(cell, missing=str(error))
     except (ValueError, TypeError, ImportError) as error:
         raise type(error)(f"{where}: {error}") from error
+
+
+def _check(cell: Cell, world: World, also: tuple[str, ...]) -> Cell:
+    check_settings(cell.settings)
+    kind = find_kind(cell.settings)
+    unknown = [] if not kind.shows else [one for one in (cell.column.shows, *also) if one not in kind.shows]
+    if unknown:
+        raise ValueError(f"`shows` must be one of {', '.join(kind.shows)}, got {unknown[0]!r}.")
+    kind.check(world, cell.settings)
+    return cell
+
+
+def _name(cell: Cell, world: World) -> Cell:
+    """The cell with what it hangs on: its models are loaded, its images read once."""
+    facts = cell_facts(world, cell.settings)
     return replace(cell, facts=facts, key=key_of(facts))
 
 
