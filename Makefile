@@ -57,22 +57,22 @@ wheel: $(VENV)/installed
 	rm -rf build dist .wheel-venv
 	$(BIN)/python -m build --wheel
 	$(PYTHON) -m venv .wheel-venv
-	.wheel-venv/bin/python -m pip install --quiet dist/*.whl
+	.wheel-venv/bin/python -m pip install --quiet --no-compile dist/*.whl
 	cd .wheel-venv && bin/python ../tests/smoke_wheel.py
 	cd .wheel-venv && ../$(BIN)/mypy --config-file ../pyproject.toml --python-executable bin/python -p lorarecycle
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	touch $@
 
 $(VENV)/docs-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
 	touch $@
 
 $(VENV)/browser-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[browser]'
 	touch $@
 
 clean:
