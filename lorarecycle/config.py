@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, TypeVar, cast
 
 from .runtime.deprecation import renamed_fields, warn_renamed
@@ -87,7 +88,7 @@ class InversionConfig:
         if self.patience is not None:
             _at_least("patience", self.patience, 1)
         _positive("lr", self.lr)
-        _at_least("prior_weight", self.prior_weight, 0)
+        _not_negative("prior_weight", self.prior_weight)
         if self.image_size is not None:
             _at_least("image_size", self.image_size, 1)
         if self.prior_size is not None:
@@ -340,9 +341,16 @@ def as_plain(config: Any) -> dict[str, Any]:
     return plain(asdict(config))
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
+def _at_least(name: str, value: int, low: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
 
 
 def _positive(name: str, value: float) -> None:

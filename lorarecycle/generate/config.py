@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import _at_least, _between, _one_of, _positive
+from ..config import _at_least, _between, _not_negative, _one_of, _positive
 from .cvae import channel_plan
 
 STEPS, PAPER_EPOCHS = 2500, 2000
@@ -57,7 +57,7 @@ class GenerateConfig:
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise ValueError(f"`kernel` must be odd and at least 3, got {self.kernel}.")
         _at_least("latent", self.latent, 1)
-        _at_least("kl_weight", self.kl_weight, 0)
+        _not_negative("kl_weight", self.kl_weight)
         _between("settle", self.settle, 0, 1)
         _one_of("normalisation", self.normalisation, ("adapter", "tensor"))
 
