@@ -54,8 +54,8 @@ def find_folder(
             such subfolder, nothing in the cache.
         PermissionError: a gated repository, or a token that the Hub refuses.
         ConnectionError: no network, a Hub that is down, or (`HubRateLimitError`) too many requests.
-        ValueError: a file instead of a directory, an unknown revision, or one for a directory; a repository whose folders
-            have the `marker`, and no `subfolder`.
+        ValueError: a file instead of a directory, an unknown revision, or one for a directory; a repository whose
+            folders have the `marker`, and no `subfolder`.
     """
     inside = _inside(subfolder)
     folder = Path(source).expanduser()
