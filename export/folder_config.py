@@ -68,7 +68,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if content["resize"] not in ("crop", "squash"):
         raise ValueError(f"`resize` in {path} must be 'crop' or 'squash', got {repr(resize)[:80]}; export again.")
     if type(content["crop_pct"]) not in (int, float) or not 0.1 <= content["crop_pct"] <= 1:
-        raise ValueError(f"`crop_pct` in {path} must be from 0.1 to 1, got {repr(content['crop_pct'])[:80]}; export again.")
+        raise ValueError(
+            f"`crop_pct` in {path} must be from 0.1 to 1, got {repr(content['crop_pct'])[:80]}; export again."
+        )
     return content
 
 
