@@ -58,7 +58,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     version = content.get("format_version", 0)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {repr(version)[:80]}; upgrade lorarecycle."
+            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {version!r:.80}; upgrade lorarecycle."
         )
     for key, (fits, rule) in _RULES.items():
         if not fits(content[key]):
