@@ -58,17 +58,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     version = content.get("format_version", 0)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {version!r}; upgrade lorarecycle."
+            f"`format_version` in {path} must be at most {FORMAT_VERSION}, got {version!r:.80}; upgrade lorarecycle."
         )
     for key, (fits, rule) in _RULES.items():
         if not fits(content[key]):
-            raise ValueError(f"`{key}` in {path} must be {rule}, got {content[key]!r}; export again.")
+            raise ValueError(f"`{key}` in {path} must be {rule}, got {repr(content[key])[:80]}; export again.")
     resize = content.get("resize", _CROP)
     content["resize"], content["crop_pct"] = "crop" if resize == _CROP else resize, content.get("crop_pct", 1.0)
     if content["resize"] not in ("crop", "squash"):
-        raise ValueError(f"`resize` in {path} must be 'crop' or 'squash', got {resize!r}; export again.")
+        raise ValueError(f"`resize` in {path} must be 'crop' or 'squash', got {repr(resize)[:80]}; export again.")
     if type(content["crop_pct"]) not in (int, float) or not 0.1 <= content["crop_pct"] <= 1:
-        raise ValueError(f"`crop_pct` in {path} must be from 0.1 to 1, got {content['crop_pct']!r}; export again.")
+        raise ValueError(
+            f"`crop_pct` in {path} must be from 0.1 to 1, got {repr(content['crop_pct'])[:80]}; export again."
+        )
     return content
 
 

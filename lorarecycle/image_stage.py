@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -112,6 +113,9 @@ class ImageStage:
     def _in_files(self, folder: WorkDir) -> list[AnySurrogate]:
         """Whoever is free claims the next adapter; what others do at the moment is waited for at the end."""
         make, makers, claims = self._maker(), self.drawn.adapters, Claims(folder.claims)
+        for i in makers:  # before hours of work
+            if folder.surrogates[i].exists():
+                self._open(folder.surrogates[i], i)
         first = self.group.own(len(makers))[0]
         left = [*range(first, len(makers)), *range(first)]  # processes begin at different places
         with self._bar(len(makers)) as bar:
@@ -135,7 +139,21 @@ class ImageStage:
             claims.clear()
         for path in folder.surrogates.values():
             require_seen(path)
-        return [StoredSurrogate(folder.surrogates[i]) for i in makers]
+        return [self._open(folder.surrogates[i], i) for i in makers]
+
+    def _open(self, path: Path, i: int) -> StoredSurrogate:
+        """The images of the i-th adapter.
+
+        Raises:
+            ValueError: a damaged file, or one of another adapter.
+        """
+        found, adapter = StoredSurrogate(path), self.inverted[i]
+        if found.adapter_digest != adapter.weights_digest():
+            raise ValueError(
+                f"{path} must hold images made of adapter {adapter.name!r}, got those of {found.adapter!r}; remove the "
+                "file, and they are made again."
+            )
+        return found
 
     def _bar(self, count: int) -> Progress[int]:
         """Counts adapters, unless each has a bar of its own."""

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +84,18 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     monkeypatch.setattr("lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("inverted again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
     assert files.read_json(work / "summary.json") == summary, "the seconds of the work, not of reading it again"
+
+
+def test_images_of_another_adapter_are_refused(tiny_backbone, adapters, tmp_path):
+    work = tmp_path / "work"
+    first = recycle(adapters, base=tiny_backbone, work_dir=work, **FAST)
+    shutil.rmtree(work / "meta_lora")
+    one, other, _ = sorted((work / "surrogates").iterdir())
+    shutil.copy(other, one)
+    with pytest.raises(ValueError, match=rf"{one.name} must hold images made of adapter .*; remove the file"):
+        recycle(adapters, base=tiny_backbone, work_dir=work, **FAST)
+    one.unlink()
+    assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_a_stopped_tuning_goes_on_to_the_same_bits(
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("step", [4, 6, 9, 10, 11, 13])
+@pytest.mark.parametrize("step", [1, 4, 6, 9, 10, 11, 13])
 def test_a_stopped_tuning_that_keeps_checkpoints_goes_on(
     tiny_backbone: Backbone, tiny_data: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

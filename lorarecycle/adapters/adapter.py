@@ -93,6 +93,7 @@ class Adapter(AdapterValue):
             FILES,
             what="a PEFT adapter",
             argument="path_or_id",
+            marker=CONFIG_FILE,
             revision=revision,
             token=token,
             subfolder=subfolder,

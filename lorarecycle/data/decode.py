@@ -233,6 +233,8 @@ def _from_path(path: str | os.PathLike[str], label: str) -> np.ndarray:
         if _URL.match(file):
             raise ValueError(f"{label} must be image files on this machine, got the URL {shown!r}; download it first.")
         raise FileNotFoundError(f"no image file {shown}.")
+    if not os.path.isfile(file):  # reading a pipe or a device may never end
+        raise ValueError(f"{label} must be image files, got {shown}, which is no regular file; copy it to one.")
     return _open(file, f"image file {shown}")
 
 

@@ -75,7 +75,9 @@ def read_npz(path: Path, split: str | None) -> Source:
             f"{prefix}labels of {path} must be below {MOST_CLASSES} where no `{prefix}classes` names them, got "
             f"{highest}."
         )
-    names = arrays.get(f"{prefix}classes", np.arange(highest + 1))
+    names = arrays.get(f"{prefix}classes")
+    if names is None:
+        names = np.arange(highest + 1)
     if names.ndim != 1 or names.dtype.kind not in "USiu" or not highest < len(names) <= MOST_CLASSES:
         raise ValueError(
             f"{prefix}classes of {path} must be a name for each label up to {highest}, at most {MOST_CLASSES}, got "

@@ -64,7 +64,7 @@ def read_prototypes(path: str | PathLike[str], model_hash: str, embed_dim: int) 
         prototypes, facts = _read(path, safetensors)
         if facts["format_version"] != FORMAT_VERSION:
             raise ValueError(f"`format_version` {facts['format_version']!r} in place of {FORMAT_VERSION}")
-        labels, dtype, model = facts["classes"], facts["dtype"], facts["model"]
+        labels, dtype, model = facts["classes"], facts["dtype"], str(facts["model"])
         if prototypes.dtype != np.float32 or prototypes.ndim != 2 or len(prototypes) != len(labels):
             raise ValueError(f"{prototypes.dtype} {list(prototypes.shape)} for {len(labels)} classes")
         if not np.isfinite(prototypes).all():

@@ -26,6 +26,7 @@ def find_folder(
     *,
     what: str,
     argument: str = "source",
+    marker: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     subfolder: str | None = None,
@@ -40,6 +41,7 @@ def find_folder(
         files: names or patterns, safetensors and JSON only.
         what: what is looked for, for messages.
         argument: what the caller calls `source`, for messages.
+        marker: a file that what is looked for has; where a repository has it in its folders only, they are named.
         revision: branch, tag or commit on the Hub.
         token: for private and gated repositories; True for the one of `hf auth login`, which is also the default,
             False for none.
@@ -52,7 +54,8 @@ def find_folder(
             such subfolder, nothing in the cache.
         PermissionError: a gated repository, or a token that the Hub refuses.
         ConnectionError: no network, a Hub that is down, or (`HubRateLimitError`) too many requests.
-        ValueError: a file instead of a directory, an unknown revision, or one for a directory.
+        ValueError: a file instead of a directory, an unknown revision, or one for a directory; a repository whose
+            folders have the `marker`, and no `subfolder`.
     """
     inside = _inside(subfolder)
     folder = Path(source).expanduser()
@@ -71,6 +74,8 @@ def find_folder(
         )
     with _explained(argument, source, revision=revision, local_files_only=local_files_only):
         fetched = _fetch(source, revision, token, cache_dir, local_files_only, [str(inside / name) for name in files])
+    if marker and not subfolder and not local_files_only and not (fetched / marker).is_file():
+        _refuse_several(source, marker, revision, token)
     return _subfolder(fetched, inside, f"{source!r} at {revision or 'its default branch'}")
 
 
@@ -173,6 +178,22 @@ def _fetch(
         except LocalEntryNotFoundError:
             raise error from None
     return download(local_files_only=False)
+
+
+def _refuse_several(source: str, marker: str, revision: str | None, token: str | bool | None) -> None:
+    """Raises ValueError with the folders of a repository that hold the marker, where there are any."""
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().model_info(source, revision=revision, token=token, timeout=10).siblings or []
+    except Exception:  # it is known to be absent from the top; this only says where it might be
+        return
+    found = sorted(
+        {str(PurePosixPath(one.rfilename).parent) for one in siblings if one.rfilename.endswith(f"/{marker}")}
+    )
+    if found:
+        shown = ", ".join(map(repr, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise ValueError(f"`subfolder` must choose one of the {len(found)} in {source!r}, got None; they are {shown}.")
 
 
 def _inside(subfolder: str | None) -> PurePosixPath:

@@ -45,6 +45,17 @@ def test_subfolder(hub, client, saved):
         client(FETCH % ", subfolder='eight'")
 
 
+def test_a_repository_of_several_names_them(hub, client, saved):
+    files = {path.name: path.read_bytes() for path in saved[0].iterdir()}
+    put(hub, saved[0], inside="adapters/seven/")
+    repo = hub.repos["alice/a"]
+    repo.commit("main", {**repo.files("main"), **{f"b/{name}": file for name, file in files.items()}}, "more")
+    for expression in (FETCH % "", "load_adapters('alice/a', cache_dir={cache})"):
+        with pytest.raises(Refused, match=r"`subfolder` must choose one of the 2 in 'alice/a'.* 'adapters/seven', 'b'"):
+            client(expression)
+    assert client(FETCH % ", subfolder='b'") == saved[1]
+
+
 def test_private_with_token(hub, client, saved):
     put(hub, saved[0], private=True)
     assert client(FETCH % ", token='hf_read'") == saved[1]

@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_processes_in_one_place_full_disks_and_read_only_folders():
     script = Path(__file__).with_name("concurrency.py")
-    command = [sys.executable, str(script), "--seconds", "1", "--full", "4", "--without", "export"]
+    command = [sys.executable, str(script), "--seconds", "0.5", "--full", "3", "--without", "export"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

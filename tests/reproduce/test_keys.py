@@ -107,7 +107,7 @@ def test_content_of_adapters_in_a_folder(world, tmp_path, make_adapter):
     [
         ({"method": "lora-recycle-75"}, {"surrogates": {"inversion": {"prior_weight": 0.01}}}),
         ({"meta": {"n_shot": 1}}, {}),
-        ({"tasks": {"n_query": 3.0}}, {}),
+        ({"tasks": {"n_query": 3}}, {}),
         ({"surrogates": {"head": "own"}}, {}),
         ({"adapters": {"tune": {"epochs": 10}}}, {}),
         ({"method": "linear-probe", "options": {"rate": 0.1}}, {"method": "linear-probe", "options": {"rate": 1e-1}}),
