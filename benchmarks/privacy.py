@@ -1,7 +1,7 @@
 r"""Privacy: how close inverted images come to the photographs that an adapter was tuned on.
 
     python benchmarks/privacy.py --work-dir WORK                    # CIFAR-FS, 8 adapters: hours on a CPU
-    python benchmarks/privacy.py --work-dir WORK --set vgg_flower --recipe paper
+    python benchmarks/privacy.py --work-dir WORK --set vgg_flower --recipe paper --tuning-images 20
 
 For each image: the nearest of its class's photographs that the adapter was tuned on, and the nearest of as many others
 of the class, which it never saw. An image that tells nothing of single photographs is nearer to one of the tuning half
@@ -101,11 +101,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "privacy.json")
     args = parser.parse_args()
     bench = Bench(args)
-    adapters, tasks = bench.adapters(args.set)
-    surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
     make = bench.sets[args.set].train
     assert make is not None
     whole = make()
+    fewest = int(torch.bincount(torch.as_tensor(whole.labels)).min())
+    if fewest < 2 * args.tuning_images:
+        parser.error(
+            f"`--tuning-images` must be at most {fewest // 2}: half of each class is held out; got {args.tuning_images}"
+        )
+    adapters, tasks = bench.adapters(args.set)
+    surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
 
     def read(data: Any, rows: Tensor) -> Tensor:
         return loaded(data.subset(rows), bench.backbone.fit).images
@@ -126,10 +131,6 @@ def main() -> None:
             rows = (own.labels == c).nonzero()[:, 0]
             some = evenly(rows, args.tuning_images)
             others = rows[~torch.isin(rows, some)]
-            if len(others) < len(some):
-                parser.error(
-                    f"`--tuning-images` must leave as many of class {task.class_names[c]!r}, which has {len(rows)}"
-                )
             unseen_rows = evenly(others, len(some))
             held_rows = evenly(others[~torch.isin(others, unseen_rows)], len(some))
             seen, unseen, held_out = (read(own, part) for part in (some, unseen_rows, held_rows))

@@ -212,8 +212,10 @@ def exchange() -> dict[str, Any]:
 
 def killed(said: str) -> dict[str, Any]:
     """What tests/adversarial/kill_ranks.py printed, as a row."""
+    if not said.strip():
+        raise SystemExit("kill_ranks.py printed nothing: run it by itself")
     unbroken, *runs, places, ended = said.strip().splitlines()
-    seconds = sorted(int(line.rpartition(", ")[2].removesuffix(" s")) for line in runs)
+    seconds = sorted(int(found[1]) for line in runs if (found := re.search(r", (\d+) s$", line)))
     return {
         "runs": len(runs),
         "lines": [f"{unbroken}; runs with a kill: {seconds[0]} to {seconds[-1]} s", places, ended],

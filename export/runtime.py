@@ -125,8 +125,8 @@ def import_onnxruntime() -> Any:
 
 
 def _threads_of_environment() -> int:
-    """`OMP_NUM_THREADS`, which ONNX Runtime itself does not read; 0, its own choice, where that is not a number."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    """`OMP_NUM_THREADS` (the first of a list), which ONNX Runtime itself does not read; 0, its choice, if no number."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(wanted) if wanted.isdecimal() else 0
 
 

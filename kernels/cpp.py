@@ -61,7 +61,7 @@ def _build() -> None:
             is_python_module=False,
         )
 
-    _load(folder / f"{name}.so", build)
+    _load(folder / f"{name}{cpp_extension.LIB_EXT}", build)
 
 
 def _load(library: Path, build: Callable[[], None]) -> None:
@@ -77,6 +77,8 @@ def _load(library: Path, build: Callable[[], None]) -> None:
         library.unlink(missing_ok=True)
         (library.parent / "lock").unlink(missing_ok=True)
         build()
+        if not library.is_file():
+            return
         temporary = _record(library).with_suffix(f".{os.getpid()}")
         temporary.write_text(_hash(library))
         os.replace(temporary, _record(library))

@@ -12,6 +12,7 @@ from ..runtime.progress import track
 from .dataset import LabelledImages
 from .folder import ClassFolders
 from .images import Fit, to_batches
+from .parquet import holds_parquet
 from .sets import open_dataset
 from .sources import NAMED_SOURCES, Source, common_size, read_npz
 
@@ -59,7 +60,7 @@ def load_dataset(
     cache = Path(root).expanduser() if root is not None else Path.home() / ".cache/lorarecycle/datasets"
     if fspath(source) in NAMED_SOURCES:
         found = NAMED_SOURCES[fspath(source)](split, cache, download)
-    elif path.is_dir() and not any(file.is_file() for file in path.rglob("*.parquet")):
+    elif path.is_dir() and not holds_parquet(path):
         folder = ClassFolders(path, split, strict=strict)
         found = Source([Path(file) for file, _ in folder.samples], folder.targets, folder.classes)
     elif path.is_file() and path.suffix != ".parquet":

@@ -23,6 +23,11 @@ KEPT_BYTES = 64 << 20
 EXTRA = "install `lorarecycle[data]`"
 
 
+def holds_parquet(folder: Path) -> bool:
+    """Whether a folder holds parquet files, at any depth; folders of such a name are classes."""
+    return any(file.is_file() for file in folder.rglob("*.parquet"))
+
+
 def open_parquet(folder: Path, split: str | None = None) -> Dataset:
     """A folder of parquet files with an image column (`image` {bytes, path}, or bytes) and a label column.
 

@@ -11,7 +11,7 @@ import torch
 
 from .folder import ClassFolders
 from .lazy import Dataset, LazyImages
-from .parquet import open_hub_dataset, open_parquet
+from .parquet import holds_parquet, open_hub_dataset, open_parquet
 from .sources import NAMED_SOURCES, Source, read_npz
 
 PLACES = {
@@ -57,7 +57,7 @@ def open_dataset(
     if name in NAMED_SOURCES:
         return _of_source(NAMED_SOURCES[name](split, cache, download), name)
     if path.is_dir():
-        if next(path.rglob("*.parquet"), None) is not None:
+        if holds_parquet(path):
             return open_parquet(path, split)
         folder = ClassFolders(path, split, strict=strict)
         return _of_source(Source([Path(file) for file, _ in folder.samples], folder.targets, folder.classes), name)

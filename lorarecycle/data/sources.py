@@ -86,7 +86,7 @@ def read_npz(path: Path, split: str | None) -> Source:
     if len(set(names.tolist())) != len(names):
         raise ValueError(f"{prefix}classes of {path} must all be different, got {str(names.tolist())[:100]}.")
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Source(pixels, labels, [str(name) for name in names])
+    return Source(pixels, labels, names.astype(str).tolist())
 
 
 def read_cifar_fs(split: str | None, root: Path, download: bool) -> Source:

@@ -111,7 +111,7 @@ def train(
         if step == done + TIMED:
             next(iter(found.values())).item()  # waits for a GPU
             seconds = (time.monotonic() - start) / TIMED
-            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step))
+            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step - 1))
         if step % 50 == 0 or step + 1 == steps:
             values = {key: value[step].item() for key, value in history.items()}
             if not all(map(math.isfinite, values.values())):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the exported session writes files without torch
     from torch import Tensor
 
-KEY = "sha256"
+KEY = "lorarecycle_sha256"
 """In the metadata: JSON of name -> hash, where "" stands for the rest of the metadata."""
 
 

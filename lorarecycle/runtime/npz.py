@@ -15,6 +15,8 @@ import numpy as np
 
 from .files import refuse_pointer
 
+PIECE = 1 << 24
+"""Bytes that are unpacked at once."""
 _BROKEN = (
     ValueError,
     TypeError,
@@ -55,7 +57,7 @@ def read_npz_arrays(path: str | PathLike[str], names: Collection[str]) -> dict[s
     """
     path = _require_file(path)
     found: dict[str, np.ndarray] = {}
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     try:
         with zipfile.ZipFile(path) as file:
             infos = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
@@ -88,7 +90,10 @@ def _read(member: Any, name: str, size: int) -> np.ndarray:
     promised, there = math.prod(shape) * dtype.itemsize, size - member.tell()
     if min(shape, default=0) < 0 or promised != there:
         raise ValueError(f"{name} of shape {list(shape)} and {promised} bytes in a member of {there}")
-    content = bytearray(member.read())  # to the end, where the checksum is compared
+    content, done = bytearray(there), 0
+    while part := member.read(PIECE):  # to the end, where the checksum is compared; the array is in memory once
+        content[done : done + len(part)] = part
+        done += len(part)
     array = np.frombuffer(content, dtype)
     return array.reshape(shape, order="F" if fortran else "C")
 

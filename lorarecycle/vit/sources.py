@@ -173,8 +173,10 @@ def _timm_folder(
         )
     try:
         vit, facts = _timm_vit(str(content["architecture"]), weights or folder / "model.safetensors", arguments)
+    except (ImportError, MemoryError, FileNotFoundError):
+        raise
     except (ValueError, OSError) as error:
-        if str(folder) in str(error):
+        if str(folder) in str(error) or (weights and str(weights) in str(error)):
             raise
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # whatever a model's class makes of `model_args`
@@ -198,9 +200,10 @@ def _fill(vit: Any, tensors: dict[str, Tensor], source: str) -> None:
 
     own = set(vit.state_dict())
     with naming(source):
-        require_floats(tensors)
         tensors = convert_state_dict(tensors)
-    state = {k: v.float() for k, v in tensors.items() if k in own or not k.startswith(CLASSIFIER_KEYS)}
+        tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(CLASSIFIER_KEYS)}
+        require_floats(tensors)
+    state = {k: v.float() for k, v in tensors.items()}
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None and positions.shape[1] != vit.pos_embed.shape[1]:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.data.load import load_dataset
+from lorarecycle.data.sets import open_dataset
 from lorarecycle.data.splits import class_split
 
 CIFAR_FS = class_split("cifar_fs")
@@ -122,6 +123,24 @@ def test_npz(tmp_path: Path) -> None:
     assert len(load_dataset(tmp_path / "one.npz")) == 4
     np.savez(tmp_path / "plain.npz", images=images, labels=labels)
     assert len(load_dataset(tmp_path / "plain.npz")) == 4
+
+
+def test_npz_where_the_system_tells_no_memory(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.sysconf")
+    monkeypatch.setattr("lorarecycle.runtime.npz.PIECE", 7)  # an array comes in pieces
+    images = np.random.default_rng(0).integers(0, 255, (4, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(4), classes=np.array([b"a", b"b", b"c", b"d"]))
+    data = load_dataset(tmp_path / "a.npz")
+    assert data.class_names == ("a", "b", "c", "d")
+    np.testing.assert_array_equal(data.images.permute(0, 2, 3, 1).numpy(), images)
+
+
+def test_a_class_may_be_called_as_a_parquet_file_is(tmp_path):
+    for name in ("a", "b.parquet"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / name / "1.png")
+    for found in (load_dataset(tmp_path / "set"), open_dataset(tmp_path / "set")):
+        assert tuple(found.class_names) == ("a", "b.parquet")
 
 
 @pytest.mark.parametrize("split", [None, "val"])

@@ -360,7 +360,7 @@ def test_providers_and_threads(exported, monkeypatch):
         FewShotSession(exported, providers=["NoSuchProvider"])
     with pytest.raises(ValueError, match="`threads` must be at least 1"):
         FewShotSession(exported, threads=0)
-    for value, expected in (("3", 3), ("many", 0), ("", 0)):
+    for value, expected in (("3", 3), ("4,2", 4), ("many", 0), ("", 0)):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         session = runtime.Graph(exported / "encoder.onnx", providers=["CPUExecutionProvider"]).session
         assert session.get_session_options().intra_op_num_threads == expected

@@ -29,6 +29,11 @@ def path(tmp_path):
     return save_tensors(tmp_path / "t.safetensors", TENSORS, {"step": 3, "name": "é"})
 
 
+def test_somebody_else_s_hash_is_none_of_ours(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"sha256": "5f2c"})
+    assert load_tensors(tmp_path / "a.safetensors")[1] == {"sha256": "5f2c"}
+
+
 def test_what_was_written_comes_back_without_digests(path):
     tensors, strings = load_tensors(path)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {n: t.dtype for n, t in TENSORS.items()}

@@ -9,6 +9,7 @@ from lorarecycle import Backbone
 from lorarecycle.runtime.files import save_tensors
 from lorarecycle.vit.checkpoint_facts import read_config
 from lorarecycle.vit.checkpoints import build_vit, convert_state_dict, find_family, load_vit
+from lorarecycle.vit.sources import _fill
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers' own models")
 
@@ -96,6 +97,14 @@ def test_clip_patch_tokens_before_the_last_norm(images):
     vit = build_vit(model.state_dict(), facts_of(model))
     vit.norm = torch.nn.Identity()
     torch.testing.assert_close(vit.forward_features(images), model(images).last_hidden_state)
+
+
+def test_what_is_left_out_of_a_file_may_be_of_any_kind(images):
+    model = make("clip")
+    state = {**model.state_dict(), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    vit = build_vit(model.state_dict(), facts_of(model))
+    _fill(vit, state, "a file of transformers 4")
+    torch.testing.assert_close(timm_feature(vit, images), class_feature(model, images))
 
 
 def facts_of(model):
