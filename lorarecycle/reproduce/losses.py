@@ -16,6 +16,7 @@ from ..inversion.start import finished_pixels, start_images
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import derive, stream
 from ..vit.backbone import Backbone
+from .accuracy import check_adapters
 from .facts import Facts
 from .settings import inversion_config
 from .world import World
@@ -27,6 +28,13 @@ SPARSITY = 0.75
 def facts(world: World, settings: Mapping[str, Any]) -> Facts:
     """What moves such a cell."""
     return {**world.surrogate_facts(settings), "count": world.count(settings), "area": settings["area"]}
+
+
+def check(world: World, settings: Mapping[str, Any]) -> None:
+    """Make sure that adapters and surrogates can be had, and that an area is named; errors as in `check_adapters`."""
+    check_adapters(world, settings)
+    if settings.get("area") is None:
+        raise ValueError("`area` must be given for cells of 'losses', one of foreground, background, got none.")
 
 
 @torch.no_grad()

@@ -158,14 +158,20 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
     where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "quiet": True}
     with pytest.raises(FileNotFoundError, match="row 'lvvit_m', column '1-shot': no weights of lvvit_m"):
         prepare_run(file, **where)
-    left = prepare_run(file, skip_missing=True, **where)
-    assert len(left.todo()) == 1
-    assert "1 cells cannot run; the first: no weights of lvvit_m" in plan_run(left)
+    with pytest.raises(FileNotFoundError, match="row 'lvvit_m', column '1-shot': no weights of lvvit_m"):
+        prepare_run(file, skip_missing=True, **where)  # which is for sets alone
     asked.clear()
     prepare_run(file, base="lvvit_m", weights="lv.safetensors", **where)
     assert asked == [("deit", None), ("lvvit_m", "lv.safetensors")]
     with pytest.raises(ValueError, match="`weights` must come with `base`, the model that they are for, got w alone"):
         prepare_run(file, weights="w", **where)
+    own = [{"name": "a", "settings": {"method": "nn", "weights": "own.safetensors"}}]
+    with pytest.raises(ValueError, match="`weights` must be left out of this experiment, none of whose cells"):
+        prepare_run(experiment(rows=own), base="lvvit_m", weights="lv.safetensors", **where)
+    asked.clear()
+    prepare_run(experiment(rows=[*own, *rows[1:]]), base="lvvit_m", weights="lv.safetensors", **where)
+    assert asked == [("lvvit_m", "own.safetensors"), ("lvvit_m", "lv.safetensors")]
+    file = experiment(rows=rows, columns=[{"name": "1-shot"}])
     idle = {"base": "vit", "prior": "resnet50", "prior_weights": "p", "skip_missing": False}
     for name in ("base", "prior", "prior_weights"):
         given = {**where, "base": "lvvit_m", "weights": "lv.safetensors", name: idle[name]}
@@ -174,6 +180,57 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
             monkeypatch.setattr(running, "_load", lambda base, weights, **machine: Backbone.load("demo"))
         with pytest.raises(ValueError, match=f"`{name}` must be left out of this experiment, none of whose cells"):
             prepare_run(file, **given)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "no text"), ValueError),
+        (json.JSONDecodeError("no JSON", "x", 0), ValueError),
+        (ModuleNotFoundError("no timm"), ImportError),
+    ],
+)
+def test_every_error_says_its_cell(root, experiment, tmp_path, monkeypatch, error, kind):
+    """Also errors whose own kind takes more than a message."""
+
+    def load(*a, **k):
+        raise error
+
+    monkeypatch.setattr(running, "_load", load)
+    with pytest.raises(kind, match=r"row 'plain', column '1-shot': .*no (text|JSON|timm)") as raised:
+        prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **MACHINE)
+    assert raised.value.__cause__ is error
+
+
+def test_texts_are_read_as_utf_8(root, experiment, tmp_path):
+    language = {"texts": ["a"], "method": "plain"}
+    settings = {**SMALL, "kind": "language", "language": language}
+    file = experiment(settings=settings, rows=[{"name": "r"}], columns=[{"name": "c", "shows": "a ppl"}], picture=None)
+    where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "dtype": "float32", "quiet": True}
+    assert not prepare_run(file, skip_missing=True, **where).todo(), "a text is this table's set"
+    (root / "texts").mkdir()
+    (root / "texts" / "a.txt").write_bytes(b"\xff" * 2000)
+    with pytest.raises(ValueError, match="row 'r', column 'c': text 'a' .* must be in UTF-8, got other bytes"):
+        prepare_run(file, skip_missing=True, **where)
+    (root / "texts" / "a.txt").write_text("abcde" * 400)
+    assert prepare_run(file, **where).todo()
+    with pytest.raises(ValueError, match="`base` must be left out of this experiment, none of whose cells uses it"):
+        prepare_run(file, **where, base="demo")  # its model is one of characters
+
+
+def test_tasks_of_few_shots_are_not_those_of_generators(root, experiment, tmp_path):
+    """Their facts name tasks too, but others."""
+    settings = {**SMALL, "kind": "generation", "generator": {"method": "plain", "per_class": 2}}
+    parts = {"train": [f"{part} {c}" for part in ("train", "val") for c in range(4)]}
+    arrays = np.load(root / "shapes.npz")
+    whole = {key: np.concatenate([arrays[f"{p}_{key}"] for p in ("train", "val")]) for key in ("images", "classes")}
+    labels = np.concatenate([arrays["train_labels"], arrays["val_labels"] + 4])
+    np.savez(root / "whole.npz", labels=labels, **whole)
+    changes = {"settings": settings, "rows": [{"name": "a"}], "columns": [{"name": "c"}], "picture": None}
+    file = experiment(**changes, sets={"shapes": {"path": "whole.npz", **parts}})
+    assert prepare_run(file, data=root, work_dir=tmp_path / "work", **MACHINE).todo()
+    with pytest.raises(ValueError, match="`n_tasks` must be left out of this experiment, none of whose cells uses it"):
+        prepare_run(file, data=root, work_dir=tmp_path / "work", n_tasks=5, **MACHINE)
 
 
 @pytest.mark.medium
@@ -225,6 +282,10 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
                 "columns": [{"name": "a"}],
             },
             "`config` of a generator must hold settings of soup, cond-p-diff, icm-lora but `seed`, .* got 'epoch'",
+        ),
+        (
+            {"settings": {**SMALL, "kind": "losses"}, "columns": [{"name": "a", "shows": "before"}]},
+            "row 'a', column 'a': `area` must be given for cells of 'losses', one of foreground, background, got none",
         ),
         (
             {"sets": {"shapes": {"path": "gone.npz"}}},
@@ -283,7 +344,8 @@ def test_whole_sets_are_parted_by_the_lists_of_classes(tmp_path, make_data):
     from PIL import Image
 
     plants = ("Potato___healthy", "Apple___healthy")
-    for folder, classes in (("dtd", ("chequered", "braided", "banded", "gauzy")), ("crop_diseases", plants)):
+    named = ("chequered", "braided", "banded", "gauzy", "(x)", "-")  # two of them without a letter to compare
+    for folder, classes in (("dtd", named), ("crop_diseases", plants)):
         for name in classes:
             (tmp_path / folder / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / folder / name / "a.png")

@@ -114,6 +114,13 @@ def without_sizes(settings, sizes):
             "must hold name, settings, shows, got 'show'",
         ),
         ('{"columns": [{"name": "a"}], "rows": [{"name": "b"}], "picture": "pie"}', "`picture` of 'x' must be one of"),
+        *(
+            (
+                f'{{"columns": [{{"name": "a"}}], "rows": [{{"name": "b"}}], "also": {also}}}',
+                "`also` of experiment 'x' must be a list of text, got",
+            )
+            for also in ("5", "null", '"memory"', "[1]")
+        ),
     ],
 )
 def test_files_that_are_no_experiments(text, message):
