@@ -37,7 +37,6 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
         raise ValueError("`area` must be given for cells of 'losses', one of foreground, background, got none.")
 
 
-@torch.no_grad()
 def area_losses(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Mean cross-entropy of the teachers, who see only an area of each image: of what it started as, and of what it
     became. The areas are those of the finished image: the quarter of the patches that is attended to most, and the
@@ -61,6 +60,7 @@ def area(surrogate: Surrogate, name: str) -> Tensor:
     return (order[:, :count] if name == "foreground" else order[:, count:]).sort(dim=1).values
 
 
+@torch.no_grad()
 def _started(teacher: Backbone, adapter: Adapter, settings: Mapping[str, Any], seed: int) -> Tensor:
     """What the images of a surrogate started as, uint8 [n, 3, H, W]."""
     config, head = inversion_config(settings), adapter.head
@@ -73,6 +73,7 @@ def _started(teacher: Backbone, adapter: Adapter, settings: Mapping[str, Any], s
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def _loss(teacher: Backbone, adapter: Adapter, images: Tensor, surrogate: Surrogate, kept: Tensor) -> float:
     head, total = adapter.head, 0.0
     assert head is not None
