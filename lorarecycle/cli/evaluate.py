@@ -99,14 +99,26 @@ class Evaluate:
         read = {
             "adapters": needs.adapters > 0,
             "surrogates": needs.surrogates,
-            "validation": needs.rate and self.rate is None,
+            "validation": needs.rate,
+            "validation_split": needs.rate,
             "text_encoder": needs.text_encoder,
         }
-        read["validation_split"] = read["validation"] and self.validation is not None
         for name, used in read.items():
-            if getattr(self, name) not in (None, ()) and not used:
-                flag = name.replace("_", "-")
-                raise ValueError(f"`--{flag}` must be left out for method {self.method!r}, which does not use it.")
+            given, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if given in (None, ()):
+                continue
+            if not used:
+                raise ValueError(f"`{flag}` must be left out for method {self.method!r}, which does not use it.")
+            if name.startswith("validation") and self.rate is not None:
+                raise ValueError(
+                    f"`{flag}` must be left out beside `--rate`, got {given} beside {self.rate}: a rate that is given "
+                    "is not chosen on validation classes."
+                )
+        if self.validation_split is not None and self.validation is None:
+            raise ValueError(
+                f"`--validation-split` must come with `--validation`, the data that it is a part of, got "
+                f"{self.validation_split} alone."
+            )
 
     def _adapters(self) -> list[Adapter]:
         from ..adapters.load_many import load_all

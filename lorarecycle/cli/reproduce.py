@@ -41,7 +41,7 @@ class Reproduce:
     cheapest_first: bool = False
     """Run the cells that cost least first, by the estimates of --plan."""
     skip_missing: bool = False
-    """Mark cells whose data sets are not there as not run, instead of stopping."""
+    """Mark cells whose data sets or texts are not there as not run, instead of stopping."""
     workers: int = 1
     """Threads that read images."""
     machine: Annotated[Machine, Flat] = field(default_factory=Machine)

@@ -49,7 +49,7 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     for name in set_names(settings):
         data = with_enough(world.open(name, "test"), config.n_shot + config.n_query, config.n_way, name)
         aside = None
-        if _chooses(method):
+        if chooses_rate(method):
             source = validation_set(settings)
             aside = with_enough(world.open(source, "val"), config.n_shot + config.n_query, config.n_way, source)
         tasks = sample_tasks(
@@ -150,7 +150,7 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
     method: Any = make_cell_method(settings)
     names, tasks = set_names(settings), as_plain(task_config(settings))
     del tasks["distance"]
-    if not _chooses(method):
+    if not chooses_rate(method):
         del tasks["n_validation_tasks"]
     found = {
         **prepared_facts(world, settings, method),
@@ -158,7 +158,7 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
         "tests": [world.open(name, "test").digest() for name in names],
     }
     found |= {"names": names} if len(names) > 1 else {}
-    if _chooses(method):
+    if chooses_rate(method):
         found["validation"] = world.open(validation_set(settings), "val").digest()
     return found
 
@@ -174,7 +174,7 @@ def prepared_facts(world: World, settings: Mapping[str, Any], method: Any) -> Fa
     return found | ({"text_encoder": world.text_facts()} if needs.text_encoder else {})
 
 
-def _chooses(method: Any) -> bool:
+def chooses_rate(method: Any) -> bool:
     """Whether a method chooses its rate on validation tasks."""
     return bool(method.needs.rate and method.rate is None)
 
@@ -203,7 +203,7 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     per_class = config.n_shot + config.n_query
     for one in set_names(settings):
         with_enough(world.open(one, "test"), per_class, config.n_way, f"set {one!r}")
-    if _chooses(method):
+    if chooses_rate(method):
         source = validation_set(settings)
         try:
             aside = world.open(source, "val")

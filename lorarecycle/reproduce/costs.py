@@ -16,7 +16,7 @@ from ..fewshot.methods.recycled import FromWeights, LoRARecycle
 from ..fewshot.methods.zero_shot import ZeroShotRecycle
 from ..meta.guide import native_size
 from . import generation, images, language
-from .accuracy import prepared_facts, validation_set
+from .accuracy import chooses_rate, prepared_facts
 from .settings import (
     inversion_config,
     key_of,
@@ -38,6 +38,7 @@ class Work(NamedTuple):
 
     stage: str
     key: str
+    """Work of one stage and key is one, the largest amount of it: who needs few of something shares those of many."""
     amount: int
     unit: str
     flops: float | None
@@ -160,14 +161,14 @@ def _tuning(world: World, settings: Mapping[str, Any], first: int | None = None)
     counts = [torch.bincount(world.open(name, "train").labels).float().mean().item() for name in chosen["of"]]
     seen = left * chosen["n_way"] * sum(counts) / len(counts) * chosen["tune"].get("epochs", 10)
     flops = seen * PASSES * _forward(world, settings)
-    yield Work("tune adapters", f"{folder.name} {count}", left, "adapters", flops, _width(world, settings))
+    yield Work("tune adapters", folder.name, left, "adapters", flops, _width(world, settings))
 
 
 def _inversion(world: World, settings: Mapping[str, Any], first: int | None = None) -> Iterator[Work]:
     config, backbone, forward = inversion_config(settings), world.backbone(settings), _forward(world, settings)
     count = world.count(settings) if first is None else min(first, world.count(settings))
     folder = world.folder("surrogates", world.surrogate_facts(settings))
-    key, width = f"{folder.name} {count}", backbone.embed_dim
+    key, width = folder.name, backbone.embed_dim
     if settings["surrogates"]["images"] == "real":
         labelled = _image_count(world, settings, count)
         yield Work("label real images", key, labelled, "images", labelled * forward, width)
@@ -229,7 +230,7 @@ def _evaluation(world: World, settings: Mapping[str, Any], method: Any, key: str
     config, forward, width = task_config(settings), _forward(world, settings), _width(world, settings)
     per_task = config.n_way * (config.n_shot + config.n_query)
     sets, tasks = set_names(settings), tasks_seen(settings)
-    if method.needs.rate and method.rate is None and validation_set(settings):
+    if chooses_rate(method):
         tasks += config.n_validation_tasks * len(method.rates)
     if not runs_anew(settings):
         seen = sum(min(len(world.open(name, "test")), tasks * per_task) for name in sets)

@@ -144,6 +144,9 @@ def read_experiment(name: str, text: str) -> Experiment:
                 f"columns, got {len(paper)}."
             )
         rows.append(Row(r["name"], dict(r.get("settings", {})), tuple(paper)))
+    also = content.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(figure, str) and figure for figure in also):
+        raise ValueError(f"`also` of experiment {name!r} must be a list of text, got {str(also)[:80]!r}.")
     picture = content.get("picture")
     if picture is not None and picture not in PICTURES:
         raise ValueError(f"`picture` of {name!r} must be one of {', '.join(PICTURES)}, got {str(picture)[:80]!r}.")
@@ -156,7 +159,7 @@ def read_experiment(name: str, text: str) -> Experiment:
         dict(content.get("settings", {})),
         content.get("note", ""),
         dict(content.get("sets", {})),
-        tuple(content.get("also", ())),
+        tuple(also),
         picture,
     )
 

@@ -53,6 +53,7 @@ class Sources:
     _backbones: dict[tuple[str, str | None], tuple[Backbone, str]] = field(default_factory=dict, repr=False)
     _priors: dict[tuple[Any, ...], tuple[BatchNormPrior | None, str]] = field(default_factory=dict, repr=False)
     _own: dict[str, list[Adapter]] = field(default_factory=dict, repr=False)
+    _text: tuple[Any, str] | None = field(default=None, repr=False)
 
     def backbone(self, settings: Mapping[str, Any]) -> Backbone:
         """The model of a cell in float32, as adapters are merged before it is cast."""
@@ -82,8 +83,10 @@ class Sources:
         return len(self.own_adapters(settings)) if chosen.get("folder") else chosen["count"]
 
     def base_facts(self, settings: Mapping[str, Any]) -> Facts:
-        """The model: its weights and how images come to it, whatever its name."""
-        return {"base": self._backbone(settings)[1]}
+        """The model: its weights, how images come to it, and its names: activation, norms and pooling are not in its
+        weights, but go with its name."""
+        found, digest = self._backbone(settings)
+        return {"base": [settings["base"], found.name, digest]}
 
     def adapter_facts(self, settings: Mapping[str, Any]) -> Facts:
         """The adapters, but not how many: the first of many are the first of few."""
@@ -120,10 +123,14 @@ class Sources:
         }
 
     def text_facts(self) -> str | None:
-        """The text encoder."""
+        """The text encoder; its weights are read once."""
         found: Any = self.text_encoder
         self.used.add("text_encoder")
-        return None if found is None else found.digest()
+        if found is None:
+            return None
+        if self._text is None or self._text[0] is not found:
+            self._text = found, found.digest()
+        return self._text[1]
 
     def _backbone(self, settings: Mapping[str, Any]) -> tuple[Backbone, str]:
         name = settings["base"], settings.get("weights")

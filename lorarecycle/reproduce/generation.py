@@ -89,26 +89,27 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
 def facts(world: World, settings: Mapping[str, Any]) -> Facts:
     """What moves such a cell."""
     chosen = settled(settings)
-    reads = {"data": (), "plain": (), "original": ("r", "tune")}.get(chosen["method"], ("r", "tune", "samples"))
-    found = {
-        **_run_facts(world, settings),
-        "method": chosen["method"],
-        "tasks": chosen["tasks"],
-        "read": {name: chosen[name] for name in reads},
+    if chosen["method"] in GENERATORS:
+        return {**_generator_facts(world, settings), "samples": chosen["samples"]}
+    made = _task_facts if chosen["method"] in ("data", "plain") else _run_facts  # the former tune nothing
+    return {**made(world, settings), "method": chosen["method"], "tasks": chosen["tasks"]}
+
+
+def _task_facts(world: World, settings: Mapping[str, Any]) -> Facts:
+    """What moves the images of the tasks, and the plain model's answers."""
+    return {
+        **world.base_facts(settings),
+        "set": world.open(set_names(settings)[0], "train").digest(),
+        "seed": settings["seed"],
+        "per_class": settled(settings)["per_class"],
     }
-    return found | (_generator_facts(world, settings) if chosen["method"] in GENERATORS else {})
 
 
 def _run_facts(world: World, settings: Mapping[str, Any]) -> Facts:
     """What moves the adapters of the tasks: those of a rank serve every generator."""
     chosen = settled(settings)
-    return {
-        **world.base_facts(settings),
-        "set": world.open(set_names(settings)[0], "train").digest(),
-        "seed": settings["seed"],
-        "per_class": chosen["per_class"],
-        "tune": as_plain(tune_config(chosen["tune"], chosen["r"], settings["seed"])),
-    }
+    tune = as_plain(tune_config(chosen["tune"], chosen["r"], settings["seed"]))
+    return {**_task_facts(world, settings), "tune": tune}
 
 
 def _generator_facts(world: World, settings: Mapping[str, Any]) -> Facts:

@@ -21,6 +21,8 @@ class Kind(NamedTuple):
     check: Callable[[World, Mapping[str, Any]], None]
     shows: tuple[str, ...]
     """Figures of its result that a column may show; where none are named, whatever the result has."""
+    few_shot: bool = False
+    """Whether it answers the tasks that `tasks` describes."""
 
 
 def _nothing(world: World, settings: Mapping[str, Any]) -> None:
@@ -28,7 +30,7 @@ def _nothing(world: World, settings: Mapping[str, Any]) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "accuracy": Kind(accuracy.accuracy, accuracy.facts, accuracy.check, accuracy.SHOWS),
+    "accuracy": Kind(accuracy.accuracy, accuracy.facts, accuracy.check, accuracy.SHOWS, few_shot=True),
     "inversion": Kind(
         speed.inversion_cost,
         speed.inversion_facts,
@@ -38,7 +40,7 @@ KINDS: dict[str, Kind] = {
     "training": Kind(
         speed.training_cost, speed.training_facts, _nothing, ("iterations_per_second", "gflops", "memory")
     ),
-    "losses": Kind(losses.area_losses, losses.facts, accuracy.check_adapters, ("before", "after")),
+    "losses": Kind(losses.area_losses, losses.facts, losses.check, ("before", "after")),
     "pictures": Kind(images.pictures, images.facts, accuracy.check_adapters, ("images", "loss")),
     "generation": Kind(
         generation.generation,

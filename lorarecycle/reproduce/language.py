@@ -147,10 +147,11 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
 
 
 def _shared_facts(world: World, settings: Mapping[str, Any]) -> Facts:
-    """What moves the model and the adapters of the texts, which all methods share."""
+    """What moves the model and the adapters of the texts, which all methods share; texts in the order in which they
+    are drawn from."""
     assert world.read_text is not None  # checked
     chosen = settled(settings)
-    texts = {name: hashlib.sha256(world.read_text(name).encode()).hexdigest() for name in chosen["texts"]}
+    texts = [[name, hashlib.sha256(world.read_text(name).encode()).hexdigest()] for name in chosen["texts"]]
     shared = {name: value for name, value in chosen.items() if name not in ("method", "config", "texts")}
     return {"texts": texts, "language": shared, "seed": settings["seed"]}
 

@@ -16,6 +16,7 @@ from ..inversion.start import finished_pixels, start_images
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import derive, stream
 from ..vit.backbone import Backbone
+from .accuracy import check_adapters
 from .facts import Facts
 from .settings import inversion_config
 from .world import World
@@ -29,7 +30,13 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
     return {**world.surrogate_facts(settings), "count": world.count(settings), "area": settings["area"]}
 
 
-@torch.no_grad()
+def check(world: World, settings: Mapping[str, Any]) -> None:
+    """Make sure that adapters and surrogates can be had, and that an area is named; errors as in `check_adapters`."""
+    check_adapters(world, settings)
+    if settings.get("area") is None:
+        raise ValueError("`area` must be given for cells of 'losses', one of foreground, background, got none.")
+
+
 def area_losses(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Mean cross-entropy of the teachers, who see only an area of each image: of what it started as, and of what it
     became. The areas are those of the finished image: the quarter of the patches that is attended to most, and the
@@ -53,6 +60,7 @@ def area(surrogate: Surrogate, name: str) -> Tensor:
     return (order[:, :count] if name == "foreground" else order[:, count:]).sort(dim=1).values
 
 
+@torch.no_grad()
 def _started(teacher: Backbone, adapter: Adapter, settings: Mapping[str, Any], seed: int) -> Tensor:
     """What the images of a surrogate started as, uint8 [n, 3, H, W]."""
     config, head = inversion_config(settings), adapter.head
@@ -65,6 +73,7 @@ def _started(teacher: Backbone, adapter: Adapter, settings: Mapping[str, Any], s
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def _loss(teacher: Backbone, adapter: Adapter, images: Tensor, surrogate: Surrogate, kept: Tensor) -> float:
     head, total = adapter.head, 0.0
     assert head is not None

@@ -24,7 +24,8 @@ def plan_run(run: Run) -> str:
     found: dict[tuple[str, str], Work] = {}
     for cell in todo:
         for work in works(run.world, cell.settings, cell.key):
-            found.setdefault((work.stage, work.key), work)
+            before = found.setdefault((work.stage, work.key), work)
+            found[work.stage, work.key] = max(before, work, key=lambda one: one.amount)
     stages: dict[str, list[Work]] = {}
     for work in found.values():
         stages.setdefault(work.stage, []).append(work)
@@ -76,12 +77,17 @@ def cheapest_first(run: Run) -> list[Cell]:
 
 
 def _greedy(left: list[tuple[Cell, dict[Any, float]]]) -> Iterator[Cell]:
-    made: set[Any] = set()
+    made: dict[Any, float] = {}
     while left:
-        extra = [sum(seconds for key, seconds in costs.items() if key not in made) for _, costs in left]
+        extra = [sum(_more(seconds, made.get(key, 0.0)) for key, seconds in costs.items()) for _, costs in left]
         cell, costs = left.pop(extra.index(min(extra)))
-        made |= set(costs)
+        made |= {key: max(seconds, made.get(key, 0.0)) for key, seconds in costs.items()}
         yield cell
+
+
+def _more(seconds: float, made: float) -> float:
+    """What is left of some work once some of it is made; both may be endless."""
+    return seconds - made if seconds > made else 0.0
 
 
 def _or_endless(seconds: float | None) -> float:

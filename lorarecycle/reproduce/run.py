@@ -25,7 +25,7 @@ from .facts import Facts
 from .images import draw_grid, draw_map, draw_shots
 from .kinds import cell_facts, find_kind
 from .quick import Letters, drawn_set, drawn_text, shrink, tiny_backbone, tiny_prior
-from .sets import Sets
+from .sets import SetMissing, Sets
 from .settings import Settings, check_settings, key_of, merge
 from .table import markdown
 from .world import World
@@ -34,6 +34,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 WRITE_EVERY = 30.0
 """Seconds between tables that are written on the way."""
+TOLD = (FileNotFoundError, TypeError, ImportError, ValueError)
+"""Errors of a cell's preparation that say in which cell they are."""
 
 
 class CellsFailed(RuntimeError):
@@ -58,6 +60,7 @@ class Cell:
         row, column: where it stands.
         asked: settings, as the file says.
         settings: those that it runs with; smaller in a rehearsal.
+        takes_weights: they are those of the run's arguments.
         missing: why it cannot run, where that is put up with.
         facts: what it hangs on.
         key: names its file; equal for cells of equal facts, empty where it cannot run.
@@ -67,6 +70,7 @@ class Cell:
     column: Column
     asked: Settings
     settings: Settings
+    takes_weights: bool = False
     missing: str = ""
     facts: Facts = field(default_factory=dict)
     key: str = ""
@@ -224,7 +228,8 @@ def prepare_run(
         image_size: side in pixels; the model's own when None.
         device, dtype: where and in which precision.
         quick: rehearse at small size on drawn images; see `shrink`.
-        skip_missing: cells whose sets are not there are marked "not run" instead of being an error.
+        skip_missing: cells whose sets or texts are not there are marked "not run" instead of being an error; all else
+            that is missing, such as a file of weights, stays one.
         workers: threads that read images.
         quiet: no progress bars.
 
@@ -285,9 +290,10 @@ def prepare_run(
     for row in experiment.rows:
         for column in experiment.columns:
             asked = experiment.cell(row, column)
-            if weights is not None and asked["base"] == base:
-                asked = {"weights": str(weights), **asked}
-            cells.append(Cell(row, column, asked, shrink(asked) if quick else asked))
+            takes = weights is not None and asked["base"] == base and asked.get("weights") is None
+            if takes:
+                asked["weights"] = str(weights)
+            cells.append(Cell(row, column, asked, shrink(asked) if quick else asked, takes_weights=takes))
     for step in (partial(_check, also=experiment.also), _name):  # what is known at once, then what takes reading
         cells = [_told(cell, world, step, skip_missing) for cell in cells]
     if not quick:
@@ -307,16 +313,15 @@ def reproduce(table: str | PathLike[str] | Experiment, **settings: Any) -> Path:
 
 
 def _told(cell: Cell, world: World, step: Callable[[Cell, World], Cell], skip_missing: bool) -> Cell:
-    """A step of a cell's preparation, whose errors say where they are; what is missing may be put up with."""
+    """A step of a cell's preparation, whose errors say where they are; sets that are missing may be put up with."""
     where = f"row {cell.row.name!r}, column {cell.column.name!r}"
     try:
         return cell if cell.missing else step(cell, world)
-    except FileNotFoundError as error:
-        if not skip_missing:
-            raise FileNotFoundError(f"{where}: {error}") from error
-        return replace(cell, missing=str(error))
-    except (ValueError, TypeError, ImportError) as error:
-        raise type(error)(f"{where}: {error}") from error
+    except TOLD as error:
+        if skip_missing and isinstance(error, SetMissing):
+            return replace(cell, missing=str(error))
+        kind = next(kind for kind in TOLD if isinstance(error, kind))  # its own kind may take other arguments
+        raise kind(f"{where}: {error}") from error
 
 
 def _check(cell: Cell, world: World, also: tuple[str, ...]) -> Cell:
@@ -339,8 +344,10 @@ def _refuse_idle(world: World, cells: list[Cell], given: Mapping[str, Any]) -> N
     """Raise where an argument reaches no cell; it would be thought to have done something."""
     if any(cell.missing for cell in cells):
         return
-    used = {"base", "weights"} if any(cell.settings["base"] == given.get("base") for cell in cells) else set()
-    used |= {"n_tasks"} if any("tasks" in cell.facts for cell in cells) else set()
+    with_model = [cell for cell in cells if "base" in cell.facts]
+    used = {"base"} if any(cell.settings["base"] == given.get("base") for cell in with_model) else set()
+    used |= {"weights"} if any(cell.takes_weights for cell in with_model) else set()
+    used |= {"n_tasks"} if any(find_kind(cell.settings).few_shot for cell in cells) else set()
     used |= {"prior", "prior_weights"} if "prior" in world.used else set()
     for name in sorted(set(given) - used - world.used):
         raise ValueError(

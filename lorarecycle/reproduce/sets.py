@@ -23,6 +23,10 @@ PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), 
 """Our name of a part -> the names that sets give it."""
 
 
+class SetMissing(FileNotFoundError):
+    """A set, or a text, is not in the folder of the data."""
+
+
 class Known(NamedTuple):
     """A set of the papers."""
 
@@ -83,8 +87,14 @@ class Sets:
 
         Raises:
             ValueError: an unknown set, or one without such a part.
-            FileNotFoundError: it is not there.
+            SetMissing: it is not there.
         """
+        try:
+            return self._find(name, part)
+        except FileNotFoundError as error:
+            raise SetMissing(str(error)) from error
+
+    def _find(self, name: str, part: Part) -> Dataset:
         if name in self.own:
             return self._own(name, part)
         known = find_known(name, self.own)
@@ -104,12 +114,16 @@ class Sets:
         """The text `texts/<name>.txt` under the root.
 
         Raises:
-            FileNotFoundError: there is none.
+            SetMissing: there is none.
+            ValueError: it is not in UTF-8.
         """
         path = self.root / "texts" / f"{name}.txt"
         if not path.is_file():
-            raise FileNotFoundError(f"text {name!r} must be {path}, got no such file.")
-        return path.read_text(encoding="utf-8")
+            raise SetMissing(f"text {name!r} must be {path}, got no such file.")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text {name!r} ({path}) must be in UTF-8, got other bytes ({error}).") from error
 
     def _own(self, name: str, part: Part) -> Dataset:
         facts = self.own[name]
@@ -138,7 +152,8 @@ class Sets:
         if not classes:
             raise ValueError(f"set {name!r} ({path}) must have a part {part!r}, got none: {tried}") from tried
         whole = open_dataset(path)
-        there = {_plain(one): one for one in whole.class_names} | {one: one for one in whole.class_names}
+        there = {plain: one for one in whole.class_names if (plain := _plain(one))}
+        there |= {one: one for one in whole.class_names}
         found = [there[key] for one in classes if (key := one if one in there else _plain(one)) in there]
         if not found:
             raise ValueError(
@@ -201,7 +216,7 @@ def with_enough(data: Dataset, count: int, n_way: int, what: str) -> Dataset:
 
 def _plain(name: str) -> str:
     """A class name as it is compared: letters and digits without case, without a number in front, without what stands
-    in brackets, no word twice in a row. Copies of one set spell its names in many ways."""
+    in brackets, no word twice in a row; empty where nothing is left. Copies of one set spell its names in many ways."""
     bare = name.split(".", 1)[1] if name.partition(".")[0].isdecimal() and "." in name else name
     found = re.findall(r"\w+", re.sub(r"\(.*?\)", " ", bare).casefold().replace("_", " "))
-    return "".join(word for word, before in zip(found, [None, *found[:-1]], strict=True) if word != before)
+    return "".join(word for word, before in zip(found, [None, *found][: len(found)], strict=True) if word != before)

@@ -31,6 +31,15 @@ def test_evaluate_takes_any_method(tmp_path, capsys):
         (["--method", "caml"], "`surrogates` must hold labelled images"),
         (["--method", "caml", "--surrogates", str(tmp_path / "gone")], "`--surrogates` must be a folder"),
         (["--method", "nn", "--validation", "digits"], "`--validation` must be left out for method 'nn'"),
+        (["--method", "nn", "--validation-split", "val"], "`--validation-split` must be left out for method 'nn'"),
+        (
+            ["--method", "linear-probe", "--validation-split", "val"],
+            "`--validation-split` must come with `--validation`, the data that it is a part of, got val alone",
+        ),
+        (
+            ["--method", "linear-probe", "--validation", "digits", "--rate", "0.1"],
+            "`--validation` must be left out beside `--rate`, got digits beside 0.1",
+        ),
         (["--method", "nn", *worn], "`--adapters` must be left out for method 'nn', which does not use it"),
         (["--n-query", "500"], "`n_shot + n_query` must be at most"),
     ):

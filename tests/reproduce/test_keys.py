@@ -88,6 +88,60 @@ def test_content_of_networks_and_encoders(world):
         assert all(key(changed, layer) == key(world, layer) for layer in unmoved)
 
 
+def test_models_of_equal_weights_and_other_names(world):
+    """CLIP with GELU and with QuickGELU: one set of weights, two models."""
+    models = fresh(world, load=lambda base, weights: tiny_backbone("tiny"), _models={})
+    one, other = ({"base": base, "method": "nn"} for base in ("clip", "clip_quickgelu"))
+    assert key(models, one) != key(models, other)
+    settings = [merge(common(), SMALL, layer) for layer in (one, other)]
+    assert models.model(settings[0]) is models.model(settings[0])
+    assert models.model(settings[0]) is not models.model(settings[1])
+
+
+def test_a_text_encoder_is_read_once(world):
+    """Its weights are hundreds of megabytes, and every cell asks for their digest."""
+
+    class Counted(Letters):
+        read = 0
+
+        def digest(self):
+            self.read += 1
+            return f"letters {id(self)}"
+
+    first, second = Counted(), Counted()
+    words, other = fresh(world, text_encoder=first), {"method": "zero-shot", "seed": 1}
+    keys = {key(words, {"method": "zero-shot"}), key(words, other)}
+    keys |= {key(replace(words, text_encoder=second), other)}
+    assert len(keys) == 3
+    assert (first.read, second.read) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "moves"),
+    [
+        ("data", {"tune": {"epochs": 3}}, False),
+        ("plain", {"r": 4}, False),
+        ("plain", {"per_class": 7}, True),
+        ("original", {"r": 4}, True),
+        ("original", {"tune": {"epochs": 10}}, False),  # the default, written out
+        ("original", {"samples": 3}, False),
+        ("soup", {"tune": {"epochs": 3}}, True),
+        ("soup", {"samples": 3}, True),
+    ],
+)
+def test_generated_adapters_hang_on_what_they_read(method, layer, moves, world):
+    below = {"kind": "generation", "generator": {"method": method, "per_class": 6}}
+    assert (key(world, below) != key(world, below, {"generator": layer})) is moves
+
+
+def test_the_order_of_texts_moves_the_key(world):
+    """Steps of training draw a text by its number."""
+    one, other = (
+        {"kind": "language", "language": {"method": "plain", "texts": texts}} for texts in (["a", "b"], ["b", "a"])
+    )
+    assert key(world, one) != key(world, other)
+
+
 def test_content_of_adapters_in_a_folder(world, tmp_path, make_adapter):
     backbone = tiny_backbone("tiny")
     own = {"adapters": {"folder": str(tmp_path / "own")}, "method": "average"}

@@ -7,7 +7,7 @@ import pytest
 
 from lorarecycle.reproduce import planning
 from lorarecycle.reproduce.costs import works
-from lorarecycle.reproduce.experiment import load_experiment
+from lorarecycle.reproduce.experiment import Row, load_experiment
 from lorarecycle.reproduce.settings import common, merge
 
 
@@ -56,6 +56,29 @@ def test_what_nobody_knows_is_said(name, rehearse, tmp_path):
     assert "and what is not estimated" in text
     assert "tune adapters" in text
     assert not re.search(r" 0 cells", text)
+
+
+def test_first_adapters_of_many_are_planned_once(rehearse, tmp_path):
+    """One row's two adapters are the first two of the other's five: five are tuned and inverted, in whatever order."""
+    experiment = load_experiment("table7")
+    few, many = ({"adapters": {"count": count}, "set": "cub", "base": "tiny"} for count in (2, 5))
+    for order in ((few, many), (many, few)):
+        rows = tuple(Row(str(i), settings, (None,)) for i, settings in enumerate(order))
+        run = rehearse(replace(experiment, rows=rows, columns=experiment.columns[:1]), work_dir=tmp_path)
+        run.cells = [
+            replace(cell, settings=merge(cell.settings, cell.row.settings), key=cell.row.name) for cell in run.cells
+        ]  # as many adapters as asked for, which a rehearsal makes few
+        text = planning.plan_run(run)
+        images = run.cells[0].settings["adapters"]["n_way"] * 6
+        assert re.search(r"tune adapters +5 adapters", text)
+        assert re.search(rf"invert adapters +{5 * images} images", text)
+
+
+def test_what_is_made_in_part_costs_the_rest():
+    """The order counts what more adapters cost beyond those that are there."""
+    endless = {"fit": float("inf")}
+    cells = [("a", {"tune": 6.0}), ("b", {"tune": 1.0, "x": 3.0}), ("c", {"tune": 2.0}), ("d", endless), ("e", endless)]
+    assert list(planning._greedy(cells)) == ["c", "b", "a", "d", "e"]
 
 
 def test_cells_in_the_order_of_their_cost(rehearse, tmp_path):

@@ -5,16 +5,14 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from lorarecycle.cli.main import main
-from lorarecycle.data.lazy import Dataset, LazyImages
 from lorarecycle.reproduce import run as running
 from lorarecycle.reproduce.accuracy import validation_set
 from lorarecycle.reproduce.experiment import load_experiment
 from lorarecycle.reproduce.planning import plan_run
 from lorarecycle.reproduce.run import prepare_run, reproduce
-from lorarecycle.reproduce.sets import Sets, check_apart
+from lorarecycle.reproduce.sets import Sets
 from lorarecycle.reproduce.table import figure, markdown
 from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.vit.backbone import Backbone
@@ -158,14 +156,20 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
     where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "quiet": True}
     with pytest.raises(FileNotFoundError, match="row 'lvvit_m', column '1-shot': no weights of lvvit_m"):
         prepare_run(file, **where)
-    left = prepare_run(file, skip_missing=True, **where)
-    assert len(left.todo()) == 1
-    assert "1 cells cannot run; the first: no weights of lvvit_m" in plan_run(left)
+    with pytest.raises(FileNotFoundError, match="row 'lvvit_m', column '1-shot': no weights of lvvit_m"):
+        prepare_run(file, skip_missing=True, **where)  # which is for sets alone
     asked.clear()
     prepare_run(file, base="lvvit_m", weights="lv.safetensors", **where)
     assert asked == [("deit", None), ("lvvit_m", "lv.safetensors")]
     with pytest.raises(ValueError, match="`weights` must come with `base`, the model that they are for, got w alone"):
         prepare_run(file, weights="w", **where)
+    own = [{"name": "a", "settings": {"method": "nn", "weights": "own.safetensors"}}]
+    with pytest.raises(ValueError, match="`weights` must be left out of this experiment, none of whose cells"):
+        prepare_run(experiment(rows=own), base="lvvit_m", weights="lv.safetensors", **where)
+    asked.clear()
+    prepare_run(experiment(rows=[*own, *rows[1:]]), base="lvvit_m", weights="lv.safetensors", **where)
+    assert asked == [("lvvit_m", "own.safetensors"), ("lvvit_m", "lv.safetensors")]
+    file = experiment(rows=rows, columns=[{"name": "1-shot"}])
     idle = {"base": "vit", "prior": "resnet50", "prior_weights": "p", "skip_missing": False}
     for name in ("base", "prior", "prior_weights"):
         given = {**where, "base": "lvvit_m", "weights": "lv.safetensors", name: idle[name]}
@@ -174,6 +178,57 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
             monkeypatch.setattr(running, "_load", lambda base, weights, **machine: Backbone.load("demo"))
         with pytest.raises(ValueError, match=f"`{name}` must be left out of this experiment, none of whose cells"):
             prepare_run(file, **given)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "no text"), ValueError),
+        (json.JSONDecodeError("no JSON", "x", 0), ValueError),
+        (ModuleNotFoundError("no timm"), ImportError),
+    ],
+)
+def test_every_error_says_its_cell(root, experiment, tmp_path, monkeypatch, error, kind):
+    """Also errors whose own kind takes more than a message."""
+
+    def load(*a, **k):
+        raise error
+
+    monkeypatch.setattr(running, "_load", load)
+    with pytest.raises(kind, match=r"row 'plain', column '1-shot': .*no (text|JSON|timm)") as raised:
+        prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **MACHINE)
+    assert raised.value.__cause__ is error
+
+
+def test_texts_are_read_as_utf_8(root, experiment, tmp_path):
+    language = {"texts": ["a"], "method": "plain"}
+    settings = {**SMALL, "kind": "language", "language": language}
+    file = experiment(settings=settings, rows=[{"name": "r"}], columns=[{"name": "c", "shows": "a ppl"}], picture=None)
+    where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "dtype": "float32", "quiet": True}
+    assert not prepare_run(file, skip_missing=True, **where).todo(), "a text is this table's set"
+    (root / "texts").mkdir()
+    (root / "texts" / "a.txt").write_bytes(b"\xff" * 2000)
+    with pytest.raises(ValueError, match="row 'r', column 'c': text 'a' .* must be in UTF-8, got other bytes"):
+        prepare_run(file, skip_missing=True, **where)
+    (root / "texts" / "a.txt").write_text("abcde" * 400)
+    assert prepare_run(file, **where).todo()
+    with pytest.raises(ValueError, match="`base` must be left out of this experiment, none of whose cells uses it"):
+        prepare_run(file, **where, base="demo")  # its model is one of characters
+
+
+def test_tasks_of_few_shots_are_not_those_of_generators(root, experiment, tmp_path):
+    """Their facts name tasks too, but others."""
+    settings = {**SMALL, "kind": "generation", "generator": {"method": "plain", "per_class": 2}}
+    parts = {"train": [f"{part} {c}" for part in ("train", "val") for c in range(4)]}
+    arrays = np.load(root / "shapes.npz")
+    whole = {key: np.concatenate([arrays[f"{p}_{key}"] for p in ("train", "val")]) for key in ("images", "classes")}
+    labels = np.concatenate([arrays["train_labels"], arrays["val_labels"] + 4])
+    np.savez(root / "whole.npz", labels=labels, **whole)
+    changes = {"settings": settings, "rows": [{"name": "a"}], "columns": [{"name": "c"}], "picture": None}
+    file = experiment(**changes, sets={"shapes": {"path": "whole.npz", **parts}})
+    assert prepare_run(file, data=root, work_dir=tmp_path / "work", **MACHINE).todo()
+    with pytest.raises(ValueError, match="`n_tasks` must be left out of this experiment, none of whose cells uses it"):
+        prepare_run(file, data=root, work_dir=tmp_path / "work", n_tasks=5, **MACHINE)
 
 
 @pytest.mark.medium
@@ -227,6 +282,10 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
             "`config` of a generator must hold settings of soup, cond-p-diff, icm-lora but `seed`, .* got 'epoch'",
         ),
         (
+            {"settings": {**SMALL, "kind": "losses"}, "columns": [{"name": "a", "shows": "before"}]},
+            "row 'a', column 'a': `area` must be given for cells of 'losses', one of foreground, background, got none",
+        ),
+        (
             {"sets": {"shapes": {"path": "gone.npz"}}},
             "`source` must be a folder, a npz or parquet file, .* got 'gone.npz'",
         ),
@@ -276,47 +335,6 @@ def test_sets_that_are_missing_may_be_left_out(tmp_path, root):
     text = prepared().read_text()
     assert "| with cross-task interpolation | not run (89.69) | not run (97.05) |" in text
     assert all("must be under" in cell["not run"] for cell in read_json(prepared.folder / "results.json")["cells"])
-
-
-def test_whole_sets_are_parted_by_the_lists_of_classes(tmp_path, make_data):
-    """A folder with all classes, as they are published, in the split of the literature."""
-    from PIL import Image
-
-    plants = ("Potato___healthy", "Apple___healthy")
-    for folder, classes in (("dtd", ("chequered", "braided", "banded", "gauzy")), ("crop_diseases", plants)):
-        for name in classes:
-            (tmp_path / folder / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(tmp_path / folder / name / "a.png")
-    sets = Sets(tmp_path)
-    assert sets.open("dtd", "train").class_names == ("chequered", "braided")
-    assert sets.open("dtd", "test").class_names == ("banded",)
-    assert sets.open("dtd", "val").class_names == ("gauzy",)
-    with pytest.raises(ValueError, match="'crop-diseases', all of whose classes are for tests"):
-        sets.open("crop-diseases", "train")
-
-
-def test_plants_are_parted_by_our_list(tmp_path, caplog):
-    """A copy of PlantVillage that has a part of its own and spells classes its own way."""
-    from PIL import Image
-
-    names = ("Tomato___YellowLeaf__Curl_Virus", "Pepper_bell___healthy", "Corn___Common_rust", "Tomato___mosaic_virus")
-    for name in names:
-        (tmp_path / "crop_diseases" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "crop_diseases" / name / "a.png")
-    sets = Sets(tmp_path)
-    assert set(sets.open("crop-diseases-by-plant", "train").class_names) == {names[1], names[2]}
-    assert set(sets.open("crop-diseases-by-plant", "test").class_names) == {names[0], names[3]}
-    assert "2 of 25 train classes are there, without Apple___Apple_scab" in caplog.text
-
-
-def test_numbered_classes_may_share_names_but_no_images(make_data):
-    def numbered(seed):
-        data = make_data(n_classes=3, seed=seed)
-        return Dataset(LazyImages(data.images.__getitem__, torch.arange(len(data))), data.labels, ("0", "1", "2"))
-
-    check_apart(numbered(0), numbered(1), "numbers")
-    with pytest.raises(ValueError, match=r"got \d+ images of the classes 0, 1, 2 both in the part that adapters"):
-        check_apart(numbered(0), numbered(0), "numbers")
 
 
 @pytest.mark.medium

@@ -67,6 +67,13 @@ def test_a_rehearsal_runs_what_the_file_says(name, rehearse):
     assert not any(f"({figure})" in shown for figure in figures), "the paper's figures stay away from a rehearsal"
 
 
+def test_losses_make_adapters_of_their_own(rehearse, tmp_path):
+    """Table 6 alone in a new folder, where no other table has tuned and inverted before it."""
+    experiment = load_experiment("table6")
+    alone = replace(experiment, rows=(replace(experiment.rows[0], paper=(None,)),), columns=experiment.columns[:1])
+    assert " not run " not in rehearse(alone, work_dir=tmp_path)().read_text()
+
+
 @pytest.mark.medium
 def test_methods_beside_one_another(rehearse):
     """A few rows of the table of all methods, whose cells `test_methods` answers one by one; its tables of cost."""
@@ -114,6 +121,13 @@ def without_sizes(settings, sizes):
             "must hold name, settings, shows, got 'show'",
         ),
         ('{"columns": [{"name": "a"}], "rows": [{"name": "b"}], "picture": "pie"}', "`picture` of 'x' must be one of"),
+        *(
+            (
+                f'{{"columns": [{{"name": "a"}}], "rows": [{{"name": "b"}}], "also": {also}}}',
+                "`also` of experiment 'x' must be a list of text, got",
+            )
+            for also in ("5", "null", '"memory"', "[1]")
+        ),
     ],
 )
 def test_files_that_are_no_experiments(text, message):
