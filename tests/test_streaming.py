@@ -52,10 +52,10 @@ def test_images_in_files_are_the_images(files):
     ("changes", "message"),
     [
         ({"surrogate_format": 99}, "must be a surrogate of a format in .*, got 99"),
-        ({"patch_size": None}, "must hold `images`, class_names.*, got none of patch_size"),
-        ({"class_names": "cat"}, "got `class_names` 'cat'"),
-        ({"images": None}, "got none of images"),
-        ({"images": torch.zeros(2, 3, 8, 8)}, r"must hold images uint8 \[n, 3, H, W\], got F32 \[2, 3, 8, 8\]"),
+        ({"patch_size": None}, "`patch_size` of .*other.safetensors must be int, got 'None'; make it again"),
+        ({"class_names": "cat"}, "`class_names` of .*other.safetensors must be list, got 'cat'; make it again"),
+        ({"images": None}, r"must hold `images`, uint8 \[n, 3, H, W\], got none"),
+        ({"images": torch.zeros(2, 3, 8, 8)}, r"must hold `images`, uint8 \[n, 3, H, W\], got F32 \[2, 3, 8, 8\]"),
         ({"images": torch.zeros(2, 8, 8, dtype=torch.uint8)}, r"got U8 \[2, 8, 8\]"),
     ],
 )

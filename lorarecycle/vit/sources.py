@@ -202,7 +202,7 @@ def _fill(vit: Any, tensors: dict[str, Tensor], source: str) -> None:
     with naming(source):
         tensors = convert_state_dict(tensors)
         tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(CLASSIFIER_KEYS)}
-        require_floats(tensors)
+        require_floats({k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")})
     state = {k: v.float() for k, v in tensors.items()}
     positions = state.get("pos_embed")
     if positions is not None and vit.pos_embed is not None and positions.shape[1] != vit.pos_embed.shape[1]:

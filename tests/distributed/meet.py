@@ -15,9 +15,10 @@ import torch.distributed as dist
 from lorarecycle.runtime.distributed import join, leave
 
 folder, count = Path(sys.argv[1]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-group = join(torch.device("cpu"))
 died = folder / "died"
-if not died.exists():
+first = not died.exists()  # asked before the ranks meet, as rank 1 may be dead right after
+group = join(torch.device("cpu"))
+if first:
     if group.rank == 1:
         died.touch()
         os._exit(7)
