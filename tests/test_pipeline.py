@@ -314,6 +314,7 @@ def test_nan_and_zero_sized_factors_are_refused_in_memory():
         Adapter({"blocks.0.attn.w": LoRAFactors(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
 
 
+@pytest.mark.medium
 def test_a_config_object_and_its_parts(tiny_backbone, adapters):
     config = RecycleConfig(seed=3)
     by_parts = recycle(adapters, base=tiny_backbone, config=config, **FAST)

@@ -139,6 +139,7 @@ def test_pictures_from_disk(tiny_backbone, adapters):
     assert recycle(adapters, memory_budget=0, **config).digest() == recycle(adapters, **config).digest()
 
 
+@pytest.mark.medium
 def test_a_training_goes_on_from_disk(tiny_backbone, adapters, tmp_path, monkeypatch):
     config = {"config": SETTINGS, "base": tiny_backbone, "quiet": True, "memory_budget": 0}
     whole = recycle(adapters, **config)

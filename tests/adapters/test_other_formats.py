@@ -244,6 +244,7 @@ def tuned(tmp_path):
     return peft_adapter(model, tmp_path / "file", ["q_proj", "query"], r=2, modules_to_save=["classifier"]), backbone
 
 
+@pytest.mark.medium
 @torch.no_grad()
 def test_a_model_reads_as_its_files_do(tuned, images, tmp_path):
     model, backbone = tuned

@@ -65,6 +65,7 @@ def test_only_layers_outside(folder):
         Adapter.load(folder)
 
 
+@pytest.mark.medium
 @torch.no_grad()
 def test_all_linear_layers_of_a_classifier(images, tmp_path):
     """The head's own weight is not in the file, but in the model."""

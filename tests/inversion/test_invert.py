@@ -87,6 +87,7 @@ def test_a_loss_that_is_never_finite_is_an_error(tiny_backbone, make_adapter, mo
         invert(tiny_backbone, make_adapter(tiny_backbone), config=FAST, quiet=True)
 
 
+@pytest.mark.medium
 def test_pixels_stay_in_range_and_the_prior_pulls(tiny_backbone, make_adapter):
     adapter, prior = make_adapter(tiny_backbone), make_prior()
     values = {}

@@ -40,7 +40,7 @@ def _check(backend, device, shape, dtype, layout, assert_close, shift=3.0, toler
         assert_close(got, wanted, tolerance, name)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", IN_TIERS, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton(shape, layout, dtype, device, assert_close):

@@ -18,7 +18,7 @@ SIZES = [
     (1, 257, 96, 100, 1, 8),
     (2, 50, 80, 70, 1, 16),
     (1, 49, 48, 40, 3, 17),  # ranks of all segments in one tile, and in several
-    (1, 49, 136, 40, 3, 64),
+    pytest.param((1, 49, 136, 40, 3, 64), marks=pytest.mark.medium),
 ]
 
 
@@ -178,6 +178,7 @@ def test_no_rows(backend, device):
     assert not any(grad.any() for grad in grads)
 
 
+@pytest.mark.medium
 def test_same_result_every_time(device):
     """Rows enough for the sum over them to be split."""
     inputs = _inputs((3, 130, 24, 20, 1, 4), torch.float32, device)

@@ -140,6 +140,7 @@ def test_cells_of_adapters_ask_for_no_test_set(root, experiment, tmp_path):
     assert len(prepare_run(file, data=root, work_dir=tmp_path / "work", **MACHINE).todo()) == 1
 
 
+@pytest.mark.medium
 def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, monkeypatch):
     """Weights are those of the base that they are given with; a model that is not to be had is told at once."""
     asked = []

@@ -88,6 +88,7 @@ def test_the_advice_on_channels_and_shapes(build_vit):
     assert Backbone.load(build_vit(img_size=(64, 64))).image_size == 64
 
 
+@pytest.mark.medium
 def test_wide_checkpoints_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -204,6 +205,7 @@ def test_config_values_of_the_wrong_kind(tmp_path, key, value):
         Backbone.load(tmp_path)
 
 
+@pytest.mark.medium
 def test_metadata_of_a_file(timm_folder, tmp_path):
     tensors, _ = load_tensors(timm_folder[0] / "model.safetensors")
     tensors = {key.replace("fc_norm", "norm"): tensor for key, tensor in tensors.items()}  # as without pooling
