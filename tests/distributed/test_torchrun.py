@@ -103,7 +103,7 @@ def test_machines_that_count_their_restarts_differently_find_one_another(tmp_pat
     assert said == ["1 0", "1 1"], "ranks 0 and 1, after no and one restart"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_run_of_four_is_finished_by_two(alone, tmp_path):
     """Killed whole while images are made: what is there stays, and others go on."""
     process = torchrun(4, JOB, str(tmp_path), "episodes")

@@ -11,6 +11,7 @@ from lorarecycle.export.config import parse_batch_size, parse_prune
 pytestmark = pytest.mark.medium
 
 
+@pytest.mark.slow
 def test_bare_command_exports_the_demo_model(tmp_path):
     command = [sys.executable, "-m", "lorarecycle.export", "--onnx"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

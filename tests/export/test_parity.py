@@ -87,6 +87,7 @@ def test_an_architecture_in_full_size(tmp_path, capsys, monkeypatch):
     assert parity.reference == "float32"
 
 
+@pytest.mark.slow
 def test_vit_tiny_with_real_weights(real_data, tmp_path, pictures):
     """Random and real images in batches of 1, 2, 7 and 64."""
     weights = real_data / "vit_tiny_patch16_224.safetensors"

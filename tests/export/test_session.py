@@ -206,6 +206,7 @@ def test_prototypes_of_another_model_and_damaged_ones(exported, exported_int8, p
         session.load_prototypes(path)
 
 
+@pytest.mark.slow
 def test_prototypes_of_other_weights_beside_the_graph(model, pictures, tmp_path, monkeypatch):
     """The graph is the same, the weights in the file beside it are not."""
     monkeypatch.setattr(onnx_files, "MAX_INLINE_BYTES", 1000)

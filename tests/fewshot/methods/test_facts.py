@@ -89,7 +89,7 @@ def test_the_average_re_factored_is_the_average_where_the_rank_suffices(tiny_bac
         torch.testing.assert_close(cut.delta(site), whole.delta(site), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_caml_comes_within_2_points_of_a_nearest_mean_that_solves_the_task():
     generator = torch.Generator().manual_seed(0)
 
