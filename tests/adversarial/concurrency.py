@@ -14,8 +14,6 @@ Prints how all ended; a wrong result ends it with an error. POSIX only.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import multiprocessing
 import os
 import random
@@ -31,8 +29,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-from savers import SAVERS, Saver, forget, outcome, prepare, show
+from campaign import run_cases
+from savers import SAVERS, Saver, outcome
 
 from lorarecycle.runtime.files import LEFTOVER
 
@@ -180,26 +178,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="that processes run together, in each case")
     parser.add_argument("--full", type=int, default=30, help="full disks in each case")
-    parser.add_argument("--seed", type=int, default=0, help="of the pauses and the room")
-    parser.add_argument("--without", nargs="*", default=[], choices=list(SAVERS), help="cases to leave out")
-    parser.add_argument("--json", type=Path, help="file for the counts")
-    options = parser.parse_args()
-    logging.disable()
-    torch.set_num_threads(1)  # forked processes have no thread pool
-    prepare("export" not in options.without)
-    found: dict[str, Counter[str]] = {}
-    try:
-        for case, saver in SAVERS.items():
-            if case in options.without or case == "run":
-                continue
-            counts = together(saver, options.seconds, options.seed)
-            counts += full(saver, options.full, options.seed) + read_only(saver)
-            found[case] = counts
-            print(f"{case}: {show(counts)}", flush=True)
-    finally:
-        forget()
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+    def run(case: str, options: argparse.Namespace) -> Counter[str]:
+        saver = SAVERS[case]
+        counts = together(saver, options.seconds, options.seed)
+        return counts + full(saver, options.full, options.seed) + read_only(saver)
+
+    found = run_cases(parser, [case for case in SAVERS if case != "run"], run)
     failed = [name for counts in found.values() for name in counts if "FAILED" in name]
     if failed:
         raise SystemExit(failed[0])

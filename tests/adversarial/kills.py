@@ -10,8 +10,6 @@ leave a whole result and nothing else. Prints how the reads ended; a wrong resul
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import multiprocessing
 import random
 import tempfile
@@ -21,8 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from savers import SAVERS, Saver, forget, outcome, prepare, show
+from campaign import run_cases
+from savers import SAVERS, Saver, outcome
 
 from lorarecycle.runtime.files import LEFTOVER
 
@@ -71,23 +69,7 @@ def main() -> None:
     """Run all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="savers to kill in each case")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--without", nargs="*", default=[], choices=list(SAVERS), help="cases to leave out")
-    parser.add_argument("--json", type=Path, help="file for the counts")
-    options = parser.parse_args()
-    logging.disable()
-    torch.set_num_threads(1)  # forked processes have no thread pool
-    prepare("export" not in options.without)
-    found = {}
-    try:
-        for case in SAVERS:
-            if case not in options.without:
-                found[case] = campaign(case, options.kills, options.seed)
-                print(f"{case}: {show(found[case])}", flush=True)
-    finally:
-        forget()
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    run_cases(parser, SAVERS, lambda case, options: campaign(case, options.kills, options.seed))
 
 
 if __name__ == "__main__":

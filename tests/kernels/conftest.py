@@ -47,6 +47,16 @@ def device() -> str:
     return "cpu"
 
 
+_HALF = [pytest.param(dtype, marks=pytest.mark.medium) for dtype in (torch.float16, torch.bfloat16)]
+"""Triton's interpreter is slow: 16-bit tensors, which differ in loads and stores alone, wait for `make test`."""
+
+
+@pytest.fixture(params=[torch.float32, *_HALF], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each in turn, where a test does not choose its own."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def cpp_backend() -> None:
     """Skips where the C++ twins cannot be built."""
