@@ -60,6 +60,7 @@ class CondPDiff(LoRAGenerator):
             reconstruction,
             len(vectors),
             epochs=config.epochs_of(len(vectors)),
+            limit=config.limit,
             batch_size=config.batch_size,
             lr=config.lr,
             seed=config.seed,

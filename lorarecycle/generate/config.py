@@ -19,7 +19,9 @@ class GenerateConfig:
 
     epochs: int | None = None
     """Passes over the adapters. When None, as many as make `STEPS` steps, at most the paper's 2000: generators of 500
-    checkpoints had converged by then."""
+    checkpoints had converged by then. And no more than `minutes` allow."""
+    minutes: float | None = 60.0
+    """Longest fit where `epochs` is None; the first steps are timed. None: no limit."""
     batch_size: int = 8
     """Adapters per step."""
     lr: float = 1e-3
@@ -47,6 +49,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.epochs is not None:
             _at_least("epochs", self.epochs, 1)
+        if self.minutes is not None:
+            _positive("minutes", self.minutes)
         _at_least("batch_size", self.batch_size, 2)
         _positive("lr", self.lr)
         _between("conv_layers", self.conv_layers, 1, 20)  # vectors are padded to a multiple of 2 ** conv_layers
@@ -67,6 +71,11 @@ class GenerateConfig:
             return self.epochs
         per_epoch = math.ceil(count / min(self.batch_size, count))
         return min(PAPER_EPOCHS, math.ceil(STEPS / per_epoch))
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that a fit may take; None: as long as it needs."""
+        return None if self.epochs is not None or self.minutes is None else 60 * self.minutes
 
     @property
     def plan(self) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class LoRAGenerator(Generator):
             terms,
             len(vectors),
             epochs=self.config.epochs_of(len(vectors)),
+            limit=self.config.limit,
             batch_size=self.config.batch_size,
             lr=self.config.lr,
             seed=self.config.seed,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.checkpoint import Checkpoint
+from ..runtime.checkpoint import Checkpoint, recorded_run
 from ..runtime.progress import track
 from ..runtime.seeds import stream
 
@@ -20,27 +20,27 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY = 200
 TIMED = 3
-"""Steps after the first that are timed, to say how long all will take."""
+"""Steps that are timed before a training, after one that warms up."""
 
 LossTerms = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """(indices of a batch, randomness on the CPU) -> terms of the loss, already weighted, by name."""
 
 
-def forecast(name: str, steps: int, epochs: int, seconds: float, left: int) -> str:
-    """How long a training will take, for people.
+def forecast(name: str, epochs: int, wanted: int, per_epoch: int, seconds: float) -> str:
+    """How long a training takes in all, for people.
 
     Args:
         name: of the run.
-        steps, epochs: in all.
+        epochs, wanted: passes that will be made, and that the settings ask for.
+        per_epoch: steps of a pass.
         seconds: for one step.
-        left: steps that are left.
     """
-    wait = seconds * left
+    wait = seconds * epochs * per_epoch
     amount = f"{wait / 3600:.1f} h" if wait >= 5400 else f"{wait / 60:.0f} min" if wait >= 90 else f"{wait:.0f} s"
-    return (
-        f"{name}: {steps} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} from now; `epochs` (--epochs) "
-        "makes it shorter"
-    )
+    steps = f"{name}: {epochs * per_epoch} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} in all; "
+    if epochs < wanted:
+        return steps + f"{wanted} epochs would exceed `minutes` (--minutes): a larger limit fits more closely"
+    return steps + "`epochs` (--epochs) makes it shorter"
 
 
 def train(
@@ -53,6 +53,7 @@ def train(
     lr: float,
     seed: int,
     name: str,
+    limit: float | None = None,
     settle: float = 0.0,
     checkpoint: Path | None = None,
     run: dict[str, Any] | None = None,
@@ -66,6 +67,8 @@ def train(
         count: examples; each epoch draws them in a new order, its last batch filled up from the epoch's start.
         epochs, batch_size, lr, seed: of the training.
         name: of the run: progress bar and random streams.
+        limit: seconds; of `epochs`, only as many are made as take so long by the first steps' time, at least one. A
+            checkpoint keeps their number.
         settle: share of the steps, at the end, in which batch norm no longer counts and uses its running statistics.
         checkpoint: safetensors file written every 200 steps and at the end; where it exists, training goes on from
             it and ends with the same bits.
@@ -82,19 +85,24 @@ def train(
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     batch_size = min(batch_size, count)
     per_epoch = math.ceil(count / batch_size)
+    module.train()
+    seconds = _seconds_of_a_step(module, terms, batch_size, lr, stream(seed, name, "timing"))
+    wanted, epochs = epochs, _epochs_within(limit, epochs, seconds * per_epoch, checkpoint)
+    logger.info("%s", forecast(name, epochs, wanted, per_epoch, seconds))
     steps = epochs * per_epoch
     history: dict[str, Tensor] = {}
     saved = Checkpoint(
-        checkpoint, run or {}, modules={"module": module}, optimizer=optimizer, histories=history, steps=steps
+        checkpoint,
+        {**(run or {}), "epochs": epochs},
+        modules={"module": module},
+        optimizer=optimizer,
+        histories=history,
+        steps=steps,
     )
     done = saved.resume()
-    module.train()
     norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d)]
     bar = track(range(done, steps), name, quiet=quiet, initial=done)
-    start = time.monotonic()
     for step in bar:
-        if step == done + 1:  # the first step warms up
-            start = time.monotonic()
         if step >= (1 - settle) * steps:
             for norm in norms:
                 norm.eval()
@@ -108,10 +116,6 @@ def train(
         optimizer.step()
         for key, value in found.items():
             history.setdefault(key, torch.zeros(steps, device=value.device))[step] = value.detach()
-        if step == done + TIMED:
-            next(iter(found.values())).item()  # waits for a GPU
-            seconds = (time.monotonic() - start) / TIMED
-            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step - 1))
         if step % 50 == 0 or step + 1 == steps:
             values = {key: value[step].item() for key, value in history.items()}
             if not all(map(math.isfinite, values.values())):
@@ -121,3 +125,32 @@ def train(
             saved.write(step + 1)
     module.eval()
     return {key: value.cpu() for key, value in history.items()}
+
+
+def _seconds_of_a_step(
+    module: nn.Module, terms: LossTerms, batch_size: int, lr: float, generator: torch.Generator
+) -> float:
+    """Time of a whole step, by a few whose effect is undone."""
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+    index = torch.arange(batch_size)
+    for step in range(1 + TIMED):
+        if step == 1:
+            start = time.monotonic()
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.stack(list(terms(index, generator).values())).sum()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for a GPU
+    module.load_state_dict(before)
+    module.zero_grad(set_to_none=True)
+    return (time.monotonic() - start) / TIMED
+
+
+def _epochs_within(limit: float | None, epochs: int, seconds: float, checkpoint: Path | None) -> int:
+    """Passes of `seconds` each that fit into the limit; those of the checkpoint where there is one."""
+    if limit is None:
+        return epochs
+    if checkpoint is not None and type(begun := recorded_run(checkpoint).get("epochs")) is int and begun >= 1:
+        return min(begun, epochs)
+    return max(1, min(epochs, int(limit / seconds)))

@@ -185,6 +185,15 @@ class Checkpoint:
         )
 
 
+def recorded_run(path: Path) -> Mapping[str, Any]:
+    """The `run` of a checkpoint, unchecked; empty where no file can be read: `Checkpoint.resume` says why."""
+    try:
+        run = json.loads(load_tensors(path)[1]["run"]) if path.exists() else {}
+    except (ValueError, KeyError, OSError, RecursionError):
+        run = {}
+    return run if isinstance(run, dict) else {}
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What two JSON objects differ in: "config.lr (0.1 there, 0.2 here)", or the bare name of what is long."""
     found: list[str] = []
