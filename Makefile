@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 # Tests run side by side, each file on one worker of one thread, so that results do not depend on the number of cores.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs quick test test-avx2 ci gpu grid adversarial bench lint wheel clean
 
@@ -52,12 +52,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Builds the wheel, installs it into an environment of its own, runs a small job from it and type-checks it there.
+# Builds the wheel, installs it into an environment that has what it declares and nothing else, runs a small job from
+# it and type-checks it there.
 wheel: $(VENV)/installed
 	rm -rf build dist .wheel-venv
 	$(BIN)/python -m build --wheel
 	$(PYTHON) -m venv .wheel-venv
-	.wheel-venv/bin/python -m pip install --quiet --no-compile dist/*.whl
+	.wheel-venv/bin/python -m pip install --quiet --no-compile --no-deps dist/*.whl
+	$(BIN)/python tests/link_requirements.py .wheel-venv
 	cd .wheel-venv && bin/python ../tests/smoke_wheel.py
 	cd .wheel-venv && ../$(BIN)/mypy --config-file ../pyproject.toml --python-executable bin/python -p lorarecycle
 

@@ -37,6 +37,8 @@ def _build() -> None:
     Each set of sources, flags and PyTorch has a folder of its own, so that environments do not build over one another
     in turn.
     """
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.addFilter(lambda record: not record.getMessage().startswith("No CUDA runtime"))  # these are built for the CPU
     from torch.utils import cpp_extension
 
     sources = sorted((Path(__file__).parent.parent / "csrc").glob("*_cpu.cpp"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ from lorarecycle.vit.backbone import Backbone
 ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the checkout on the path, where transformers would take ./kernels for Hugging Face's package
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests come first, so that no worker is alone with one at the end."""
+    for mark in ("medium", "slow"):
+        counts = Counter(item.path for item in items if item.get_closest_marker(mark))
+        items.sort(key=lambda item: -counts[item.path])
+
 
 SITES = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 

@@ -19,7 +19,7 @@ def small_prior() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.BatchNorm2d(4)).eval()
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def test_recycle(tiny_backbone, make_adapter, backend):
     if backend == "cpp" and not cpp.available():
         pytest.skip("no C++ compiler here")

@@ -32,7 +32,8 @@ def build_page(model: Model, limits: Limits) -> Any:
     gradio = import_gradio()
 
     def respond(*given: Any) -> str:
-        names, files, queries = given[:CLASSES], given[CLASSES:-1], given[-1] or []
+        names = given[:CLASSES]
+        *files, queries = [[file for file, _ in chosen or ()] for chosen in given[CLASSES:]]
         support: dict[str, list[Any]] = {}
         for i, (name, chosen) in enumerate(zip(names, files, strict=True)):
             if chosen:
@@ -60,8 +61,8 @@ def build_page(model: Model, limits: Limits) -> Any:
             for i in range(CLASSES):
                 with gradio.Column(min_width=180):
                     names.append(gradio.Textbox(label=f"Class {i + 1}", placeholder=f"class {i + 1}"))
-                    files.append(_photos(gradio, f"Photos of class {i + 1}"))
-        queries = _photos(gradio, "Photos to ask about")
+                    files.append(_photos(gradio, f"Photos of class {i + 1}", 2))
+        queries = _photos(gradio, "Photos to ask about", 8)
         button = gradio.Button("Answer", variant="primary")
         output = gradio.HTML(label="Answers")
         button.click(respond, [*names, *files, queries], output, api_name=False)
@@ -125,8 +126,9 @@ def import_gradio() -> Any:
     return gradio
 
 
-def _photos(gradio: Any, label: str) -> Any:
-    return gradio.File(label=label, file_count="multiple", file_types=["image"], height=140)
+def _photos(gradio: Any, label: str, columns: int) -> Any:
+    options = {"columns": columns, "height": 220, "object_fit": "cover", "allow_preview": False, "fit_columns": False}
+    return gradio.Gallery(label=label, file_types=["image"], type="filepath", **options)
 
 
 def _picture(image: Any) -> str:

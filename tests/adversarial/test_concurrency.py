@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_processes_in_one_place_full_disks_and_read_only_folders():
     script = Path(__file__).with_name("concurrency.py")

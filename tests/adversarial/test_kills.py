@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_killed_savers_leave_a_correct_result_or_one_clear_error():
     script = Path(__file__).with_name("kills.py")

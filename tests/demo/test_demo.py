@@ -7,22 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, Surrogate, load_dataset
+from lorarecycle import Adapter, Surrogate, load_adapters, load_dataset
 from lorarecycle.demo import demo
 from lorarecycle.report import pictures
+from lorarecycle.work_dir import WorkDir
 
 pytestmark = pytest.mark.medium
 
 
-@pytest.mark.slow
 def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    digits = load_dataset("digits", size=32)
-    few = digits.sample(100, torch.Generator().manual_seed(0))
+    few = load_dataset("digits", size=32).sample(30, torch.Generator().manual_seed(0))
     monkeypatch.setattr(demo, "load_dataset", lambda *a, **k: few)
-    monkeypatch.setattr(demo, "TASKS", demo.TASKS[:2])
-    monkeypatch.setattr(demo, "TUNE", replace(demo.TUNE, epochs=1))
-    monkeypatch.setattr(demo, "RECYCLE", replace(demo.RECYCLE, meta=replace(demo.RECYCLE.meta, steps=2)))
+    sizes = {"inversion": replace(demo.RECYCLE.inversion, pictures=60), "meta": replace(demo.RECYCLE.meta, steps=2)}
+    monkeypatch.setattr(demo, "RECYCLE", replace(demo.RECYCLE, **sizes))
     monkeypatch.setattr(demo, "TASKS_OF_EACH", 20)
     report = demo.run_demo(tmp_path / "out", quiet=True)
     table = json.loads((tmp_path / "out" / "accuracy.json").read_text())
@@ -40,9 +38,18 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path / "out" / "report.html") in report
     assert f"{table['meta-LoRA (lorarecycle)'][0]['accuracy']:.1f} %" in page
-    monkeypatch.setattr(demo, "tune", lambda *a, **k: pytest.fail("tuned again"))
+    trained = WorkDir(tmp_path / "out" / "work").losses.stat()
     again = demo.run_demo(tmp_path / "out", quiet=True)
+    assert WorkDir(tmp_path / "out" / "work").losses.stat() == trained, "trained again"
     assert without_seconds(again) == without_seconds(report)
+
+
+def test_adapters_come_along_and_know_no_unseen_digit():
+    adapters = load_adapters(demo.ADAPTERS)
+    assert len(adapters) == 6
+    known = [set(adapter.head.class_names) for adapter in adapters]
+    assert all(len(classes) == 5 and not classes & set(demo.UNSEEN) for classes in known)
+    assert len(set(map(frozenset, known))) == 6
 
 
 def without_seconds(report: str) -> list[str]:

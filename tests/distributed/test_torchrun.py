@@ -67,7 +67,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_the_number_of_processes(alone, tmp_path, processes):
     budget = ["--budget", "0"] if processes == 4 else []  # images from disk as well
     output = end(torchrun(processes, JOB, str(tmp_path), "guide", "episodes", *budget))
@@ -124,7 +124,7 @@ def test_a_run_of_four_is_finished_by_two(alone, tmp_path):
     assert not [*tmp_path.rglob(f"{LEFTOVER}*"), *tmp_path.rglob("claims")]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_two_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
     """The first one reads Adam's state; the other has it from the first."""
     end(torchrun(2, RESUME, str(tmp_path)))
@@ -136,7 +136,7 @@ def test_two_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
     assert len(set(found[0]["digests"])) == 1
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
     backbone = Backbone.load("demo")
     for i in range(3):

@@ -114,6 +114,7 @@ def test_grid_search_over_distance_and_meta_lora(
     assert over_backbones.fit(images, labels).cv_results_["param_backbone"][0] is tiny_backbone
 
 
+@pytest.mark.slow
 def test_searches_in_other_processes(vit_folder: Path, tiny_data: LabelledImages) -> None:
     images, labels = tiny_data.images.numpy(), tiny_data.labels.numpy()
     search = GridSearchCV(FewShotClassifier(vit_folder), {"distance": ["euclidean", "sqeuclidean"]}, cv=3, n_jobs=2)

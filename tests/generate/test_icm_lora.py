@@ -150,6 +150,7 @@ def test_heads_can_be_left_out(pool, vectors, quick):
     assert generator.layout.size == sum(f.lora_A.numel() + f.lora_B.numel() for f in pool[0].factors.values())
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_too(pool, vectors):
     generator = LoRAGenerator.fit(pool, vectors, config=LEARN, device="cpu", dtype="bfloat16", quiet=True)
     assert generator.losses["reconstruction"][-20:].mean() < 0.15 * generator.losses["reconstruction"][:5].mean()

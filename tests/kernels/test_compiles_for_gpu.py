@@ -77,6 +77,7 @@ def _compile_and_check(cases: list[str]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_default_set():
     _compile_and_check(DEFAULT)
 

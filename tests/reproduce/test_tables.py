@@ -19,6 +19,8 @@ TABLES = (
     | {f"icm{i}" for i in range(1, 7)}
     | {"figure5", "figure8", "figure9", "own", "methods"}
 )
+LONG = {"table3", "table4", "table17"}
+"""Ten seconds and more."""
 
 
 def test_every_table_is_there():
@@ -42,7 +44,9 @@ def test_files_hold_settings_that_are_known(name):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", sorted(TABLES - {"methods"}))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in sorted(TABLES - {"methods"})]
+)
 def test_a_rehearsal_runs_what_the_file_says(name, rehearse):
     """Rows, columns and all settings that a rehearsal does not make small are those of the file."""
     pytest.importorskip("nevergrad")
