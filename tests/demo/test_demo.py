@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, Surrogate, load_adapters, load_dataset
+from lorarecycle import Adapter, Surrogate, load_dataset
+from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.demo import demo
 from lorarecycle.report import pictures
 from lorarecycle.work_dir import WorkDir
