@@ -26,7 +26,7 @@ LossTerms = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """(indices of a batch, randomness on the CPU) -> terms of the loss, already weighted, by name."""
 
 
-def forecast(name: str, steps: int, epochs: int, seconds: float, left: int) -> str:
+def forecast(name: str, steps: int, epochs: int, seconds: float, left: int, setting: str = "epochs") -> str:
     """How long a training will take, for people.
 
     Args:
@@ -34,11 +34,13 @@ def forecast(name: str, steps: int, epochs: int, seconds: float, left: int) -> s
         steps, epochs: in all.
         seconds: for one step.
         left: steps that are left.
+        setting: what sets the number of epochs.
     """
     wait = seconds * left
     amount = f"{wait / 3600:.1f} h" if wait >= 5400 else f"{wait / 60:.0f} min" if wait >= 90 else f"{wait:.0f} s"
+    flag = " (--epochs)" if setting == "epochs" else ""  # the command fits ICM-LoRA alone
     return (
-        f"{name}: {steps} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} from now; `epochs` (--epochs) "
+        f"{name}: {steps} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} from now; `{setting}`{flag} "
         "makes it shorter"
     )
 
@@ -54,6 +56,7 @@ def train(
     seed: int,
     name: str,
     settle: float = 0.0,
+    setting: str = "epochs",
     checkpoint: Path | None = None,
     run: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -67,6 +70,7 @@ def train(
         epochs, batch_size, lr, seed: of the training.
         name: of the run: progress bar and random streams.
         settle: share of the steps, at the end, in which batch norm no longer counts and uses its running statistics.
+        setting: name of the setting that `epochs` comes from, for messages.
         checkpoint: safetensors file written every 200 steps and at the end; where it exists, training goes on from
             it and ends with the same bits.
         run: JSON that a checkpoint must agree with.
@@ -111,7 +115,7 @@ def train(
         if step == done + TIMED:
             next(iter(found.values())).item()  # waits for a GPU
             seconds = (time.monotonic() - start) / TIMED
-            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step - 1))
+            logger.info("%s", forecast(name, steps, epochs, seconds, steps - step - 1, setting))
         if step % 50 == 0 or step + 1 == steps:
             values = {key: value[step].item() for key, value in history.items()}
             if not all(map(math.isfinite, values.values())):

@@ -24,6 +24,17 @@ def test_a_fit_says_how_long_it_will_take(pool, vectors, quick, caplog):
     assert line.endswith("s from now; `epochs` (--epochs) makes it shorter")
 
 
+def test_every_part_of_a_diffusion_is_forecast(pool, vectors, quick, caplog):
+    """Each names the setting that makes it shorter."""
+    caplog.set_level(logging.INFO, logger=training.logger.name)
+    generate.CondPDiff.fit(pool, vectors, config={**quick, "diffusion_epochs": 5}, quiet=True)
+    first, second = [record.getMessage() for record in caplog.records if record.name == training.logger.name]
+    assert first.startswith("fit cond-p-diff autoencoder: 12 steps (4 epochs) of ")
+    assert first.endswith("s from now; `epochs` (--epochs) makes it shorter")
+    assert second.startswith("fit cond-p-diff diffusion: 5 steps (5 epochs) of ")
+    assert second.endswith("s from now; `diffusion_epochs` makes it shorter")
+
+
 @pytest.mark.parametrize(
     ("seconds", "left", "amount"), [(0.1, 100, "about 10 s"), (1, 600, "about 10 min"), (6, 3000, "about 5.0 h")]
 )
