@@ -106,6 +106,18 @@ def test_dead_adapters_do_not_thin_out_a_warm_start(tiny_backbone, adapters, cap
         warm_start([*adapters, dead(adapters[0])], base=tiny_backbone, strict=True)
 
 
+def test_copies_are_named(tiny_backbone, adapters, tmp_path, caplog):
+    for name in ("a", "copy of a", "b"):
+        adapters[name == "b"].save(tmp_path / name)
+        config = json.loads((tmp_path / name / "lorarecycle.json").read_text())
+        (tmp_path / name / "lorarecycle.json").write_text(json.dumps({**config, "name": name}))
+    note = "equal weights under several names, of which each counts: a = copy of a"
+    assert note in make_plan(tmp_path, base=tiny_backbone, **PLAN).notes
+    warm_start(tmp_path, base=tiny_backbone, strict=True)  # nothing is left out
+    assert note in lines(caplog)
+    assert not [line for line in make_plan(adapters, base=tiny_backbone, **PLAN).notes if "equal weights" in line]
+
+
 def test_notes_of_files_reach_the_plan_once(tiny_backbone, adapters, tmp_path, caplog):
     for one in adapters[:2]:
         one.save(tmp_path / "pool" / one.name)
@@ -281,6 +293,14 @@ def test_absent_labels_of_pandas(tiny_backbone, tiny_data, kind):
         FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], labels)
     with pytest.raises(ValueError, match=r"`y\[1\]` must be a label"):
         FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], list(labels))
+
+
+@pytest.mark.parametrize("labels", [{"1.png": "a", "2.png": "b", "3.png": "a"}, {"a", "b", "c"}], ids=["dict", "set"])
+def test_what_has_no_order_is_no_labels(tiny_backbone, tiny_data, labels):
+    with pytest.raises(
+        TypeError, match=r"`y` must be labels in the order of the images, got a (dict|set); pass a list"
+    ):
+        FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], labels)
 
 
 def test_a_bad_parameter_leaves_a_fitted_classifier_whole(tiny_backbone, tiny_data):

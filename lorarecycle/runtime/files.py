@@ -31,6 +31,8 @@ OLD = 7 * 24 * 3600.0
 """Seconds without a change after which a leftover is nobody's, whoever wrote it."""
 _NO_CROSSING = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _POINTER = b"version https://git-lfs.github.com"
+_PICKLES = (b"PK\3\4", b"\x80\2\x8a\nl\xfc\x9cF")
+"""How files of `torch.save` start, today's and those of years ago."""
 _NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?(?:r\d+\.)?[^-.]+")
 
 
@@ -372,6 +374,13 @@ def _load_tensors(path: Path, skip: Collection[str]) -> tuple[dict[str, Tensor],
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}.") from None
         refuse_pointer(path)
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(8).startswith(_PICKLES):
+                raise ValueError(
+                    f"{path} must be a safetensors file, got one of `torch.save`, which can run code when it is read; "
+                    "load it with `torch.load(file, weights_only=True)` and write the tensors in it with "
+                    "`safetensors.torch.save_file`."
+                ) from None
         raise ValueError(
             f"{path} must be a whole safetensors file, got one that does not read ({str(error)[:200]}); fetch or make "
             "it again."

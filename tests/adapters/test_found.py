@@ -84,6 +84,15 @@ def test_a_hidden_leftover_does_not_move_the_result(tmp_path, name):
     assert [one.digest() for one in load_adapters(tmp_path)] == before
 
 
+def test_archives_are_counted(tmp_path, caplog):
+    put(tmp_path, "a")
+    for name in ("b.zip", "old/c.tar.gz", ".d.zip"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [one.name for one in load_adapters(tmp_path)] == ["a"]
+    assert "2 archives (b.zip, old/c.tar.gz); unpack them to read the adapters in them" in caplog.text
+
+
 def test_links_are_followed_once(tmp_path):
     put(tmp_path / "pool", "a")
     os.symlink(tmp_path / "pool", tmp_path / "pool" / "a" / "again")

@@ -171,7 +171,8 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
             r"a name for each label up to 1.*got int64 \[\]",
         ),
         ({"images": IMAGES, "labels": np.array([0, 10**8])}, "must be below 1000000 where no `classes` names them"),
-        ({}, r"one of \[\]"),
+        ({}, r"must hold `images` and `labels`, .* got \[\]"),
+        ({"x_train": IMAGES, "y_train": LABELS}, r"got \['x_train', 'y_train'\]; save it again under those names"),
     ],
     ids=[
         "float",
@@ -186,6 +187,7 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
         "one name",
         "huge",
         "empty",
+        "other names",
     ],
 )
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:

@@ -234,6 +234,21 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         files.read_json(text)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_are_named(tmp_path, zipped):
+    """And the advice is followed."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"model\.pth must be a safetensors file, got one of `torch\.save`.*`safetensors"
+    ):
+        files.load_tensors(path)
+    save_file(torch.load(path, weights_only=True)["state_dict"], path)
+    assert files.load_tensors(path)[0]["a"].tolist() == [1, 1]
+
+
 def test_files_and_folders_are_written_without_torch(tmp_path):
     code = """
 import sys
