@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..data.dataset import LabelledImages
-from ..runtime.files import LEFTOVER, hash_file
+from ..runtime.files import LEFTOVER, hash_file, require_place
 from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
 from .accuracy import compare_accuracy
@@ -76,6 +76,7 @@ def export_onnx(
 
     Raises:
         FileExistsError: the directory is not empty and `force` is off.
+        OSError: it cannot be written to.
         ImportError, ValueError: see `export_encoder`.
     """
     config = config or ExportConfig()
@@ -104,10 +105,9 @@ def require_free(directory: Path, force: bool) -> None:
     """Raise unless the export may write there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"`directory` must be a folder, got the file {directory}.")
-    if force or not directory.is_dir():
-        return
-    if any(not file.name.startswith(LEFTOVER) for file in directory.iterdir()):
+    if not force and directory.is_dir() and any(not file.name.startswith(LEFTOVER) for file in directory.iterdir()):
         raise FileExistsError(f"`directory` must be empty, got {directory} with files in it; pass `force` (--force).")
+    require_place(directory, "directory", folder=True)
 
 
 _FEATURES = {

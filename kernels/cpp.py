@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ def _build() -> None:
     capability = capability if capability in _FLAGS else "DEFAULT"
     flags = ["-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *_FLAGS.get(capability, [])]
     name = f"lorarecycle_cpu_{capability.lower()}"
-    facts = [torch.__version__, *flags, *(_hash(source) for source in sources)]
+    facts = [torch.__version__, *flags, *(_hash(source).decode() for source in sources)]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     folder = Path(cpp_extension._get_build_directory(name, False), key)
     folder.mkdir(exist_ok=True)
@@ -69,26 +70,30 @@ def _build() -> None:
 def _load(library: Path, build: Callable[[], None]) -> None:
     """Load a whole library, or build (and so load) it, one process at a time.
 
-    A library counts only with its hash beside it: loading a truncated one ends the process. The lock file of a builder
-    that was killed goes too: earlier releases of PyTorch wait for it for ever.
+    A library counts only with its hash beside it: loading a truncated one ends the process. Whatever else is in the
+    folder goes with one that does not count: objects that were cut with it, of which a build would make use, and the
+    lock file of a builder that was killed, for which earlier releases of PyTorch wait for ever.
     """
     with _alone(library.parent):
         if _is_whole(library):
             torch.ops.load_library(library)
             return
-        library.unlink(missing_ok=True)
-        (library.parent / "lock").unlink(missing_ok=True)
+        for path in library.parent.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         build()
         if not library.is_file():
             return
         temporary = _record(library).with_suffix(f".{os.getpid()}")
-        temporary.write_text(_hash(library))
+        temporary.write_bytes(_hash(library))
         os.replace(temporary, _record(library))
 
 
 def _is_whole(library: Path) -> bool:
     record = _record(library)
-    return library.is_file() and record.is_file() and record.read_text() == _hash(library)
+    return library.is_file() and record.is_file() and record.read_bytes() == _hash(library)
 
 
 def _record(library: Path) -> Path:
@@ -111,8 +116,8 @@ def _alone(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _hash(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).hexdigest().encode()
 
 
 def available() -> bool:

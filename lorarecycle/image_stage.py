@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .adapters.adapter import Adapter
-from .config import RecycleConfig
+from .config import RecycleConfig, as_plain
 from .inversion.invert import Inverter
 from .inversion.pictures import painted_surrogate
 from .inversion.prior import BatchNormPrior
@@ -18,6 +19,7 @@ from .inversion.stored import StoredSurrogate
 from .inversion.surrogate import Surrogate
 from .meta.bank import AnySurrogate
 from .meta.drawn import DrawnImages
+from .runtime.checkpoint import differences
 from .runtime.claims import Claims
 from .runtime.distributed import ALONE, Group
 from .runtime.graphs import Graphs
@@ -96,7 +98,7 @@ class ImageStage:
             if folder is None:
                 return pictures
             pictures.save(folder.pictures)
-        return StoredSurrogate(folder.pictures)
+        return self._open(folder.pictures, None)
 
     def _in_memory(self) -> list[AnySurrogate]:
         images, start, found = torch.empty(*self.shape, dtype=torch.uint8), 0, list[AnySurrogate]()
@@ -115,7 +117,7 @@ class ImageStage:
         make, makers, claims = self._maker(), self.drawn.adapters, Claims(folder.claims)
         for i in makers:  # before hours of work
             if folder.surrogates[i].exists():
-                self._open(folder.surrogates[i], i)
+                self._open(folder.surrogates[i], self.inverted[i])
         first = self.group.own(len(makers))[0]
         left = [*range(first, len(makers)), *range(first)]  # processes begin at different places
         with self._bar(len(makers)) as bar:
@@ -139,19 +141,24 @@ class ImageStage:
             claims.clear()
         for path in folder.surrogates.values():
             require_seen(path)
-        return [self._open(folder.surrogates[i], i) for i in makers]
+        return [self._open(folder.surrogates[i], self.inverted[i]) for i in makers]
 
-    def _open(self, path: Path, i: int) -> StoredSurrogate:
-        """The images of the i-th adapter.
+    def _open(self, path: Path, adapter: Adapter | None) -> StoredSurrogate:
+        """The images of an adapter, or those that depend on none.
 
         Raises:
-            ValueError: a damaged file, or one of another adapter.
+            ValueError: a damaged file, or one of another adapter or of other settings.
         """
-        found, adapter = StoredSurrogate(path), self.inverted[i]
-        if found.adapter_digest != adapter.weights_digest():
+        found = StoredSurrogate(path)
+        wanted = "painted pictures" if adapter is None else f"images made of adapter {adapter.name!r}"
+        if found.adapter_digest != ("" if adapter is None else adapter.weights_digest()):
+            there = f"images of adapter {found.adapter!r}" if found.adapter else "painted pictures"
+            raise ValueError(f"{path} must hold {wanted}, got {there}; remove the file, and they are made again.")
+        differing = differences(found.config, json.loads(json.dumps(as_plain(self.config.inversion))))
+        if differing:
             raise ValueError(
-                f"{path} must hold images made of adapter {adapter.name!r}, got those of {found.adapter!r}; remove the "
-                "file, and they are made again."
+                f"{path} must hold {wanted} by the settings of this run, got others, which differ in "
+                f"{', '.join(differing)}; remove the file, and they are made again."
             )
         return found
 

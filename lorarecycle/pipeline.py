@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .adapters.adapter import Adapter
+from .adapters.copies import note_copies
 from .adapters.dead import leave_out_dead
 from .adapters.load_many import AdapterLike, HubOptions, Loaded, load_all
 from .checks import check_adapters, choose_inverted
@@ -183,7 +184,7 @@ def prepare(
         raise left_out_error("; ".join(left_out))
     check_adapters(backbone, found, inverted, settings)
     random_factors(backbone, settings.meta, settings.seed)
-    notes = [*loaded.notes, *left_out, *doubts(backbone, found)]
+    notes = [*loaded.notes, *left_out, *note_copies(found), *doubts(backbone, found)]
     idle = [f"{key}={value!r}" for key, value in _changed(settings, start) if key in unused_settings(settings)]
     if idle:
         notes.append(f"set, but without effect under the other settings: {', '.join(idle)}")

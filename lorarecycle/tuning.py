@@ -22,6 +22,7 @@ from .data.dataset import LabelledImages
 from .data.images import normalize
 from .data.lazy import Dataset
 from .runtime.checkpoint import Checkpoint
+from .runtime.files import require_place
 from .runtime.graphs import Graphs, Step, adam, state_of
 from .runtime.progress import track
 from .runtime.seeds import stream
@@ -219,6 +220,7 @@ def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> No
     """Raise unless a folder holds the adapters of the epochs that are done (the last may be absent), and no others."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`checkpoints` must be a folder, got the file {folder}; choose another.")
+    require_place(folder, "checkpoints", folder=True)
     found = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
     done = {f"epoch-{epoch:04d}": epoch for epoch in range(config.epochs - config.save_last + 1, epochs + 1)}
     foreign = sorted(found - done.keys())

@@ -12,7 +12,7 @@ from .adapters.adapter import Adapter
 from .adapters.stored import signature_of
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
-from .runtime.files import LEFTOVER, read_json, remove_leftovers, write_json
+from .runtime.files import LEFTOVER, read_json, remove_leftovers, require_place, write_json
 from .runtime.shared_folder import require_shared_folder
 from .runtime.version import __version__
 from .vit.backbone import Backbone
@@ -63,6 +63,7 @@ class WorkDir:
 
         Raises:
             ValueError: a folder of another run, with other files in it, or on a file system that cannot keep a run.
+            OSError: it cannot be written to.
         """
         folder, record = self.folder, self.record
         for place in (folder, self.pictures.parent, self.claims):
@@ -78,6 +79,7 @@ class WorkDir:
                 )
         elif not _is_empty(folder):
             raise ValueError(f"`work_dir` {folder} must be new, empty or of this run, got one with other files in it.")
+        require_place(folder, "work_dir", folder=True)
         images = self.pictures.parent
         remove_leftovers(folder)
         remove_leftovers(images)

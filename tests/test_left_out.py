@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier, load_dataset, make_plan, recycle, warm_start
+from lorarecycle import Adapter, Backbone, FewShotClassifier, Head, load_dataset, make_plan, recycle, warm_start
 from lorarecycle.cli.main import main
 from lorarecycle.data.folder import readable
 from lorarecycle.pipeline import prepare
@@ -46,6 +46,20 @@ def test_the_default_recipe_needs_no_heads(tiny_backbone, adapters, heads):
         torch.testing.assert_close(one.delta(site), other.delta(site), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("classes", "width", "pool"), [(2, 32, "token"), (3, 64, "token+mean"), (1, 32, "mean")], ids=str
+)
+def test_heads_that_nothing_uses(tiny_backbone, adapters, classes, width, pool):
+    """Too few classes for an episode, or another feature than the class token: the default recipe reads no head."""
+    heads = [Head(torch.ones(classes, width), None, tuple(map(str, range(classes))), pool) for _ in adapters]
+    others = [one.with_head(head) for one, head in zip(adapters, heads, strict=True)]
+    assert not make_plan(others, base=tiny_backbone, **PLAN).needs.heads
+    made = recycle(others, base=tiny_backbone, **SMALL)
+    bare = recycle([one.with_head(None) for one in adapters], base=tiny_backbone, **SMALL)
+    for site in made.sites:
+        torch.testing.assert_close(made.delta(site), bare.delta(site), rtol=0, atol=1e-6)
+
+
 def test_recipes_that_need_heads_say_so(tiny_backbone, adapters):
     bare = [one.with_head(None) for one in adapters]
     with pytest.raises(
@@ -56,8 +70,9 @@ def test_recipes_that_need_heads_say_so(tiny_backbone, adapters):
 
 
 def test_a_given_base_decides(tiny_backbone, adapters, caplog):
-    named = [replace(one, base_model=f"owner/name-{i % 2}") for i, one in enumerate(adapters)]
-    with pytest.raises(ValueError, match=r"tuned on one base, got 2: .*give `base` where these are names of one model"):
+    places = ("google/vit", "/content/drive/vit", "C:\\models\\vit", "google/vit")
+    named = [replace(one, base_model=place) for one, place in zip(adapters, places, strict=True)]
+    with pytest.raises(ValueError, match=r"tuned on one base, got 3: .*give `base` where these are names of one model"):
         recycle(named, **SMALL)
     made = recycle(named, base=tiny_backbone, **SMALL)  # the advice
     assert made.weights_digest() == recycle(adapters, base=tiny_backbone, **SMALL).weights_digest()
@@ -89,6 +104,18 @@ def test_dead_adapters_do_not_thin_out_a_warm_start(tiny_backbone, adapters, cap
     assert "1 adapters (dead)" in caplog.text
     with pytest.raises(ValueError, match=r"`strict` allows nothing"):
         warm_start([*adapters, dead(adapters[0])], base=tiny_backbone, strict=True)
+
+
+def test_copies_are_named(tiny_backbone, adapters, tmp_path, caplog):
+    for name in ("a", "copy of a", "b"):
+        adapters[name == "b"].save(tmp_path / name)
+        config = json.loads((tmp_path / name / "lorarecycle.json").read_text())
+        (tmp_path / name / "lorarecycle.json").write_text(json.dumps({**config, "name": name}))
+    note = "equal weights under several names, of which each counts: a = copy of a"
+    assert note in make_plan(tmp_path, base=tiny_backbone, **PLAN).notes
+    warm_start(tmp_path, base=tiny_backbone, strict=True)  # nothing is left out
+    assert note in lines(caplog)
+    assert not [line for line in make_plan(adapters, base=tiny_backbone, **PLAN).notes if "equal weights" in line]
 
 
 def test_notes_of_files_reach_the_plan_once(tiny_backbone, adapters, tmp_path, caplog):
@@ -249,11 +276,14 @@ def test_commands_say_what_they_leave_out(photos, tmp_path, capsys, caplog):
 # --- labels ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["NA in a Series", "NA in strings", "NaT", "NaN", "nullable integers"])
+@pytest.mark.parametrize(
+    "kind", ["NA in a Series", "NA among objects", "NA in strings", "NaT", "NaN", "nullable integers"]
+)
 def test_absent_labels_of_pandas(tiny_backbone, tiny_data, kind):
     pandas = pytest.importorskip("pandas")
     labels = {
         "NA in a Series": pandas.Series(["a", pandas.NA, "b"]),
+        "NA among objects": pandas.Series(["a", pandas.NA, "b"], dtype=object),
         "NA in strings": pandas.Series(["a", None, "b"], dtype="string"),
         "NaT": pandas.Series([pandas.Timestamp("2020-01-01"), pandas.NaT, pandas.NaT]).astype(object),
         "NaN": pandas.Series(["a", float("nan"), "b"]),
@@ -263,6 +293,14 @@ def test_absent_labels_of_pandas(tiny_backbone, tiny_data, kind):
         FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], labels)
     with pytest.raises(ValueError, match=r"`y\[1\]` must be a label"):
         FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], list(labels))
+
+
+@pytest.mark.parametrize("labels", [{"1.png": "a", "2.png": "b", "3.png": "a"}, {"a", "b", "c"}], ids=["dict", "set"])
+def test_what_has_no_order_is_no_labels(tiny_backbone, tiny_data, labels):
+    with pytest.raises(
+        TypeError, match=r"`y` must be labels in the order of the images, got a (dict|set); pass a list"
+    ):
+        FewShotClassifier(tiny_backbone).fit(tiny_data.images[:3], labels)
 
 
 def test_a_bad_parameter_leaves_a_fitted_classifier_whole(tiny_backbone, tiny_data):

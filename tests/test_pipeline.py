@@ -98,6 +98,20 @@ def test_images_of_another_adapter_are_refused(tiny_backbone, adapters, tmp_path
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
 
 
+def test_pictures_of_other_settings_are_refused(tiny_backbone, adapters, tmp_path):
+    few, meta = {"pictures": 5}, {"steps": 1}
+    for name, inversion in (("a", few), ("b", {**few, "latent_size": 16})):
+        recycle(adapters, base=tiny_backbone, work_dir=tmp_path / name, inversion=inversion, meta=meta, quiet=True)
+    there, other = (tmp_path / name / "surrogates" / "pictures.safetensors" for name in "ab")
+    shutil.copy(other, there)
+    again = {"base": tiny_backbone, "work_dir": tmp_path / "a", "inversion": few, "meta": meta, "quiet": True}
+    message = r"pictures.safetensors must hold painted pictures by the settings of this run, .*latent_size \(16 there"
+    with pytest.raises(ValueError, match=message):
+        recycle(adapters, **again)
+    there.unlink()
+    recycle(adapters, **again)
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "job.py"

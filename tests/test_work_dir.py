@@ -20,6 +20,24 @@ def test_a_run_that_was_killed_before_its_record_was_there(tmp_path, inside):
         WorkDir(work).open({"config": 2})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", r"must be of this run, got one that differs in adapters, config \(see .*run\.json\)"),
+        ("", r"run\.json must be JSON, got text that does not parse"),
+        ("[" * 100_000, r"run\.json must be JSON, got brackets nested too deep"),
+        ('{"config": 1, "adapters": [1], "base": 2}', r"must be of this run, got one that differs in "),
+    ],
+    ids=["list", "empty", "deep", "odd values"],
+)
+def test_records_that_hold_something_else(tmp_path, text, message):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / RECORD).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        WorkDir(tmp_path / "work").open({"config": 1})
+    assert (tmp_path / "work" / RECORD).read_text() == text
+
+
 @pytest.mark.parametrize("inside", ["surrogates/00000-a.safetensors", "surrogates/mine/thesis.tex", "thesis.tex"])
 def test_files_of_others_are_refused(tmp_path, inside):
     file = tmp_path / "work" / inside

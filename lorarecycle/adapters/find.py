@@ -13,6 +13,7 @@ from .peft.config import CONFIG_FILE
 _CHECKPOINT = re.compile(r"(?:checkpoints?|epochs?|steps?|iter(?:ation)?s?)[-_]?(\d+)", re.IGNORECASE)
 _SHELF = re.compile(r"checkpoints?|ckpts?", re.IGNORECASE)
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _SHOWN = 5
 
 
@@ -38,12 +39,14 @@ def find_folders(folder: Path) -> FoundFolders:
     candidates: list[Path] = []
     hidden: list[str] = []
     loose: list[str] = []
+    packed: list[str] = []
     for path, files, dotted in _walk(folder):
         hidden += [str((path / name).relative_to(folder)) for name in dotted]
         if CONFIG_FILE in files:
             candidates.append(path)
         else:
             loose += [str((path / name).relative_to(folder)) for name in files if Path(name).suffix in _WEIGHTS]
+            packed += [str((path / name).relative_to(folder)) for name in files if Path(name).suffix in _ARCHIVES]
     runs: dict[Path, list[Path]] = {}
     for path in candidates:
         runs.setdefault(_run_of(path, folder), []).append(path)
@@ -56,6 +59,7 @@ def find_folders(folder: Path) -> FoundFolders:
         _note(earlier, "earlier checkpoints of the same runs", "name one of them to read it"),
         _note(hidden, "adapters in hidden folders", "rename a folder to read it"),
         _note(loose, f"weights without {CONFIG_FILE}", "see docs/read_and_refused.md for how to convert them"),
+        _note(packed, "archives", "unpack them to read the adapters in them"),
     ]
     return FoundFolders(sorted(chosen), tuple(filter(None, notes)))
 

@@ -35,9 +35,11 @@ class Convert:
 
         from ..adapters.adapter import Adapter
         from ..adapters.peft.names import check_layout
+        from ..runtime.files import require_place
         from ..runtime.strict import left_out_error
 
         check_layout(self.layout)
+        require_place(self.output, "--output", folder=True)
         strict, done = self.care.level, 0
         for source in self.sources:
             path = source.expanduser()

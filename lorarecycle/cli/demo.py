@@ -21,5 +21,7 @@ class Demo:
 
     def run(self) -> None:
         from ..demo.demo import run_demo
+        from ..runtime.files import require_place
 
+        require_place(self.output, "--output", folder=True)
         print(run_demo(self.output, seed=self.seed, quiet=self.manners.quiet))

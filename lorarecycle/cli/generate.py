@@ -38,11 +38,13 @@ class TaskVector:
 
     def run(self) -> None:
         from ..generate import task_vectors
+        from ..runtime.files import require_place
 
         if (self.data is None) == (self.text is None):
             raise ValueError(
                 "`--data` or `--text` must be given, one of the two; see `lorarecycle task-vector --help`."
             )
+        require_place(self.output, "--output")
         if self.text is not None:
             if self.clip is None:
                 raise ValueError("`--clip` must name the model that reads `--text`, got none.")
@@ -87,7 +89,9 @@ class Fit:
         from ..generate import training
         from ..generate.icm_lora import LoRAGenerator
         from ..generate.task_vectors import load_vector
+        from ..runtime.files import require_place
 
+        require_place(self.output, "--output")
         if not self.manners.quiet:
             training.logger.setLevel(logging.INFO)  # how long it will take
         folders = find_tasks(self.tasks, len(self.task_vectors))
@@ -130,7 +134,9 @@ class Sample:
     def run(self) -> None:
         from ..generate import load_generator
         from ..generate.task_vectors import load_vector
+        from ..runtime.files import require_place
 
+        require_place(self.output, "--output", folder=True)
         found = load_generator(self.generator).sample(load_vector(self.task_vector), self.n, seed=self.seed)
         for i, adapter in enumerate(found):
             print(adapter.save(self.output / f"sample-{i:03d}"))

@@ -61,9 +61,15 @@ class Recycle:
         from ..config import as_plain
         from ..pipeline import prepare
         from ..runtime.distributed import launched, leads, leave
+        from ..runtime.files import require_place
 
         quiet = self.manners.quiet
         check_layout(self.layout)
+        if not self.plan:
+            if leads():
+                require_place(self.output, "--output", folder=True)
+            if self.work_dir is not None:
+                require_place(self.work_dir, "--work-dir", folder=True)
         strict = self.care.level
         loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict, stored=True)
         job = prepare(
@@ -120,7 +126,9 @@ class WarmStart:
     def run(self) -> None:
         from ..adapters.load_many import load_all
         from ..meta.warm_start import warm_start
+        from ..runtime.files import require_place
 
+        require_place(self.output, "--output", folder=True)
         strict = self.care.level
         source = self.adapters[0] if len(self.adapters) == 1 else self.adapters
         adapters = load_all(source, strict=strict, stored=True).adapters

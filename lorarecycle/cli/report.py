@@ -42,10 +42,16 @@ class Report:
     def run(self) -> None:
         from ..adapters.load_many import load_all
         from ..report.run import read_run
+        from ..runtime.files import require_place
 
         runs = [read_run(folder) for folder in self.runs]
         if not runs:
             raise ValueError("`runs` must hold at least one run, got none.")
+        output = self.output or self.runs[0].expanduser() / "report.html"
+        require_place(output, "--output")
+        if self.data is not None:  # accuracy is kept there
+            for folder in self.runs:
+                require_place(folder, "runs", folder=True)
         backbone = self.machine.backbone() if self.machine.base else None
         if self.data is not None:
             one = self.adapters[0] if len(self.adapters) == 1 else self.adapters
@@ -63,7 +69,6 @@ class Report:
                 )
                 for folder, run in zip(self.runs, runs, strict=True)
             ]
-        output = self.output or self.runs[0].expanduser() / "report.html"
         print(write_page(runs, output, backbone))
 
     def _named(self, run: Run) -> Backbone:

@@ -51,6 +51,7 @@ class Reproduce:
         from ..reproduce.experiment import experiment_names, experiment_text, load_experiment
         from ..reproduce.planning import cheapest_first, plan_run
         from ..reproduce.run import CellsFailed, prepare_run
+        from ..runtime.files import require_place, write_text
 
         if self.table == "list":
             if self.copy is not None:
@@ -61,9 +62,11 @@ class Reproduce:
         if self.copy is not None:
             if self.copy.exists():
                 raise FileExistsError(f"`--copy` must name a new file, got {self.copy}; choose another or delete it.")
-            self.copy.write_text(experiment_text(self.table), encoding="utf-8")
-            print(self.copy)
+            require_place(self.copy, "--copy")
+            print(write_text(self.copy, experiment_text(self.table)))
             return
+        if not self.plan:
+            require_place(self.work_dir, "--work-dir", folder=True)
         machine = self.machine
         run = prepare_run(
             self.table,

@@ -39,9 +39,11 @@ class Tune:
     def run(self) -> None:
         from ..adapters.peft.names import check_layout
         from ..data.sets import open_dataset
+        from ..runtime.files import require_place
         from ..tuning import tune
 
         check_layout(self.layout)
+        require_place(self.output, "--output", folder=True)
         backbone = self.machine.backbone()
         data = open_dataset(self.data, self.split, download=self.download, strict=self.care.level)
         if self.classes:

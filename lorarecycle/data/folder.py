@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..runtime.strict import left_out_error
 from .decode import decode, image_suffixes
 
 _LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
+_BACK = "links to a folder above"
 _BESIDE = "image files beside the class folders"
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -74,6 +76,34 @@ class ClassFolders(ImageFolder):
             getLogger(__name__).warning(
                 "%s: %d images of %d classes; %s", path, len(self), len(self.classes), self._left_out()
             )
+
+    def make_dataset(  # type: ignore[override]  # torchvision's is static
+        self,
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: Any = None,
+        is_valid_file: Any = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        """(file, label) of each image, in torchvision's order; links that lead back to a folder above are left out."""
+        samples = []
+        for name in sorted(class_to_idx):
+            found = []
+            for root, inner, files in os.walk(os.path.join(directory, name), followlinks=True):
+                round_about = [one for one in inner if self._leads_back(Path(root, one))]
+                self.skipped[_BACK] += len(round_about)
+                inner[:] = [one for one in inner if one not in round_about]
+                found.append((root, sorted(files)))
+            paths = (os.path.join(root, file) for root, files in sorted(found) for file in files)
+            samples += [(path, class_to_idx[name]) for path in paths if is_valid_file(path)]
+        self.skipped = +self.skipped  # without what was counted zero times
+        return samples
+
+    def _leads_back(self, folder: Path) -> bool:
+        if not folder.is_symlink():
+            return False
+        real = folder.resolve()
+        return any(above.resolve() == real for above in folder.parents)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The sub-folders that are not hidden, sorted."""

@@ -51,6 +51,11 @@ def read_npz(path: Path, split: str | None) -> Source:
     """A npz file with `<split>_images`, `<split>_labels` and, if named, `<split>_classes`; no other part is read."""
     names_there = names_in_npz(path)
     splits = sorted(key[: -len("images")].rstrip("_") for key in names_there if key.endswith("images"))
+    if not splits:
+        raise ValueError(
+            f"{path} must hold `images` and `labels`, or `<split>_images` and `<split>_labels`, got "
+            f"{sorted(names_there)[:9]}; save it again under those names."
+        )
     if split is None and len(splits) == 1:
         split = splits[0]
     if split not in splits:

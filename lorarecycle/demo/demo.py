@@ -57,7 +57,7 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
     """
-    output, clock = Path(output), Stopwatch()
+    output, clock = Path(output).expanduser(), Stopwatch()
     digits = on_photographs(load_dataset("digits", size=32), seed)
     backbone = Backbone.load("demo")
     adapters = load_adapters(ADAPTERS)

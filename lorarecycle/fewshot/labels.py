@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,10 @@ def label_list(labels: Any, name: str) -> tuple[list[Hashable], np.dtype | None]
         labels = labels.detach().cpu().numpy()
     if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
         raise TypeError(f"`{name}` must be a sequence of labels, got {labels!r}.")
+    if isinstance(labels, (Mapping, set, frozenset)):
+        raise TypeError(
+            f"`{name}` must be labels in the order of the images, got a {type(labels).__name__}; pass a list."
+        )
     if isinstance(labels, np.ndarray) and labels.ndim != 1:
         raise ValueError(f"`{name}` must have one axis, got shape {list(labels.shape)}.")
     dtype = labels.dtype if isinstance(labels, np.ndarray) else None

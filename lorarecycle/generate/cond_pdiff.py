@@ -99,6 +99,7 @@ class CondPDiff(LoRAGenerator):
             lr=config.lr,
             seed=config.seed,
             name=f"fit {self.method} diffusion",
+            setting="diffusion_epochs",
             checkpoint=after,
             run=run_record(self, examples, machine),
             quiet=machine.quiet,

@@ -26,7 +26,7 @@ LossTerms = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """(indices of a batch, randomness on the CPU) -> terms of the loss, already weighted, by name."""
 
 
-def forecast(name: str, epochs: int, wanted: int, per_epoch: int, seconds: float) -> str:
+def forecast(name: str, epochs: int, wanted: int, per_epoch: int, seconds: float, setting: str = "epochs") -> str:
     """How long a training takes in all, for people.
 
     Args:
@@ -34,13 +34,15 @@ def forecast(name: str, epochs: int, wanted: int, per_epoch: int, seconds: float
         epochs, wanted: passes that will be made, and that the settings ask for.
         per_epoch: steps of a pass.
         seconds: for one step.
+        setting: what sets the number of epochs.
     """
     wait = seconds * epochs * per_epoch
     amount = f"{wait / 3600:.1f} h" if wait >= 5400 else f"{wait / 60:.0f} min" if wait >= 90 else f"{wait:.0f} s"
     steps = f"{name}: {epochs * per_epoch} steps ({epochs} epochs) of {seconds:.2g} s, about {amount} in all; "
     if epochs < wanted:
         return steps + f"{wanted} epochs would exceed `minutes` (--minutes): a larger limit fits more closely"
-    return steps + "`epochs` (--epochs) makes it shorter"
+    flag = " (--epochs)" if setting == "epochs" else ""  # the command fits ICM-LoRA alone
+    return steps + f"`{setting}`{flag} makes it shorter"
 
 
 def train(
@@ -55,6 +57,7 @@ def train(
     name: str,
     limit: float | None = None,
     settle: float = 0.0,
+    setting: str = "epochs",
     checkpoint: Path | None = None,
     run: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -70,6 +73,7 @@ def train(
         limit: seconds; of `epochs`, only as many are made as take so long by the first steps' time, at least one. A
             checkpoint keeps their number.
         settle: share of the steps, at the end, in which batch norm no longer counts and uses its running statistics.
+        setting: name of the setting that `epochs` comes from, for messages.
         checkpoint: safetensors file written every 200 steps and at the end; where it exists, training goes on from
             it and ends with the same bits.
         run: JSON that a checkpoint must agree with.
@@ -88,7 +92,7 @@ def train(
     module.train()
     seconds = _seconds_of_a_step(module, terms, batch_size, lr, stream(seed, name, "timing"))
     wanted, epochs = epochs, _epochs_within(limit, epochs, seconds * per_epoch, checkpoint)
-    logger.info("%s", forecast(name, epochs, wanted, per_epoch, seconds))
+    logger.info("%s", forecast(name, epochs, wanted, per_epoch, seconds, setting))
     steps = epochs * per_epoch
     history: dict[str, Tensor] = {}
     saved = Checkpoint(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class StoredSurrogate:
 
     Attributes:
         shape: of the images, (n, 3, H, W).
-        patch_size, adapter, adapter_digest, class_names: as in `Surrogate`.
+        patch_size, adapter, adapter_digest, class_names, config: as in `Surrogate`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,6 +56,7 @@ class StoredSurrogate:
         self.adapter: str = facts["adapter"]
         self.adapter_digest: str = facts["adapter_digest"]
         self.class_names: tuple[str, ...] = tuple(facts["class_names"])
+        self.config: dict[str, Any] = facts["config"]
         check_tables(self.path, self.shape, len(self.class_names), self.patch_size, tensors)
         if digest is not None and digest != hash_tensor("torch.uint8", self.shape, self._mapped().reshape(-1)):
             raise ValueError(refusal(self.path, "other images"))

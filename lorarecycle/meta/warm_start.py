@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, LoRAFactors
+from ..adapters.copies import note_copies
 from ..adapters.dead import leave_out_dead
 from ..adapters.load_many import AdapterLike, HubOptions, load_all
 from ..config import MetaConfig
@@ -82,7 +83,7 @@ def warm_start(
         found, unfit = leave_out_unfit(backbone, found)
     for adapter in found:
         check_fit(backbone, adapter)
-    for line in (*dead, *unfit, *doubts(backbone, found)):
+    for line in (*dead, *unfit, *note_copies(found), *doubts(backbone, found)):
         logger.warning(line)
     return start_factors(found, like, backbone, gain=gain).to_adapter(name=name, like=backbone)
 

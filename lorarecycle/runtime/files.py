@@ -31,6 +31,8 @@ OLD = 7 * 24 * 3600.0
 """Seconds without a change after which a leftover is nobody's, whoever wrote it."""
 _NO_CROSSING = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _POINTER = b"version https://git-lfs.github.com"
+_PICKLES = (b"PK\3\4", b"\x80\2\x8a\nl\xfc\x9cF")
+"""How files of `torch.save` start, today's and those of years ago."""
 _NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?(?:r\d+\.)?[^-.]+")
 
 
@@ -46,6 +48,7 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
     """
     path = Path(path).expanduser()
     remove_leftovers(path.parent)
+    changed = [path.parent, *holders_of_new(path.parent)]
     try:
         with hidden_folder(path.parent) as folder:
             temporary = folder / path.name
@@ -54,8 +57,35 @@ def write_atomic(path: str | PathLike[str], write: Callable[[Path], object]) -> 
             move(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {reason(error)}; an earlier file is unchanged") from error
-    flush_folder(path.parent)
+    for folder in changed:
+        flush_folder(folder)
     return path
+
+
+def require_place(path: str | PathLike[str], name: str, *, folder: bool = False) -> None:
+    """Make sure, before any work, that something can be written at a place: a hidden folder is made there and removed.
+
+    Args:
+        path: the file or folder to be written; nothing of it is made.
+        name: what the caller's user calls it, such as "--output", for messages.
+        folder: a folder is to be written, not a file.
+
+    Raises:
+        OSError: it cannot, or something else is there; the message names argument, path and reason.
+    """
+    real = Path(os.path.realpath(os.path.expanduser(path)))
+    if folder and os.path.exists(real) and not real.is_dir():
+        raise NotADirectoryError(f"`{name}` must be a folder or new, got the file {path}; choose another.")
+    if not folder and real.is_dir():
+        raise IsADirectoryError(f"`{name}` must be a file, got the folder {path}; name a file in it.")
+    there = real if folder and real.is_dir() else next(above for above in real.parents if os.path.exists(above))
+    try:
+        with hidden_folder(there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"`{name}` must be a place that can be written to, got {path}: {reason(error)}; choose another."
+        ) from error
 
 
 @contextmanager
@@ -66,7 +96,7 @@ def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
     at the end with all that is in it; so are parents made here that are empty then.
     """
     parent = Path(parent)
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    made = _absent(parent)
     folder = parent / _hidden_name()
     try:
         folder.mkdir(parents=True)
@@ -76,6 +106,16 @@ def hidden_folder(parent: str | PathLike[str]) -> Iterator[Path]:
         for empty in made:
             with suppress(OSError):  # holds something now, or could not be made
                 empty.rmdir()
+
+
+def holders_of_new(folder: Path) -> list[Path]:
+    """The folders in which a name appears when a folder is made with its parents."""
+    return [made.parent for made in _absent(folder)]
+
+
+def _absent(folder: Path) -> list[Path]:
+    """Of a folder and its parents, those that are not there yet."""
+    return [path for path in (folder, *folder.parents) if not os.path.exists(path)]
 
 
 def _hidden_name() -> str:
@@ -334,6 +374,13 @@ def _load_tensors(path: Path, skip: Collection[str]) -> tuple[dict[str, Tensor],
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}.") from None
         refuse_pointer(path)
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(8).startswith(_PICKLES):
+                raise ValueError(
+                    f"{path} must be a safetensors file, got one of `torch.save`, which can run code when it is read; "
+                    "load it with `torch.load(file, weights_only=True)` and write the tensors in it with "
+                    "`safetensors.torch.save_file`."
+                ) from None
         raise ValueError(
             f"{path} must be a whole safetensors file, got one that does not read ({str(error)[:200]}); fetch or make "
             "it again."

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
-from .files import flush, flush_folder, hidden_folder, move, reason, remove_leftovers
+from .files import flush, flush_folder, hidden_folder, holders_of_new, move, reason, remove_leftovers
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -49,6 +49,7 @@ def atomic_folder(
     real = Path(os.path.realpath(os.path.expanduser(target)))
     remove_leftovers(real)
     remove_leftovers(real.parent)
+    changed = [real, real.parent, *holders_of_new(real.parent)]
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(hidden_folder(real if real.exists() else real.parent))
@@ -69,6 +70,8 @@ def atomic_folder(
         final = [name for name in last if name in names]
         middle = [name for name in names if name not in (*early, *final)]
         _put_in_place(folder, real, target, [*early, *middle], final, stale)
+    for each in changed:
+        flush_folder(each)
 
 
 def _put_in_place(
@@ -110,8 +113,6 @@ def _put_in_place(
         if placed:
             state = f"{', '.join(placed)} are new, other files as before; write again"
         raise OSError(error.errno, f"cannot write {target}: {reason(error)}; {state}") from error
-    flush_folder(real)
-    flush_folder(real.parent)
 
 
 def _require_names(stale: Collection[str]) -> None:

@@ -67,7 +67,9 @@ def find_folder(
             )
         return _subfolder(folder, inside, f"{folder}")
     if folder.is_file():
-        raise ValueError(f"`{argument}` must be the directory of {what}, got the file {folder}; give {folder.parent}.")
+        holder = marker is None or (folder.parent / marker).is_file()
+        advice = f"give {folder.parent}" if holder else f"give the directory that holds {marker}, or leave the file out"
+        raise ValueError(f"`{argument}` must be the directory of {what}, got the file {folder}; {advice}.")
     if not (isinstance(source, str) and is_hub_id(source)):
         raise FileNotFoundError(
             f"`{argument}` must be the directory of {what} or a Hub id, got {source}: no such folder."

@@ -153,7 +153,7 @@ class Backbone(Encoder):
             if head.features != width:
                 raise ValueError(
                     f"the head of adapter {adapter.name!r} must read {width} features of backbone {self.name!r}, "
-                    f"got weight {[len(head.class_names), head.features]}."
+                    f"got weight {[len(head.class_names), head.features]}; `adapter.with_head(None)` leaves it out."
                 )
 
     def merge(self, adapter: Adapter) -> Backbone:

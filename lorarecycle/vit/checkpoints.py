@@ -326,6 +326,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_tensors(path / "model.safetensors")[0]
     if not index.is_file():
         refuse_pickles(path, "pytorch_model*.bin", "transformers and call `save_pretrained`")
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"`base` must be a model, got {path}, which holds an adapter; give the model that it was tuned on (its "
+                "`base_model_name_or_path`)."
+            )
         raise FileNotFoundError(f"{path} must hold model.safetensors, got no such file; fetch the checkpoint again.")
     shards = (read_json(index) or {}).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):

@@ -39,6 +39,11 @@ def lines(caplog):
             r"2 earlier checkpoints of the same runs \(t/checkpoint-500, t/checkpoint-90\)",
         ),
         (("checkpoint-5", "checkpoint-20"), ("checkpoint-20",), r"1 earlier checkpoints .*\(checkpoint-5\)"),
+        (
+            ("t", *(f"{t}/checkpoint-{n}" for t in ("t", "u") for n in (90, 500, 1000))),
+            ("t", "u/checkpoint-1000"),
+            r"5 earlier checkpoints",
+        ),
         (("t", "t/checkpoint-500"), ("t",), r"1 earlier checkpoints .*t/checkpoint-500"),
         (("t", "t/checkpoints/epoch-0001", "t/checkpoints/epoch-0002"), ("t",), r"2 earlier checkpoints"),
         (("a", ".a.saving-x"), ("a",), r"1 adapters in hidden folders \(\.a\.saving-x\); rename"),
@@ -70,10 +75,22 @@ def test_weights_that_are_no_adapter_are_counted(tmp_path, caplog):
     assert "2 weights without adapter_config.json (loose.safetensors, old/lora.pt)" in caplog.text
 
 
-def test_a_hidden_leftover_does_not_move_the_result(tmp_path):
+@pytest.mark.parametrize(
+    "name", [".a.saving-x", ".partly-written-node7-4711-1.r0.0f3a", ".Trash-1000", ".ipynb_checkpoints", ".a.Xy12z"]
+)
+def test_a_hidden_leftover_does_not_move_the_result(tmp_path, name):
     before = [one.digest() for one in load_adapters(put(tmp_path, "a", "b"))]
-    adapter(9).save(tmp_path / ".a.saving-x")
+    adapter(9).save(tmp_path / name)
     assert [one.digest() for one in load_adapters(tmp_path)] == before
+
+
+def test_archives_are_counted(tmp_path, caplog):
+    put(tmp_path, "a")
+    for name in ("b.zip", "old/c.tar.gz", ".d.zip"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [one.name for one in load_adapters(tmp_path)] == ["a"]
+    assert "2 archives (b.zip, old/c.tar.gz); unpack them to read the adapters in them" in caplog.text
 
 
 def test_links_are_followed_once(tmp_path):

@@ -67,6 +67,14 @@ def test_a_file_instead_of_its_folder(folder):
     refuses(folder / WEIGHTS, r"`path_or_id` must be the directory of a PEFT adapter, got the file .*give .*adapter")
 
 
+@pytest.mark.parametrize("name", ["README.md", "adapters.zip"])
+def test_a_file_beside_adapters(folder, name):
+    (folder.parent / name).write_bytes(b"PK")
+    refuses(
+        folder.parent / name, rf"got the file .*{name}; give the directory that holds adapter_config.json, or leave"
+    )
+
+
 # --- adapter_config.json ---------------------------------------------------------------------------
 
 

@@ -115,6 +115,14 @@ def test_mixed_files_are_refused(tmp_path):
             Adapter.load(folder)
 
 
+def test_another_head_beside_is_refused(tmp_path):
+    for i, name in enumerate("ab"):
+        make(i, head="mean").save(tmp_path / name)
+    shutil.copy(tmp_path / "b" / "head.safetensors", tmp_path / "a")
+    with pytest.raises(TornFolderError, match=r"got another head\.safetensors than that of adapter_model"):
+        Adapter.load(tmp_path / "a")
+
+
 def test_changed_tensors_are_refused(tmp_path):
     folder = make(0).save(tmp_path / "a")
     path = folder / FILES[0]

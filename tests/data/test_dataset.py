@@ -1,5 +1,6 @@
 """Labelled images from folders, npz files and named sets; what is missing or broken is named."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,10 +165,30 @@ IMAGES, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1])
         ({"images": IMAGES, "labels": LABELS, "classes": np.array(["a", "a"])}, "must all be different"),
         ({"images": IMAGES, "labels": LABELS - 1}, r"must be 0 or more, got -1"),
         ({"images": IMAGES, "labels": np.array([0, {}], object)}, "without pickled objects"),
+        ({"images": IMAGES, "labels": np.zeros(2, [("a", "i4")])}, "labels of type"),
+        (
+            {"images": IMAGES, "labels": LABELS, "classes": np.array(3)},
+            r"a name for each label up to 1.*got int64 \[\]",
+        ),
         ({"images": IMAGES, "labels": np.array([0, 10**8])}, "must be below 1000000 where no `classes` names them"),
-        ({}, r"one of \[\]"),
+        ({}, r"must hold `images` and `labels`, .* got \[\]"),
+        ({"x_train": IMAGES, "y_train": LABELS}, r"got \['x_train', 'y_train'\]; save it again under those names"),
     ],
-    ids=["float", "grey", "unlabelled", "fewer", "range", "twice", "below", "pickle", "huge", "empty"],
+    ids=[
+        "float",
+        "grey",
+        "unlabelled",
+        "fewer",
+        "range",
+        "twice",
+        "below",
+        "pickle",
+        "structure",
+        "one name",
+        "huge",
+        "empty",
+        "other names",
+    ],
 )
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)  # type: ignore[arg-type]
@@ -180,6 +201,17 @@ def test_a_npz_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("lorarecycle.runtime.npz.os.sysconf", lambda name: 1000)  # 1 MB in all
     with pytest.raises(ValueError, match=r"bomb\.npz must unpack to less than the 0 GB of memory here"):
         load_dataset(tmp_path / "bomb.npz")
+
+
+@pytest.mark.parametrize("shape", [(10**12, 8, 8, 3), (2**62, 4), (-1, 8, 8, 3)], ids=str)
+def test_a_npz_that_promises_more_than_it_holds(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.savez(tmp_path / "more.npz", labels=LABELS)
+    header = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+    member = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64)
+    with zipfile.ZipFile(tmp_path / "more.npz", "a") as file:
+        file.writestr("images.npy", member)
+    with pytest.raises(ValueError, match=r"more\.npz must be a whole npz file"):
+        load_dataset(tmp_path / "more.npz")
 
 
 def test_other_arrays_of_a_npz_are_not_read(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_tune_fit_and_sample(tasks, tmp_path, capsys):
 def test_folders_that_are_being_written_are_no_tasks(tasks, tmp_path):
     shutil.copytree(tasks, tmp_path / "tasks")
     hidden = tmp_path / "tasks" / ".partly-written-host-1-abc"
-    shutil.copytree(tasks / "01", hidden)
+    for name in (hidden.name, ".23.saving-x", ".Trash-1000"):
+        shutil.copytree(tasks / "01", tmp_path / "tasks" / name)
     found = find_tasks([tmp_path / "tasks"])
     assert [folder.name for folder in found] == ["01", "23"]
     assert find_tasks([tmp_path / "tasks"], vectors=2) == found

@@ -26,6 +26,17 @@ def test_a_fit_says_how_long_it_will_take(pool, vectors, quick, caplog):
     assert line.endswith("s in all; `epochs` (--epochs) makes it shorter")
 
 
+def test_every_part_of_a_diffusion_is_forecast(pool, vectors, quick, caplog):
+    """Each names the setting that makes it shorter."""
+    caplog.set_level(logging.INFO, logger=training.logger.name)
+    generate.CondPDiff.fit(pool, vectors, config={**quick, "diffusion_epochs": 5}, quiet=True)
+    first, second = [record.getMessage() for record in caplog.records if record.name == training.logger.name]
+    assert first.startswith("fit cond-p-diff autoencoder: 12 steps (4 epochs) of ")
+    assert first.endswith("s in all; `epochs` (--epochs) makes it shorter")
+    assert second.startswith("fit cond-p-diff diffusion: 5 steps (5 epochs) of ")
+    assert second.endswith("s in all; `diffusion_epochs` makes it shorter")
+
+
 @pytest.mark.parametrize(
     ("seconds", "epochs", "amount"), [(0.1, 2, "about 10 s"), (1, 12, "about 10 min"), (6, 60, "about 5.0 h")]
 )

@@ -1,10 +1,12 @@
 """Surrogates and their files."""
 
+import json
+
 import pytest
 import torch
 
 from lorarecycle import Surrogate
-from lorarecycle.runtime.files import save_tensors
+from lorarecycle.runtime.files import load_tensors, save_tensors
 
 
 def surrogate(**changes) -> Surrogate:
@@ -63,6 +65,12 @@ def test_bad_surrogates(tmp_path):
     with pytest.raises(ValueError, match=r"must be a surrogate of a format in \(1, 2\), got None"):
         Surrogate.load(save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}))
     path = surrogate().save(tmp_path / "s.safetensors")
+    tensors, strings = load_tensors(path)
+    facts = {key: json.loads(value) for key, value in strings.items() if key != "format"}
+    del tensors["images"]
+    with pytest.raises(ValueError, match=r"s\.safetensors .*images"):  # its digests say that it is whole
+        Surrogate.load(save_tensors(path, tensors, facts))
+    path = surrogate().save(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         Surrogate.load(path)

@@ -118,24 +118,31 @@ def test_the_cpp_twins_build_where_a_compiler_is():
 
 
 def test_a_damaged_library_is_never_loaded(tmp_path, monkeypatch):
-    """A truncated one, one without its hash, and the lock of a builder that was killed go; a whole one stays."""
+    """A damaged one, one without its hash, cut objects and the lock of a killed builder go; a whole one stays."""
     library, did = tmp_path / "x.so", []
     monkeypatch.setattr(torch.ops, "load_library", lambda path: did.append("loaded"))
 
     def build():
-        assert sorted(tmp_path.iterdir()) in ([], [tmp_path / "x.sha256"])
+        assert not list(tmp_path.iterdir()), "a build would make use of objects"
         library.write_bytes(b"library" * 100)
         did.append("built")
 
     def load():
         (tmp_path / "lock").write_text("of a process that is gone")
+        (tmp_path / "x.o").write_bytes(b"")
         cpp._load(library, build)
         return did.pop()
 
     assert load() == "built"
     assert load() == "loaded"
-    library.write_bytes(library.read_bytes()[:-300])
-    assert load() == "built"
+    whole = library.read_bytes()
+    for content in (b"", whole[:-300], whole[:300], whole[:9] + b"L" + whole[10:], whole + b"l"):
+        library.write_bytes(content)
+        assert load() == "built"
+        assert load() == "loaded"
+    for record in (b"", b"\xff" * 64):
+        (tmp_path / "x.sha256").write_bytes(record)
+        assert load() == "built"
     (tmp_path / "x.sha256").unlink()
     assert load() == "built"
     assert load() == "loaded"

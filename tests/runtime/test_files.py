@@ -116,6 +116,47 @@ def test_only_leftovers_of_dead_processes_of_this_host_go(tmp_path):
     files.remove_leftovers(kept)
 
 
+def test_a_power_loss_loses_no_name(tmp_path, monkeypatch):
+    """The file is flushed before it is put in place, and then every folder in which a name is new."""
+    flushed, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino) or sync(handle))
+    path = files.write_text(tmp_path / "new" / "deep" / "a.txt", "text")
+    assert flushed == [place.stat().st_ino for place in (path, *list(path.parents)[:3])]
+    flushed.clear()
+    with atomic_folder(tmp_path / "more" / "deep" / "out") as folder:
+        files.write_text(folder / "a.txt", "text")
+    places = [tmp_path / "more" / "deep" / "out", tmp_path / "more" / "deep", tmp_path / "more", tmp_path]
+    assert flushed[-4:] == [place.stat().st_ino for place in places]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_places_are_tried_before_any_work(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    good = ("new", "deep/new", "there" if folder else "file")
+    for name in good:
+        files.require_place(tmp_path / name, "--output", folder=folder)
+    if folder:
+        with pytest.raises(NotADirectoryError, match=r"`--output` must be a folder or new, got the file .*; choose"):
+            files.require_place(tmp_path / "file", "--output", folder=True)
+    else:
+        with pytest.raises(IsADirectoryError, match=r"`--output` must be a file, got the folder .*there; name a file"):
+            files.require_place(tmp_path / "there", "--output")
+    message = r"`--output` must be a place that can be written to, got .*: {}; choose another\."
+    with pytest.raises(NotADirectoryError, match=message.format("Not a directory")):
+        files.require_place(tmp_path / "file" / "inner", "--output", folder=folder)
+
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for name in good:
+        with pytest.raises(PermissionError, match=message.format("Permission denied")):
+            files.require_place(tmp_path / name, "--output", folder=folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_very_old_leftovers_go_whoever_wrote_them(tmp_path):
     names = {
         key: leftover(pid, host=host) for key, pid, host in (("other", 1, "another-host"), ("own", os.getpid(), None))
@@ -151,8 +192,8 @@ files.write_atomic(sys.argv[1], write)
         files.remove_leftovers(tmp_path)
         assert (hidden / "a.txt").read_text() == "half of it"
         process.kill()
-    files.remove_leftovers(tmp_path)
-    assert not list(tmp_path.iterdir())
+    files.write_text(tmp_path / "b.txt", "whole")  # any writer sweeps what lies beside
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
@@ -191,6 +232,21 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     text.write_text("{nothing")
     with pytest.raises(ValueError, match=r"t\.json must be JSON"):
         files.read_json(text)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_save_are_named(tmp_path, zipped):
+    """And the advice is followed."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"model\.pth must be a safetensors file, got one of `torch\.save`.*`safetensors"
+    ):
+        files.load_tensors(path)
+    save_file(torch.load(path, weights_only=True)["state_dict"], path)
+    assert files.load_tensors(path)[0]["a"].tolist() == [1, 1]
 
 
 def test_files_and_folders_are_written_without_torch(tmp_path):

@@ -185,6 +185,13 @@ def test_a_timm_folder_without_weights(timm_folder, tmp_path):
         Backbone.load(tmp_path)
 
 
+def test_an_adapter_in_the_place_of_a_base(tiny_backbone, make_adapter, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"`base` must be a model, got .*a, which holds an adapter; give the model"
+    ):
+        Backbone.load(make_adapter(tiny_backbone).save(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
 def test_other_models_are_named(name, timm_folder):
     with pytest.raises(TypeError, match=r"`base` must be a timm VisionTransformer, got a \w+; choose a plain ViT"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...runtime.files import save_tensors, write_json, write_text
+from ...runtime.files import require_place, save_tensors, write_json, write_text
 from ...runtime.folders import atomic_folder
 from ...runtime.version import __version__
 from ..algebra import Columns, stack_factors
@@ -73,6 +73,7 @@ def write_peft(
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
+    require_place(directory, "directory", folder=True)
 
     def stale() -> list[str]:
         """The head's file of the adapter that is there when this one is put in its place."""
