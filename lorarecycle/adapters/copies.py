@@ -1,10 +1,16 @@
-"""Adapters that are there twice: what they share with themselves counts twice, so they are named."""
+"""Adapters that are there twice, as copies or in what was made of them: they count twice, so they are named."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
+from ..runtime.files import read_object
 from .adapter import Adapter
+from .peft.metadata import METADATA_FILE
 
 
 def note_copies(adapters: Sequence[Adapter]) -> list[str]:
@@ -17,3 +23,16 @@ def note_copies(adapters: Sequence[Adapter]) -> list[str]:
         return []
     shown = "; ".join(copies[:5]) + ("; ..." if len(copies) > 5 else "")
     return [f"equal weights under several names, of which each counts: {shown}"]
+
+
+def note_results(sources: Sequence[Any]) -> list[str]:
+    """A note that names the folders among several in which a result lies: an adapter that was made of others."""
+    results = []
+    for source in sources if len(sources) > 1 else ():
+        with suppress(ValueError, OSError):  # of a Hub id; damaged
+            if isinstance(source, (str, PathLike)) and read_object(Path(source) / METADATA_FILE).get("sources"):
+                results.append(Path(source).name)
+    if not results:
+        return []
+    shown = ", ".join(sorted(results)[:5]) + (", ..." if len(results) > 5 else "")
+    return [f"made of other adapters, and counted as one more: {shown}; keep results in another folder"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from ..runtime.strict import left_out_error
 from .adapter import Adapter
+from .copies import note_results
 from .find import find_folders
 from .peft.in_memory import adapter_names, is_peft_model
 from .peft.read import read_peft
@@ -145,6 +146,7 @@ def load_all(
     own = [f"{adapter.name}: {note}" for adapter in loaded for note in adapter.notes]
     if strict and (notes or own):
         raise left_out_error("; ".join([*notes, *own]))
+    notes += note_results(sources)
     if notes:
         logger.warning("%d adapters read; %s.", len(loaded), "; ".join(notes))
     return Loaded(loaded, (*notes, *own))

@@ -93,6 +93,18 @@ def test_archives_are_counted(tmp_path, caplog):
     assert "2 archives (b.zip, old/c.tar.gz); unpack them to read the adapters in them" in caplog.text
 
 
+def test_a_result_among_the_adapters_is_named(tmp_path, caplog):
+    """As of a second `recycle POOL --output POOL/meta`."""
+    put(tmp_path, "a", "b")
+    adapter(5, name="meta").save(tmp_path / "meta", sources=load_adapters(tmp_path))
+    assert not caplog.records
+    note = "made of other adapters, and counted as one more: meta; keep results in another folder"
+    assert load_all(tmp_path, strict=True).notes == (note,)
+    assert len(load_all(tmp_path, stored=True).adapters) == 3
+    assert f"3 adapters read; {note}." in caplog.text
+    assert load_all(tmp_path / "meta").notes == ()
+
+
 def test_links_are_followed_once(tmp_path):
     put(tmp_path / "pool", "a")
     os.symlink(tmp_path / "pool", tmp_path / "pool" / "a" / "again")

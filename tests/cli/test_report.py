@@ -36,5 +36,7 @@ def test_recycle_writes_a_report_and_report_writes_it_again(tmp_path, photos, ma
     data = ["--data", str(photos), "--adapters", str(tmp_path / "adapters"), *tasks, "--quiet"]
     assert main(["report", str(tmp_path / "meta-run"), *data, "--dtype", "float32"]) == 0
     assert "average of the adapters" in page.read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path / "meta-run"), "--output", str(page / "inner.html")]) == 2
+    assert "`--output` must be a place that can be written to, got" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "must be the `work_dir` of a run" in capsys.readouterr().err

@@ -78,3 +78,10 @@ def test_flags_in_words():
     assert parse_prune(("6:0.5", "9:0.25")) == {6: 0.5, 9: 0.25}
     with pytest.raises(ValueError, match="name a layer once"):
         parse_prune(("6:0.5", "6:0.25"))
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path, capsys):
+    """Before a model is loaded."""
+    (tmp_path / "file").write_text("mine")
+    assert main([str(tmp_path / "file" / "out"), "--onnx", "--model", "nowhere"]) == 2
+    assert "`directory` must be a place that can be written to, got" in capsys.readouterr().err
