@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,9 +11,6 @@ from ..adapters.load_many import load_adapters
 from ..config import InversionConfig, MetaConfig, RecycleConfig
 from ..data.dataset import LabelledImages
 from ..data.load import load_dataset
-from ..fewshot.evaluate import Evaluation, task_accuracies
-from ..fewshot.methods.average import average
-from ..fewshot.tasks import sample_tasks
 from ..inversion.surrogate import Surrogate
 from ..pipeline import prepare
 from ..report.measure import measure_run
@@ -25,7 +21,6 @@ from ..runtime.files import write_json, write_text
 from ..runtime.progress import Stopwatch
 from ..runtime.seeds import stream
 from ..vit.backbone import Backbone
-from ..vit.features import extract_features
 from ..work_dir import WorkDir
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -72,33 +67,20 @@ def run_demo(output: str | PathLike[str], *, seed: int = 0, quiet: bool = False)
     draw_losses(work.losses, output / "training_curve.png")
     clock.lap("draw")
 
-    unseen = digits.select_classes(UNSEEN)
-    methods = {
-        "plain ViT, nearest class mean": None,
-        "average of the adapters": average(adapters),
-        "meta-LoRA (lorarecycle)": meta_lora,
-    }
-    size: Any = {"n_way": len(UNSEEN), "n_query": 15, "n_tasks": TASKS_OF_EACH, "seed": seed}
-    shots = [sample_tasks(unseen.labels, n_shot=n_shot, **size) for n_shot in (1, 5)]
-    results = {}
-    for name, adapter in methods.items():
-        model = backbone if adapter is None else backbone.merge(adapter)
-        features = extract_features(model, unseen.images)
-        results[name] = [Evaluation(task_accuracies(features, tasks), tasks) for tasks in shots]
-    clock.lap("evaluate 3 methods")
-    measure_run(
+    measured = measure_run(
         read_run(output / "work"),
         backbone,
-        unseen,
+        digits.select_classes(UNSEEN),
         adapters=adapters,
         config={"n_way": len(UNSEEN), "n_tasks": TASKS_OF_EACH, "seed": seed},
         name="digits over photographs",
         quiet=True,
     )
+    clock.lap("evaluate")
     write_report([output / "work"], output / "report.html", backbone=backbone)
     clock.lap("report")
-    write_json(output / "accuracy.json", {name: [r.summary() for r in row] for name, row in results.items()})
-    report = _report(results, len(adapters), clock.laps, output)
+    write_json(output / "accuracy.json", measured["rows"])
+    report = _report(measured["rows"], len(adapters), clock.laps, output)
     write_text(output / "report.txt", report + "\n")
     return report
 
@@ -123,17 +105,17 @@ def on_photographs(digits: LabelledImages, seed: int) -> LabelledImages:
     return LabelledImages(torch.maximum(digits.images, ground), digits.labels, digits.class_names)
 
 
-def _report(results: dict[str, list[Evaluation]], count: int, laps: dict[str, float], output: Path) -> str:
-    width = max(map(len, results))
-    head = f"{'accuracy in % on unseen digits':{width}}   1-shot          5-shot"
+def _report(rows: dict[str, dict[str, dict[str, float]]], count: int, laps: dict[str, float], output: Path) -> str:
+    width = max(map(len, rows))
+    head = f"{'accuracy in %':{width}}   1-shot          5-shot"
     lines = [head, "-" * len(head)]
-    for name, row in results.items():
-        lines.append(f"{name:{width}}   " + "   ".join(f"{r.accuracy:5.2f} ± {r.interval:.2f}" for r in row))
-    tasks = results[next(iter(results))][0].tasks
+    for name, row in rows.items():
+        figures = [f"{one['accuracy']:5.2f} ± {one['interval']:.2f}" for one in row.values()]
+        lines.append(f"{name:{width}}   " + "   ".join(figures))
     return "\n".join(
         [
-            f"{count} adapters of the digits 0 to 5 over photographs, recycled without their images; "
-            f"{len(tasks)} {tasks.n_way}-way tasks of the digits {', '.join(UNSEEN)}:",
+            f"{count} adapters of the digits 0 to 5 over photographs, recycled without their images. {TASKS_OF_EACH} "
+            f"tasks of the digits {', '.join(UNSEEN)}, which none of them has seen:",
             "",
             *lines,
             "",

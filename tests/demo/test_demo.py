@@ -25,10 +25,10 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TASKS_OF_EACH", 20)
     report = demo.run_demo(tmp_path / "out", quiet=True)
     table = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert len(table) == 3
+    assert list(table) == ["plain ViT", "average of the adapters", "warm start alone", "meta-LoRA"]
     for name, row in table.items():
-        assert [r["n_shot"] for r in row] == [1, 5]
-        for r in row:
+        assert list(row) == ["1", "5"]
+        for r in row.values():
             assert f"{r['accuracy']:5.2f} ± {r['interval']:.2f}" in report, name
             assert r["accuracy"] > 25, "better than chance"
     assert Adapter.load(tmp_path / "out" / "meta_lora").head is None
@@ -38,7 +38,7 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
             assert min(image.size) > 100
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path / "out" / "report.html") in report
-    assert f"{table['meta-LoRA (lorarecycle)'][0]['accuracy']:.1f} %" in page
+    assert f"{table['meta-LoRA']['1']['accuracy']:.1f} %" in page
     trained = WorkDir(tmp_path / "out" / "work").losses.stat()
     again = demo.run_demo(tmp_path / "out", quiet=True)
     assert WorkDir(tmp_path / "out" / "work").losses.stat() == trained, "trained again"
@@ -87,7 +87,6 @@ def test_the_meta_lora_beats_the_plain_vit(tmp_path):
     above the plain ViT."""
     demo.run_demo(tmp_path, quiet=True)
     table = json.loads((tmp_path / "accuracy.json").read_text())
-    found = {name: [r["accuracy"] for r in row] for name, row in table.items()}
-    meta, plain = found["meta-LoRA (lorarecycle)"], found["plain ViT, nearest class mean"]
-    assert meta[0] > max(35.8, plain[0] + 3)
-    assert meta[1] > max(47.9, plain[1] + 3)
+    meta, plain = ([table[name][shots]["accuracy"] for shots in ("1", "5")] for name in ("meta-LoRA", "plain ViT"))
+    assert meta[0] > max(44.0, plain[0] + 10)
+    assert meta[1] > max(57.0, plain[1] + 15)
