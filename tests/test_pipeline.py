@@ -64,6 +64,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
     first = recycle(adapters, base=tiny_backbone, work_dir=work, **FAST)
     assert sorted(p.name for p in work.iterdir()) == [
         "losses.csv",
+        "meta_checkpoint.safetensors",
         "meta_lora",
         "run.json",
         "summary.json",
@@ -82,6 +83,7 @@ def test_a_finished_work_dir_is_read_again(tiny_backbone, adapters, tmp_path, mo
         a.name for a in canonical_order(adapters)
     ]
     monkeypatch.setattr("lorarecycle.image_stage.Inverter", lambda *a, **k: pytest.fail("inverted again"))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("trained again"))
     assert recycle(adapters, base=tiny_backbone, work_dir=work, **FAST).digest() == first.digest()
     assert files.read_json(work / "summary.json") == summary, "the seconds of the work, not of reading it again"
 

@@ -80,7 +80,7 @@ def meta_train(
         memory_budget: bytes of images that may be held on the device; those of `StoredSurrogate`s are read step by
             step, ahead of it, where they are more. No limit when None.
         seed: of the first factors, the episodes and the flips.
-        checkpoint: safetensors file written every 100 steps; where it exists, training goes on from it.
+        checkpoint: safetensors file written every 100 steps and at the end; where it exists, training goes on from it.
         name: of the meta-LoRA.
         compile: whether the backbone's blocks run through `torch.compile`; on a GPU, for thousands of steps, when None.
         graphs: whether a step is one launch, a CUDA graph; on a GPU only when None. What does not fit is run as it is.
@@ -168,7 +168,7 @@ def meta_train(
     with compiling(compile, device, config.steps - done), closing(step):
         for i in track(range(done, config.steps), "meta-training", quiet=quiet, initial=done):
             step()
-            if (i + 1) % CHECKPOINT_EVERY == 0 and group.leads:
+            if ((i + 1) % CHECKPOINT_EVERY == 0 or i + 1 == config.steps) and group.leads:
                 saved.write(i + 1)
     clock.lap("meta-training")
     return MetaTraining(lora.to_adapter(name=name, like=backbone), losses.cpu(), clock.laps)

@@ -11,7 +11,6 @@ from lorarecycle import Adapter, Surrogate, load_dataset
 from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.demo import demo
 from lorarecycle.report import pictures
-from lorarecycle.work_dir import WorkDir
 
 pytestmark = pytest.mark.medium
 
@@ -39,9 +38,8 @@ def test_demo_writes_what_it_says(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path / "out" / "report.html") in report
     assert f"{table['meta-LoRA']['1']['accuracy']:.1f} %" in page
-    trained = WorkDir(tmp_path / "out" / "work").losses.stat()
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("trained again"))
     again = demo.run_demo(tmp_path / "out", quiet=True)
-    assert WorkDir(tmp_path / "out" / "work").losses.stat() == trained, "trained again"
     assert without_seconds(again) == without_seconds(report)
 
 
