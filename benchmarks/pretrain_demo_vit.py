@@ -44,7 +44,7 @@ MEAN = STD = 0.5
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="measure `--output` as it is, train nothing")
-    parser.add_argument("--output", type=Path, default=ROOT / "lorarecycle/assets/demo_vit.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "lorarecycle/vit/assets/demo_vit.safetensors")
     parser.add_argument("--data", choices=("cifar_fs", "cifar100"), default="cifar_fs")
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--full-epochs", type=int, default=2, help="last epochs, in which no patch is dropped")
