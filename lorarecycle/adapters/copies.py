@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
@@ -14,15 +15,20 @@ from .peft.metadata import METADATA_FILE
 
 
 def note_copies(adapters: Sequence[Adapter]) -> list[str]:
-    """A note that names adapters of equal weights, such as a folder and its copy; none where all differ."""
+    """A note that names adapters of equal weights, such as those of a folder and its copy; none where all differ."""
     groups: dict[str, list[str]] = {}
     for adapter in adapters:
         groups.setdefault(adapter.weights_digest(), []).append(adapter.name)
-    copies = sorted(" = ".join(sorted(names)) for names in groups.values() if len(names) > 1)
+    copies = sorted(" = ".join(_counted(names)) for names in groups.values() if len(names) > 1)
     if not copies:
         return []
     shown = "; ".join(copies[:5]) + ("; ..." if len(copies) > 5 else "")
-    return [f"equal weights under several names, of which each counts: {shown}"]
+    return [f"equal weights, of which each copy counts: {shown}"]
+
+
+def _counted(names: Sequence[str]) -> list[str]:
+    """Each name once; a copied folder's adapter has the name of the first."""
+    return [name + (f" ({count} times)" if count > 1 else "") for name, count in sorted(Counter(names).items())]
 
 
 def note_results(sources: Sequence[Any]) -> list[str]:
