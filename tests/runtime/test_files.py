@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,10 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"t\.safetensors must be a whole safetensors file"):
         files.load_tensors(path)
     path.write_bytes(b"\xff" * 50)
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        files.load_tensors(path)
+    with zipfile.ZipFile(path, "w") as file:  # npz, say: none of `torch.save`
+        file.writestr("images.npy", bytes(80))
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         files.load_tensors(path)
     text = tmp_path / "t.json"
