@@ -34,10 +34,11 @@ def _counted(names: Sequence[str]) -> list[str]:
 def note_results(sources: Sequence[Any]) -> list[str]:
     """A note that names the folders among several in which a result lies: an adapter that was made of others."""
     results = []
-    for source in sources if len(sources) > 1 else ():
+    folders = [Path(one).expanduser() for one in sources if isinstance(one, (str, PathLike))]
+    for folder in folders if len(sources) > 1 else ():
         with suppress(ValueError, OSError):  # of a Hub id; damaged
-            if isinstance(source, (str, PathLike)) and read_object(Path(source) / METADATA_FILE).get("sources"):
-                results.append(Path(source).name)
+            if read_object(folder / METADATA_FILE).get("sources"):
+                results.append(folder.name)
     if not results:
         return []
     shown = ", ".join(sorted(results)[:5]) + (", ..." if len(results) > 5 else "")
