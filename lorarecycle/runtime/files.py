@@ -74,13 +74,16 @@ def require_place(path: str | PathLike[str], name: str, *, folder: bool = False)
         OSError: it cannot, or something else is there; the message names argument, path and reason.
     """
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    if folder and os.path.exists(real) and not real.is_dir():
+    is_folder = os.path.isdir(real)
+    if folder and os.path.exists(real) and not is_folder:
         raise NotADirectoryError(f"`{name}` must be a folder or new, got the file {path}; choose another.")
-    if not folder and real.is_dir():
+    if not folder and is_folder:
         raise IsADirectoryError(f"`{name}` must be a file, got the folder {path}; name a file in it.")
     above = (one for one in real.parents if os.path.exists(one))
-    there = real if folder and real.is_dir() else next(above, real.parent)  # none exists on a drive that is absent
+    there = real if folder and is_folder else next(above, real.parent)  # none exists on a drive that is absent
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(real)  # may be hidden from this user, or have a name that is too long
         with hidden_folder(there):
             pass
     except OSError as error:

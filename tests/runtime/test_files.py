@@ -147,6 +147,8 @@ def test_places_are_tried_before_any_work(tmp_path, monkeypatch, folder):
     message = r"`--output` must be a place that can be written to, got .*: {}; choose another\."
     with pytest.raises(NotADirectoryError, match=message.format("Not a directory")):
         files.require_place(tmp_path / "file" / "inner", "--output", folder=folder)
+    with pytest.raises(OSError, match=message.format("File name too long")):
+        files.require_place(tmp_path / ("x" * 300), "--output", folder=folder)
 
     def refuse(self, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
