@@ -1,7 +1,7 @@
 """Tune the adapters that come with the demo: digits over photographs, six tasks of five of the digits 0 to 5.
 
-    python benchmarks/tune_demo_adapters.py              # writes the package's folder, half an hour of one core
-    python benchmarks/tune_demo_adapters.py --output X   # goes on where X was stopped
+    python benchmarks/tune_demo_adapters.py --output X   # half an hour of one core; goes on where X was stopped
+    python benchmarks/tune_demo_adapters.py              # those of the package that are not there
 
 The digits 6 to 9 and the grounds that the demo shows (another seed of `on_photographs`) are in none of them.
 """

@@ -38,6 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert Adapter.load(meta_lora.save(Path(folder) / "meta-lora")).sites == meta_lora.sites
 classifier = FewShotClassifier(backbone, meta_lora).fit(images[:2], ["even", "odd"])
 assert classifier.predict_proba(images).shape == (24, 2)
+assert len(list((home / "demo").glob("adapters/*/*.safetensors"))) == 6, "the demo needs them"
 assert handwritten_digits()[0].shape == (200, 8, 8, 3)
 subprocess.run([sys.executable, "-m", "lorarecycle.export", "--help"], check=True, stdout=subprocess.DEVNULL)
 subprocess.run([sys.executable, "-m", "lorarecycle", "--help"], check=True, stdout=subprocess.DEVNULL)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -111,11 +112,13 @@ def test_copies_are_named(tiny_backbone, adapters, tmp_path, caplog):
         adapters[name == "b"].save(tmp_path / name)
         config = json.loads((tmp_path / name / "lorarecycle.json").read_text())
         (tmp_path / name / "lorarecycle.json").write_text(json.dumps({**config, "name": name}))
-    note = "equal weights under several names, of which each counts: a = copy of a"
+    note = "equal weights, of which each copy counts: a = copy of a"
     assert note in make_plan(tmp_path, base=tiny_backbone, **PLAN).notes
     warm_start(tmp_path, base=tiny_backbone, strict=True)  # nothing is left out
     assert note in lines(caplog)
     assert not [line for line in make_plan(adapters, base=tiny_backbone, **PLAN).notes if "equal weights" in line]
+    shutil.copytree(tmp_path / "b", tmp_path / "b - Copy")  # the name in it stays
+    assert f"{note}; b (2 times)" in make_plan(tmp_path, base=tiny_backbone, **PLAN).notes
 
 
 def test_notes_of_files_reach_the_plan_once(tiny_backbone, adapters, tmp_path, caplog):

@@ -13,7 +13,7 @@ from .peft.config import CONFIG_FILE
 _CHECKPOINT = re.compile(r"(?:checkpoints?|epochs?|steps?|iter(?:ation)?s?)[-_]?(\d+)", re.IGNORECASE)
 _SHELF = re.compile(r"checkpoints?|ckpts?", re.IGNORECASE)
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+_ARCHIVE = re.compile(r".*\.(?:zip|7z|rar|tgz|tbz2?|txz|tar(?:\.\w+)?)", re.IGNORECASE)
 _SHOWN = 5
 
 
@@ -46,7 +46,7 @@ def find_folders(folder: Path) -> FoundFolders:
             candidates.append(path)
         else:
             loose += [str((path / name).relative_to(folder)) for name in files if Path(name).suffix in _WEIGHTS]
-            packed += [str((path / name).relative_to(folder)) for name in files if Path(name).suffix in _ARCHIVES]
+            packed += [str((path / name).relative_to(folder)) for name in files if _ARCHIVE.fullmatch(name)]
     runs: dict[Path, list[Path]] = {}
     for path in candidates:
         runs.setdefault(_run_of(path, folder), []).append(path)

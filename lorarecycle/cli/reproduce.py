@@ -60,7 +60,7 @@ class Reproduce:
                 print(f"{name:10} {load_experiment(name).title}")
             return
         if self.copy is not None:
-            if self.copy.exists():
+            if self.copy.expanduser().exists():
                 raise FileExistsError(f"`--copy` must name a new file, got {self.copy}; choose another or delete it.")
             require_place(self.copy, "--copy")
             print(write_text(self.copy, experiment_text(self.table)))

@@ -103,7 +103,7 @@ class ClassFolders(ImageFolder):
         if not folder.is_symlink():
             return False
         real = folder.resolve()
-        return any(above.resolve() == real for above in folder.parents)
+        return any(real == above or real in above.parents for above in map(Path.resolve, folder.parents))
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The sub-folders that are not hidden, sorted."""

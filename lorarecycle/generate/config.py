@@ -114,7 +114,7 @@ class DiffusionConfig(GenerateConfig):
     diffusion_steps: int = 1000
     """Noise levels T."""
     diffusion_epochs: int = 2000
-    """Passes over the latents, after those of the autoencoder."""
+    """Passes over the latents, after those of the autoencoder; `minutes` does not limit them."""
     diffusion_batch_size: int = 64
     """Latents per step: they are small, and small batches of them do not learn the noise."""
     hidden: int = 512

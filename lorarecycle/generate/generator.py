@@ -312,4 +312,4 @@ def _machine(device: Any, dtype: Any, checkpoint: str | PathLike[str] | None, qu
         precision = torch.float32
     if precision is torch.float16:  # gradients underflow without a scaler of the loss
         raise ValueError("`dtype` must be float32 or bfloat16 for a fit, got float16.")
-    return Machine(where, precision, None if checkpoint is None else Path(checkpoint), quiet)
+    return Machine(where, precision, None if checkpoint is None else Path(checkpoint).expanduser(), quiet)

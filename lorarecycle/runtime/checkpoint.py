@@ -216,6 +216,7 @@ def _require_place(path: Path) -> None:
     """Raise unless the file can be made there, before anything is computed."""
     if path.is_dir():
         raise ValueError(f"`checkpoint` must be a file, got the folder {path}; name a file in it.")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    there = (folder for folder in path.absolute().parents if folder.exists())
+    above = next(there, path.parent)  # none is on a drive that is absent
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(f"`checkpoint` must lie in a folder that can be written, got {path}; choose another place.")

@@ -31,7 +31,7 @@ OLD = 7 * 24 * 3600.0
 """Seconds without a change after which a leftover is nobody's, whoever wrote it."""
 _NO_CROSSING = {errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _POINTER = b"version https://git-lfs.github.com"
-_PICKLES = (b"PK\3\4", b"\x80\2\x8a\nl\xfc\x9cF")
+_PICKLE = re.compile(rb"PK\x03\x04.*data\.pkl|\x80\x02\x8a\nl\xfc\x9cF", re.DOTALL)
 """How files of `torch.save` start, today's and those of years ago."""
 _NAME = re.compile(re.escape(LEFTOVER) + r"(?P<host>.+)-(?P<pid>\d+)-(?:(?P<space>\d*)\.)?(?:r\d+\.)?[^-.]+")
 
@@ -74,12 +74,16 @@ def require_place(path: str | PathLike[str], name: str, *, folder: bool = False)
         OSError: it cannot, or something else is there; the message names argument, path and reason.
     """
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    if folder and os.path.exists(real) and not real.is_dir():
+    is_folder = os.path.isdir(real)
+    if folder and os.path.exists(real) and not is_folder:
         raise NotADirectoryError(f"`{name}` must be a folder or new, got the file {path}; choose another.")
-    if not folder and real.is_dir():
+    if not folder and is_folder:
         raise IsADirectoryError(f"`{name}` must be a file, got the folder {path}; name a file in it.")
-    there = real if folder and real.is_dir() else next(above for above in real.parents if os.path.exists(above))
+    above = (one for one in real.parents if os.path.exists(one))
+    there = real if folder and is_folder else next(above, real.parent)  # none exists on a drive that is absent
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(real)  # may be hidden from this user, or have a name that is too long
         with hidden_folder(there):
             pass
     except OSError as error:
@@ -375,7 +379,7 @@ def _load_tensors(path: Path, skip: Collection[str]) -> tuple[dict[str, Tensor],
             raise FileNotFoundError(f"no file {path}.") from None
         refuse_pointer(path)
         with suppress(OSError), open(path, "rb") as file:
-            if file.read(8).startswith(_PICKLES):
+            if _PICKLE.match(file.read(400)):
                 raise ValueError(
                     f"{path} must be a safetensors file, got one of `torch.save`, which can run code when it is read; "
                     "load it with `torch.load(file, weights_only=True)` and write the tensors in it with "

@@ -86,7 +86,7 @@ def test_a_hidden_leftover_does_not_move_the_result(tmp_path, name):
 
 def test_archives_are_counted(tmp_path, caplog):
     put(tmp_path, "a")
-    for name in ("b.zip", "old/c.tar.gz", ".d.zip"):
+    for name in ("b.zip", "old/c.tar.gz", ".d.zip", "train.log.gz", "tarry.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [one.name for one in load_adapters(tmp_path)] == ["a"]

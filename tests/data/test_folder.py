@@ -43,7 +43,9 @@ def test_images_in_sub_folders_belong_to_the_class(clean: Path, caplog: pytest.L
     assert not lines(caplog)
 
 
-def test_links_that_lead_back_are_left_out(clean: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_links_that_lead_back_are_left_out(
+    clean: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of them would be walked for ever; links elsewhere are followed, as in torchvision."""
     before = ClassFolders(clean).samples
     (clean / "cat" / "all").symlink_to(clean)
@@ -51,6 +53,9 @@ def test_links_that_lead_back_are_left_out(clean: Path, caplog: pytest.LogCaptur
     (clean / "cat" / "more" / "self").symlink_to(".")
     assert ClassFolders(clean).samples == before
     assert lines(caplog) == [f"{clean}: 6 images of 3 classes; left out: 3 links to a folder above."]
+    (clean / "dog" / "far").symlink_to(clean.parent)
+    monkeypatch.chdir(clean)
+    assert ClassFolders(".").targets == [0, 0, 0, 1, 1, 2], "from a folder below the link's target, too"
     fill(clean.parent / "elsewhere", "6.png")
     (clean / "emu" / "more").symlink_to(clean.parent / "elsewhere")
     assert ClassFolders(clean).targets == [0, 0, 0, 1, 1, 2, 2]

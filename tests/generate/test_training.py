@@ -55,7 +55,9 @@ def test_no_more_epochs_than_the_minutes_allow(pool, vectors, quick, monkeypatch
     assert "larger limit fits more closely" in caplog.text
 
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
-    kept = tmp_path / "fit.safetensors"
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    kept = "~/fit.safetensors"
     write = Checkpoint.write
 
     def stopped(self, step):

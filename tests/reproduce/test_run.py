@@ -345,6 +345,9 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert "table14    Table 14: zero-shot classification" in capsys.readouterr().out
     assert main(["reproduce", "table7", "--copy", "mine.json"]) == 0
     assert main(["reproduce", "table9", "--copy", "mine.json"]) == 2
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert main(["reproduce", "table9", "--copy", "~/mine.json"]) == 2
     assert main(["reproduce", "--copy", "other.json"]) == 2
     assert "`--copy` must come with the table" in capsys.readouterr().err
     content = json.loads((tmp_path / "mine.json").read_text())

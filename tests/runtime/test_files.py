@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,8 @@ def test_places_are_tried_before_any_work(tmp_path, monkeypatch, folder):
     message = r"`--output` must be a place that can be written to, got .*: {}; choose another\."
     with pytest.raises(NotADirectoryError, match=message.format("Not a directory")):
         files.require_place(tmp_path / "file" / "inner", "--output", folder=folder)
+    with pytest.raises(OSError, match=message.format("File name too long")):
+        files.require_place(tmp_path / ("x" * 300), "--output", folder=folder)
 
     def refuse(self, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
@@ -226,6 +229,10 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"t\.safetensors must be a whole safetensors file"):
         files.load_tensors(path)
     path.write_bytes(b"\xff" * 50)
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        files.load_tensors(path)
+    with zipfile.ZipFile(path, "w") as file:  # npz, say: none of `torch.save`
+        file.writestr("images.npy", bytes(80))
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         files.load_tensors(path)
     text = tmp_path / "t.json"
