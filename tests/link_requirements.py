@@ -15,16 +15,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 
-def declared(of: Distribution, extras: Iterable[str], found: dict[str, Distribution]) -> None:
-    """Add to `found` what `of` with its `extras` needs, and what those need."""
+def declared(of: Distribution, extras: Iterable[str], found: dict[tuple[str, frozenset[str]], Distribution]) -> None:
+    """Add to `found`, by name and extras, what `of` with its `extras` needs, and what those need."""
     for text in of.requires or ():
         requirement = Requirement(text)
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            name = canonicalize_name(requirement.name)
-            if name not in found or requirement.extras:
-                found[name] = distribution(name)
-                declared(found[name], requirement.extras, found)
+            key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+            if key not in found:
+                found[key] = distribution(requirement.name)
+                declared(found[key], requirement.extras, found)
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     command = "import sysconfig; print(sysconfig.get_path('purelib'))"
     there = Path(subprocess.check_output([python, "-c", command], text=True).strip())
     (wheel,) = Distribution.discover(name="lorarecycle", path=[str(there)])
-    found: dict[str, Distribution] = {}
+    found: dict[tuple[str, frozenset[str]], Distribution] = {}
     declared(wheel, (), found)
     for needed in found.values():
         for top in {file.parts[0] for file in needed.files or ()} - {"..", "__pycache__"}:
