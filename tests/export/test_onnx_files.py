@@ -107,6 +107,7 @@ def test_head_and_episode_by_themselves(model, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"head.onnx", "episode.onnx"}
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_one_file_beside_the_graph(model, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_files, "MAX_INLINE_BYTES", 1000)
     report = export_onnx(model.backbone, tmp_path / "big")
@@ -130,6 +131,7 @@ def test_int8_of_large_weights_is_refused(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_whose_float32_is_noisy_is_judged_in_float64(model, tmp_path, monkeypatch):
     config = ExportConfig(atol=1e-4)
     monkeypatch.setattr(check.References, "embeddings", torch.full((64, 32), 1e3))

@@ -99,6 +99,7 @@ def test_weights_that_could_saturate_are_refused(exported_int8, model, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_int8_leaves_a_product_with_an_outlier_in_float32(model, pictures, tmp_path, monkeypatch):
     """One neuron of the MLP far above the others, as in trained ViTs: in int8 it would swallow them."""
     backbone = deepcopy(model.backbone)

@@ -145,6 +145,7 @@ def in_a_fresh_process(tmp_path: Path) -> Callable[[dict[str, FewShotClassifier]
     return ask
 
 
+@pytest.mark.slow
 def test_pickles_work_in_a_fresh_process(
     vit_folder: Path,
     build_vit: Callable[..., Any],

@@ -59,6 +59,7 @@ def test_nearest_hands_out_the_last_checkpoints_first(pool, vectors, tmp_path):
         nearest.sample(vectors[0], 4)
 
 
+@pytest.mark.slow
 def test_diffusion_learns_the_tasks_and_repeats(pool, vectors, tmp_path):
     made = CondPDiff.fit(pool, vectors, config=DIFFUSION, device="cpu", quiet=True)
     assert made.losses["reconstruction"][-10:].mean() < 0.1 * made.losses["reconstruction"][:5].mean()

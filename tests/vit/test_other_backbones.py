@@ -210,6 +210,7 @@ def test_a_whole_job(kind, build_vit, tiny_data, tmp_path):
         "eva02_tiny_patch14_224",
     ],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_released_architectures(name, tmp_path):
     """Random weights, through `weights=`, whose forward pass must be timm's at the released size."""

@@ -85,7 +85,9 @@ def world(tiny_backbone, make_adapter, make_data):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("caml", "recycle-weights") else n for n in METHODS]
+)
 def test_every_method_solves_easy_tasks(name, tiny_backbone, world):
     for package in METHODS[name].needs.packages:
         pytest.importorskip(package)
