@@ -55,6 +55,7 @@ def prose(text: str) -> str:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+@pytest.mark.medium
 def test_pages_read_easily(page):
     """The Flesch reading ease; from 70 (quick start) to 85 (recycle) when this was written."""
     textstat = pytest.importorskip("textstat", reason="the extra `docs` is not installed")

@@ -61,6 +61,7 @@ PATTERNS = {
 @pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
+@pytest.mark.medium
 def test_reads_what_peft_wrote_for_transformers(layout, options, images, tmp_path):
     model = transformers_model(layout, num_labels=3)
     backbone = backbone_of(model)

@@ -29,6 +29,7 @@ from .peft_models import (
 @pytest.mark.parametrize("layers", [LAYERS, ("attn.q", "attn.v"), ("attn.k", "mlp.fc2")], ids="+".join)
 @pytest.mark.parametrize("layout", ["timm", *LAYOUTS])
 @torch.no_grad()
+@pytest.mark.medium
 def test_peft_loads_what_we_write(layout, layers, images, tmp_path):
     peft = pytest.importorskip("peft")
     head = random_head(POOLS.get(layout, "token"))

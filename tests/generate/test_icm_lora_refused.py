@@ -178,6 +178,7 @@ def test_settings_that_no_fit_takes(pool, vectors, quick, config, options, error
         ),
     ],
 )
+@pytest.mark.medium
 def test_bad_requests(pool, vectors, quick, make_adapter, tiny_backbone, ask, message):
     generator = fit(pool, vectors, quick)
     with pytest.raises(ValueError, match=message):
@@ -268,6 +269,7 @@ BIAS = "model.to_mean.bias"
         pytest.param(dict, {"class_names": None}, "NoneType", id="no class names"),
     ],
 )
+@pytest.mark.medium
 def test_damaged_files(saved, damage, changes, message):
     path, tensors, metadata = saved
     if "config" in changes:

@@ -40,6 +40,7 @@ def _check(backend, device, shape, dtype, layout, assert_close, shift=3.0, toler
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.medium
 def test_triton(shape, layout, dtype, device, assert_close):
     _check("triton", device, shape, dtype, layout, assert_close)
 
@@ -98,12 +99,14 @@ EPILOGUES = [("none", False), ("relu", False), ("relu6", False), ("none", True),
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.medium
 def test_layer_triton(shape, layout, dtype, device, assert_close):
     _check_layer("triton", device, shape, dtype, layout, assert_close)
 
 
 @pytest.mark.parametrize(("activation", "residual"), EPILOGUES)
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.medium
 def test_epilogue_triton(layout, activation, residual, dtype, device, assert_close):
     _check_layer("triton", device, (5, 72, 3, 7), dtype, layout, assert_close, True, activation, residual)
 
@@ -126,6 +129,7 @@ def test_epilogue_without_a_compiler(activation, residual, monkeypatch, assert_c
 @pytest.mark.parametrize(("activation", "residual"), EPILOGUES)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 64, 40, 40), (1, 130, 70, 30)], ids=str)
+@pytest.mark.medium
 def test_layer_cpp(shape, layout, activation, residual, dtype, cpp_backend, assert_close):
     _check_layer("cpp", "cpu", shape, dtype, layout, assert_close, True, activation, residual)
 

@@ -36,6 +36,7 @@ def _same(actual, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.medium
 def test_triton(size, dtype, device):
     q, k, x = (t.to(device) for t in _inputs(size, dtype))
     with use_backend("triton"):

@@ -52,6 +52,7 @@ def _run(op, inputs, scaling, needed=(0, 3, 4)):
     ids=str,
 )
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.medium
 def test_forward_and_gradients(size, dtype, device, assert_close):
     if dtype == torch.float16 and size[1] > 50:
         pytest.skip("float16 follows the path of bfloat16")

@@ -179,6 +179,7 @@ def test_heads_that_read_what_is_not_there(build_vit, make_adapter):
 
 
 @pytest.mark.parametrize("kind", ["no class token", "siglip", "dinov3", "eva02"])
+@pytest.mark.medium
 def test_a_whole_job(kind, build_vit, tiny_data, tmp_path):
     """Tune, recycle with pruning, classify, save and load: no step presumes a class token."""
     from lorarecycle import FewShotClassifier, recycle, tune
