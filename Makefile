@@ -25,7 +25,8 @@ test-avx2: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST)
 
 # All that must pass: style, the wheel by itself, the site, every test but `make grid`; in a browser where Chromium is.
-ci: lint wheel docs $(VENV)/browser-installed
+ci: $(VENV)/docs-installed $(VENV)/browser-installed
+	$(MAKE) --jobs=2 --output-sync lint wheel docs
 	$(PYTEST) -m "not grid"
 
 # Before a change of a kernel: every one compiled for GPUs in every configuration that can be launched; no GPU needed.
@@ -55,7 +56,7 @@ lint: $(VENV)/installed
 # Builds the wheel, installs it into an environment that has what it declares and nothing else, runs a small job from
 # it and type-checks it there.
 wheel: $(VENV)/installed
-	rm -rf build dist .wheel-venv
+	rm -rf build/lib build/bdist.* dist .wheel-venv
 	$(BIN)/python -m build --wheel
 	$(PYTHON) -m venv .wheel-venv
 	.wheel-venv/bin/python -m pip install --quiet --no-compile --no-deps dist/*.whl

@@ -97,6 +97,8 @@ class Sums(NamedTuple):
     """those that any adapter has"""
     apart: float
     """sum of the squared lengths of the adapters' own updates there"""
+    spanned: float
+    """the same, each times the share of its site's directions that its rank can span"""
 
 
 def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Sums:
@@ -110,7 +112,7 @@ def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int
         ValueError: shapes that differ at a site.
     """
     sums: dict[str, UpdateSum] = {}
-    apart = 0.0
+    apart = spanned = 0.0
     for adapter in adapters:
         for site, part in adapter.factors.items():
             if site not in shapes:
@@ -122,8 +124,10 @@ def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int
                     f"where it has {list(shapes[site])}."
                 )
             sums.setdefault(site, UpdateSum(*shape)).add(part)
-            apart += squared_length(*stack([part]))
-    return Sums({site: sums[site] for site in shapes if site in sums}, apart)
+            length = squared_length(*stack([part]))
+            apart += length
+            spanned += length * min(1.0, part.r / min(shape))
+    return Sums({site: sums[site] for site in shapes if site in sums}, apart, spanned)
 
 
 def in_parts(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:

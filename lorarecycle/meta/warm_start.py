@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-GAIN, SHARED, LENGTH = 4.5, 0.5, 0.04
+GAIN, SHARED, LENGTH, LEAST = 4.5, 0.5, 0.04, 0.1
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
 
 
@@ -133,11 +133,14 @@ def common_gain(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone) -> 
     With `L = mean over pairs <D_i, D_j> / mean |D_i|^2` (their likeness), W the weights and |.| the length over all
     sites::
 
-        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))
+        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))  where L > 0.1 S
+        gain = 1                                                                   otherwise
 
     so 4.5, or more where the updates have little in common: 0.5 / sqrt(L) makes the shared part half as long as one
-    update (n where L is not positive); at most n, which gives their sum, and at most what changes the weights by 4 % of
-    their length, which holds back adapters that were tuned far; at least 1.
+    update; at most n, which gives their sum, and at most what changes the weights by 4 % of their length, which holds
+    back adapters that were tuned far. S is the mean of `rank / min(out, in)`, weighted by |D_i|^2: what two updates
+    share that want the same, each in a random subspace of its rank. Below a tenth of that what they share is not told
+    from chance, and amplifying their mean would amplify noise.
 
     Args:
         adapters, like: as in `start_factors`; only the sites of `like` count.
@@ -156,12 +159,13 @@ class _Lengths:
     """Squared lengths over the sites that any adapter has: of the sum, and of the adapters' own updates together."""
 
     def __init__(self) -> None:
-        self.together = self.apart = 0.0
+        self.together = self.apart = self.spanned = 0.0
         self.sites: list[str] = []
 
     def add(self, sums: Sums) -> None:
         self.together += sum(one.squared_length() for one in sums.sites.values())
         self.apart += sums.apart
+        self.spanned += sums.spanned
         self.sites += sums.sites
 
     def gain(self, n: int, backbone: Backbone) -> float:
@@ -170,7 +174,10 @@ class _Lengths:
             return 1.0
         weights = sum(backbone.site_weight(site).float().square().sum().item() for site in self.sites)
         likeness = (self.together - self.apart) / ((n - 1) * self.apart)
-        wanted = max(GAIN, SHARED / math.sqrt(likeness)) if likeness > 0 else n
+        if likeness <= LEAST * self.spanned / self.apart:
+            logger.info("The adapters have no more in common than chance gives; their mean is not amplified.")
+            return 1.0
+        wanted = max(GAIN, SHARED / math.sqrt(likeness))
         return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / self.together), n))
 
 

@@ -45,9 +45,10 @@ def with_common_part(share: float, n: int, length: float) -> list[Adapter]:
     ("share", "n", "length", "gain"),
     [
         (0.2, 10, 1e-3, 4.5),  # the usual one
-        (0.005, 20, 1e-3, 0.5 / 0.005**0.5),  # little in common: more
-        (0.0, 6, 1e-3, 6.0),  # nothing in common: the sum
-        (0.005, 3, 1e-3, 3.0),
+        (0.01, 20, 1e-3, 5.0),  # little in common: more
+        (0.01, 3, 1e-3, 3.0),  # at most the sum
+        (0.006, 20, 1e-3, 1.0),  # less than a tenth of what rank 2 of 32 can share: the mean
+        (0.0, 6, 1e-3, 1.0),
         (0.2, 10, 0.02, 0.04 / 0.02 / (0.2 + 0.08) ** 0.5),  # the mean may become 4 % of the weights' length
         (0.5, 8, 1.0, 1.0),  # and is left as it is where it is more
         (0.3, 1, 1e-3, 1.0),
