@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,6 +80,11 @@ class ImageStage:
                 self.group.wait()
             return [found]
         return self._in_memory() if folder is None else self._in_files(folder)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """Of inversion, as a file has them."""
+        return json.loads(json.dumps(as_plain(self.config.inversion)))  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -154,7 +161,7 @@ class ImageStage:
         if found.adapter_digest != ("" if adapter is None else adapter.weights_digest()):
             there = f"images of adapter {found.adapter!r}" if found.adapter else "painted pictures"
             raise ValueError(f"{path} must hold {wanted}, got {there}; remove the file, and they are made again.")
-        differing = differences(found.config, json.loads(json.dumps(as_plain(self.config.inversion))))
+        differing = differences(found.config, self._settings)
         if differing:
             raise ValueError(
                 f"{path} must hold {wanted} by the settings of this run, got others, which differ in "
