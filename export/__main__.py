@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..config import Distance
 from .config import ExportConfig, parse_batch_size, parse_prune
 
 
@@ -48,8 +49,8 @@ class Export:
     and 0.9 for int8."""
     prune: tuple[str, ...] = ()
     """Patch tokens to drop, layer:ratio, such as 6:0.5; several may be given."""
-    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """Between a feature and the class centres."""
+    distance: Distance = "centred_cosine"
+    """Between a feature and the class centres; the papers' is euclidean."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the files are compared with PyTorch."""
     images: tuple[Path, ...] = ()

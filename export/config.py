@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..config import DISTANCES, Distance
+
 MIN_OPSET = 18
 """The oldest operator set that the exporter writes."""
 DTYPES = ("fp32", "fp16", "int8")
-DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 ATOL = {"fp32": 1e-4}
 """Largest absolute error allowed by default, where absolute errors are the measure."""
 MIN_COSINE = {"fp16": 0.999, "int8": 0.9}
@@ -49,8 +50,8 @@ class ExportConfig:
     an episode's logits may be off by 5 % and 40 % of the largest."""
     prune: Mapping[int, float] = field(default_factory=dict)
     """Patch tokens dropped on the way, `{layer: ratio}` (LoRA Recycle, Sec. 4.3)."""
-    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """What the head measures between a feature and the class centres (Eq. 3b)."""
+    distance: Distance = "centred_cosine"
+    """What the head measures between a feature and the class centres, see `distance_logits`."""
 
     def __post_init__(self) -> None:
         if self.opset < MIN_OPSET:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..meta.prototypes import MIDDLE, SHARPNESS
 from ..vit.backbone import Backbone
 from ..vit.base import warn_of_doubts
 
@@ -93,13 +94,25 @@ class HeadGraph(nn.Module):
         logits = self.logits(embeddings, prototypes)
         return logits, logits.softmax(dim=-1)
 
-    def logits(self, embeddings: Tensor, prototypes: Tensor) -> Tensor:
-        """Minus the distances; the same numbers as `distance_logits`."""
+    def logits(self, embeddings: Tensor, prototypes: Tensor, mean: Tensor | None = None) -> Tensor:
+        """Minus the distances; the same numbers as `distance_logits`.
+
+        Args:
+            mean: of the class centres, [1, D], where not all rows of `prototypes` count.
+        """
+        if self.distance == "centred_cosine":
+            middle = MIDDLE * (prototypes.mean(dim=0, keepdim=True) if mean is None else mean)
+            return SHARPNESS * _cosine(embeddings - middle, prototypes - middle)
         if self.distance == "cosine":
-            a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (embeddings, prototypes))
-            return a @ b.transpose(0, 1) - 1
+            return _cosine(embeddings, prototypes)
         squared = (embeddings.unsqueeze(1) - prototypes.unsqueeze(0)).square().sum(dim=-1)
         return -squared if self.distance == "sqeuclidean" else -squared.sqrt()
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity of each row of one with each of the other, minus one."""
+    a, b = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (a, b))
+    return a @ b.transpose(0, 1) - 1
 
 
 class PrototypeGraph(nn.Module):
@@ -122,5 +135,6 @@ class PrototypeGraph(nn.Module):
         member = (support_labels.unsqueeze(0) == classes.unsqueeze(1)).float()  # [C, S]
         count = member.sum(dim=1, keepdim=True)
         centres = member @ embeddings[:n_support] / count.clamp_min(1)
-        logits = self.head.logits(embeddings[n_support:], centres)
+        mean = centres.sum(dim=0, keepdim=True) / (count > 0).sum()
+        logits = self.head.logits(embeddings[n_support:], centres, mean)
         return logits.masked_fill(count.transpose(0, 1) == 0, float("-inf"))

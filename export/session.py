@@ -221,11 +221,11 @@ class FewShotSession:
 
     def _answers(self, images: Any, output: str) -> Iterable[np.ndarray]:
         """What the head says of each batch, [B, C]. It is asked about part of the classes at a time where there are
-        many, as it holds a difference of width D for each pair."""
+        many, as it holds a difference of width D for each pair; with a cosine it holds none, and wants all at once."""
         centres = self.prototypes_
         step = max(1, DIFFERENCES // (self.batch_size * centres.shape[1]))
         for embeddings, n in self._embeddings(images, "query_images"):
-            if len(centres) <= step:
+            if len(centres) <= step or "cosine" in self.config["distance"]:
                 yield self._head.run({"embeddings": embeddings, "prototypes": centres})[output].numpy()[:n]
                 continue
             parts = [centres[start : start + step] for start in range(0, len(centres), step)]

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Integral
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from .runtime.deprecation import renamed_fields, warn_renamed
 
 T = TypeVar("T")
 
+Distance = Literal["euclidean", "sqeuclidean", "cosine", "centred_cosine"]
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
@@ -126,8 +128,8 @@ class MetaConfig:
     """Query images per class."""
     interpolation: float = 0.5
     """Share of episodes whose classes come from different adapters (Sec. 4.2)."""
-    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """Distance of features to class centres (Eq. 3b)."""
+    distance: Distance = "euclidean"
+    """Distance of features to class centres in training (Eq. 3b), see `distance_logits`."""
     guide_weight: float = 1.0
     """w in `loss = w * guide_loss + (1 - w) * episode_loss`. `guide_loss` is the distance to the guide's features (see
     `feature_targets`), `episode_loss` that of Eq. 3 and 4. With w = 1 labels, teachers' logits, `distance` and
@@ -170,7 +172,7 @@ class MetaConfig:
         _at_least("n_shot", self.n_shot, 1)
         _at_least("n_query", self.n_query, 1)
         _between("interpolation", self.interpolation, 0, 1)
-        _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+        _one_of("distance", self.distance, DISTANCES)
         _between("guide_weight", self.guide_weight, 0, 1)
         if self.guide_size is not None:
             _at_least("guide_size", self.guide_size, 1)
@@ -275,8 +277,8 @@ class EvaluateConfig:
     """Query images per class."""
     n_tasks: int = 600
     """Tasks."""
-    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean"
-    """Distance of features to class centres."""
+    distance: Distance = "centred_cosine"
+    """Distance of features to class centres, see `distance_logits`; the papers' is euclidean."""
     seed: int = 0
     """Seed of the task list: equal seeds, equal tasks."""
     n_validation_tasks: int = 20
@@ -285,7 +287,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("n_way", "n_shot", "n_query", "n_tasks", "n_validation_tasks"):
             _at_least(name, getattr(self, name), 2 if name == "n_way" else 1)
-        _one_of("distance", self.distance, ("euclidean", "sqeuclidean", "cosine"))
+        _one_of("distance", self.distance, DISTANCES)
 
 
 def as_config(cls: type[T], given: Any, *, argument: str = "config", default: T | None = None) -> T:

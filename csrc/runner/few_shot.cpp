@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "image_file.h"
@@ -57,6 +58,11 @@ FewShot::FewShot(const fs::path& package) : loader_(load(package)) {
   image_size_ = std::stoll(facts.at("image_size"));
   batch_size_ = std::stoll(facts.at("batch_size"));
   distance_ = facts.at("distance");
+  constexpr std::array kDistances = {"euclidean", "sqeuclidean", "cosine", "centred_cosine"};
+  if (std::ranges::find(kDistances, distance_) == kDistances.end()) {
+    throw std::runtime_error(package.string() + " asks for the distance " + distance_ +
+                             ", which this program does not know; build it from the version that wrote the package.");
+  }
   // absent from packages of earlier versions, which crop
   squash_ = facts.contains("resize") && facts.at("resize") == "squash";
   crop_pct_ = facts.contains("crop_pct") ? std::stod(facts.at("crop_pct")) : 1.0;
@@ -107,9 +113,14 @@ at::Tensor FewShot::features(const std::vector<fs::path>& files) {
 }
 
 at::Tensor FewShot::logits(const at::Tensor& features) const {
-  if (distance_ == "cosine") {
+  const auto cosine = [](const at::Tensor& a, const at::Tensor& b) {
     const auto unit = [](const at::Tensor& x) { return x / x.norm(2, {-1}, true).clamp_min(1e-12); };
-    return unit(features).matmul(unit(centres_).t()) - 1;
+    return unit(a).matmul(unit(b).t()) - 1;
+  };
+  if (distance_ == "cosine") return cosine(features, centres_);
+  if (distance_ == "centred_cosine") {  // the constants of lorarecycle/meta/prototypes.py
+    const auto middle = 0.8 * centres_.mean(0, true);
+    return 12 * cosine(features - middle, centres_ - middle);
   }
   const auto squared = (features.unsqueeze(1) - centres_.unsqueeze(0)).square().sum(-1);
   return distance_ == "sqeuclidean" ? -squared : -squared.sqrt();

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError as ScikitLearnNotFittedError
 from torch import Tensor
 
 from ..data.images import ImageInput, count_images
-from ..meta.prototypes import Distance, class_centres, distance_logits, nearest_centres
+from ..meta.prototypes import Distance, check_distance, class_centres, distance_logits, nearest_centres
 from ..runtime.deprecation import renamed_arguments
 from ..vit.backbone import Backbone
 from ..vit.features import extract_features
@@ -68,7 +68,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
     Args:
         backbone: a `Backbone`, or what `Backbone.load` takes.
         meta_lora: an `Adapter`, or what `Adapter.load` takes; the plain backbone when None.
-        distance: "euclidean", "sqeuclidean" or "cosine".
+        distance: see `distance_logits`; "euclidean" is the papers'.
         batch_size: images per forward pass.
         n_jobs: threads that decode and resize the images of a list; None for one (or what `joblib.parallel_config`
             says), -1 for one per core.
@@ -88,7 +88,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         backbone: BackboneSource,
         meta_lora: AdapterSource | None = None,
         *,
-        distance: Distance = "euclidean",
+        distance: Distance = "centred_cosine",
         batch_size: int = 64,
         n_jobs: int | None = None,
         compile: bool = False,
@@ -231,8 +231,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
         return _Fitted(encoder, self.distance, self.batch_size, self.n_jobs, bool(self.compile))
 
     def _check_parameters(self) -> None:
-        if self.distance not in ("euclidean", "sqeuclidean", "cosine"):
-            raise ValueError(f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {self.distance!r}.")
+        check_distance(self.distance)
         if not _is_int(self.batch_size) or self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size!r}.")
         if not isinstance(self.compile, (bool, np.bool_)):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..config import DISTANCES, Distance
 
 DENSE = 1 << 22
 """Features times classes up to which class means are one matrix product."""
 FEW, CANDIDATES = 1024, 16
 """Of `nearest_centres`."""
-Distance = Literal["euclidean", "sqeuclidean", "cosine"]
+MIDDLE, SHARPNESS = 0.8, 12.0
+"""Of "centred_cosine": the share of the centres' mean that is taken off, and what the cosine counts in logits. Chosen
+on validation classes of four data sets (benchmarks/results/distances.md)."""
 
 
 def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
@@ -60,11 +62,17 @@ def _many_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "euclidean") -> Tensor:
     """Logits of a nearest-centre classifier: minus the distance to each class centre (Eq. 3b).
 
+    With "centred_cosine" both lose most of the centres' mean m first, then only directions count, as features that are
+    centred and brought to one length do better with few shots (SimpleShot's CL2N, Wang et al. 2019; theirs takes the
+    mean of the training classes, which is not to be had here)::
+
+        logits = 12 (cos(f - 0.8 m, c - 0.8 m) - 1)
+
     Args:
         features: [..., Q, D].
-        prototypes: [..., C, D].
-        distance: "euclidean" (its gradient at distance zero is zero), "sqeuclidean" (the square, as the
-            authors' code has it) or "cosine" (1 - cosine similarity).
+        prototypes: [..., C, D], all classes of the task.
+        distance: "euclidean" as published (its gradient at distance zero is zero), "sqeuclidean" (the square, as the
+            authors' code has it), "cosine" (1 - cosine similarity) or "centred_cosine".
 
     Returns:
         [..., Q, C], in float32 (float64 stays).
@@ -78,10 +86,12 @@ def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "
             f"and {list(prototypes.shape)}."
         )
     features, prototypes = _at_least_float32(features), _at_least_float32(prototypes)
+    check_distance(distance)
+    if distance == "centred_cosine":
+        middle = MIDDLE * prototypes.mean(dim=-2, keepdim=True)
+        return SHARPNESS * distance_logits(features - middle, prototypes - middle, "cosine")
     if distance == "cosine":
         return F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1) - 1
-    if distance not in ("euclidean", "sqeuclidean"):
-        raise ValueError(f"`distance` must be 'euclidean', 'sqeuclidean' or 'cosine', got {distance!r}.")
     # the shortcut through a matrix product loses the digits of small distances
     d = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     return -d if distance == "euclidean" else -d.square()
@@ -97,7 +107,7 @@ def nearest_centres(features: Tensor, prototypes: Tensor, distance: Distance = "
         prototypes: [C, D].
         distance: see `distance_logits`.
     """
-    if len(prototypes) <= FEW or distance == "cosine":  # that is one matrix product already
+    if len(prototypes) <= FEW or "cosine" in distance:  # that is one matrix product already
         return distance_logits(features, prototypes, distance).argmax(dim=-1)
     features, prototypes = _at_least_float32(features), _at_least_float32(prototypes)
     middle = prototypes.mean(dim=0)  # taken off, it costs no digits
@@ -105,6 +115,13 @@ def nearest_centres(features: Tensor, prototypes: Tensor, distance: Distance = "
     likely = (x @ c.T - c.square().sum(dim=1) / 2).topk(CANDIDATES, dim=1).indices.sort(dim=1).values
     exact = (features.unsqueeze(1) - prototypes[likely]).square().sum(dim=-1)
     return likely.gather(1, exact.argmin(dim=1, keepdim=True))[:, 0]
+
+
+def check_distance(distance: str) -> None:
+    """Raise ValueError unless it is one of `DISTANCES`."""
+    if distance not in DISTANCES:
+        known = ", ".join(map(repr, DISTANCES[:-1]))
+        raise ValueError(f"`distance` must be {known} or {DISTANCES[-1]!r}, got {distance!r}.")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_task_lists_are_files(tiny_data: LabelledImages, tmp_path: Path) -> None
         Tasks(tasks.classes, tasks.support[:, :5], tasks.query)
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine", "centred_cosine"])
 def test_accuracies_against_a_loop(tiny_data: LabelledImages, distance: str) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(len(tiny_data), 6, generator=generator) + tiny_data.labels[:, None] * 0.5
@@ -77,8 +77,9 @@ def test_accuracies_against_a_loop(tiny_data: LabelledImages, distance: str) -> 
         centres = features[support].view(3, 2, 6).mean(dim=1)
         hits = 0
         for i, image in enumerate(query):
-            if distance == "cosine":
-                nearest = torch.cosine_similarity(features[image], centres).argmax()
+            if "cosine" in distance:
+                middle = 0.8 * centres.mean(dim=0) if distance == "centred_cosine" else 0
+                nearest = torch.cosine_similarity(features[image] - middle, centres - middle).argmax()
             else:
                 nearest = (features[image] - centres).norm(dim=1).argmin()
             hits += int(nearest == i // 4)

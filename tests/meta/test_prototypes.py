@@ -33,9 +33,29 @@ def test_distances() -> None:
     torch.testing.assert_close(distance_logits(features, centres, "sqeuclidean"), -difference.square().sum(dim=-1))
     cosine = torch.nn.functional.cosine_similarity(features[:, None], centres[None], dim=-1)
     torch.testing.assert_close(distance_logits(features, centres, "cosine"), cosine - 1)
+    a, b = (x - 0.8 * centres.mean(0) for x in (features, centres))
+    centred = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
+    torch.testing.assert_close(distance_logits(features, centres, "centred_cosine"), 12 * (centred - 1))
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+def test_neither_lengths_nor_what_all_share_count() -> None:
+    generator = torch.Generator().manual_seed(4)
+    centres = torch.randn(5, 64, generator=generator)
+    truth = torch.arange(5).repeat_interleave(40)
+    features = centres[truth] + 1.4 * torch.randn(200, 64, generator=generator)
+    shared = 4 * torch.randn(64, generator=generator)
+    lengths = torch.tensor([0.2, 0.6, 1.0, 1.4, 1.8])[:, None]
+
+    def accuracy(distance) -> float:
+        found = nearest_centres(features + shared, lengths * centres + shared, distance)
+        return (found == truth).float().mean().item()
+
+    assert accuracy("centred_cosine") > 0.99 > max(accuracy("euclidean"), accuracy("cosine"))
+    one = distance_logits(features, centres[:1], "centred_cosine")  # a single class: nothing to tell apart
+    assert one.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine", "centred_cosine"])
 def test_gradient_at_distance_zero_is_finite(distance: str) -> None:
     features = torch.ones(3, 4, requires_grad=True)
     centres = torch.ones(2, 4, requires_grad=True)
@@ -46,7 +66,7 @@ def test_gradient_at_distance_zero_is_finite(distance: str) -> None:
     assert torch.isfinite(centres.grad).all()
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine", "centred_cosine"])
 def test_gradients(distance: str) -> None:
     generator = torch.Generator().manual_seed(3)
     support, query = (torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -103,14 +123,14 @@ def test_ten_thousand_classes_and_a_hundred_thousand_features():
     torch.testing.assert_close(centres[1234], features[labels == 1234].mean(0))
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine", "centred_cosine"])
 def test_the_nearest_of_many_is_the_nearest(distance):
     g = torch.Generator().manual_seed(0)
     centres = 100 + torch.randn(3000, 24, generator=g)  # far from the origin, where a bare product loses digits
     features = centres[torch.randint(3000, (200,), generator=g)] + torch.randn(200, 24, generator=g)
     expected = distance_logits(features.double(), centres.double(), distance).argmax(dim=-1)
     assert torch.equal(nearest_centres(features.double(), centres.double(), distance), expected)
-    if distance != "cosine":
+    if "cosine" not in distance:
         agree = nearest_centres(features, centres, distance) == expected
         assert agree.float().mean() > 0.99
     few = centres[:5]
