@@ -28,7 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from sets_224 import data_sets, loaded
 
-from lorarecycle import Adapter, Backbone, LabelledImages, RecycleConfig, TuneConfig, recycle, warm_start
+from lorarecycle import (
+    Adapter,
+    Backbone,
+    EvaluateConfig,
+    LabelledImages,
+    RecycleConfig,
+    TuneConfig,
+    recycle,
+    warm_start,
+)
 from lorarecycle.fewshot.evaluate import task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.factors import random_factors
@@ -39,6 +48,7 @@ from lorarecycle.runtime.files import read_json, write_json, write_text
 from lorarecycle.vit.features import extract_features
 
 ROOT = Path(__file__).resolve().parent.parent
+DISTANCE = EvaluateConfig().distance
 N_SHOTS = (1, 5)
 ADAPTERS = (4, 8, 20)
 
@@ -119,7 +129,7 @@ class Grid:
         features, found = extract_features(model.to(dtype=self.dtype), images.images), {}
         for n_shot in N_SHOTS:
             tasks = sample_tasks(images.labels, n_way=5, n_shot=n_shot, n_query=15, n_tasks=self.args.n_tasks, seed=0)
-            found[f"{n_shot}-shot"] = torch.as_tensor(task_accuracies(features, tasks)).double()
+            found[f"{n_shot}-shot"] = torch.as_tensor(task_accuracies(features, tasks, DISTANCE)).double()
         return found
 
     def _backbone(self, image_size: int) -> Backbone:
@@ -144,8 +154,8 @@ def table(report: dict[str, Any]) -> str:
     """Markdown; a value below zero by more than its interval is bold."""
     columns = [(title, f"{n}-shot") for n in N_SHOTS for title in ("plain", "warm start", "default")]
     lines = [
-        f"`{report['command']}`: {report['machine']}. ViT-Tiny, validation classes, {report['tasks']} tasks; accuracy "
-        "of the plain ViT in %, and what the others are above it, paired, with 95 % intervals.",
+        f"`{report['command']}`: {report['machine']}. ViT-Tiny, validation classes, {report['tasks']} tasks, "
+        f"{DISTANCE}; accuracy of the plain ViT in %, and what the others are above it, paired, with 95 % intervals.",
         "",
         "| set | px | adapters | images of a class | epochs | gain | "
         + " | ".join(f"{title}, {shots}" for title, shots in columns)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..meta.prototypes import MIDDLE, SHARPNESS
+from ..config import MIDDLE, SHARPNESS
 from ..vit.backbone import Backbone
 from ..vit.base import warn_of_doubts
 

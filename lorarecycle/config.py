@@ -14,6 +14,9 @@ T = TypeVar("T")
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine", "centred_cosine"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
+MIDDLE, SHARPNESS = 0.8, 12.0
+"""Of "centred_cosine": the share of the centres' mean that is taken off, and what the cosine counts in logits. Chosen
+on validation classes of four data sets (benchmarks/results/distances.md)."""
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 

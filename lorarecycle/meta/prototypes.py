@@ -6,15 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import DISTANCES, Distance
+from ..config import DISTANCES, MIDDLE, SHARPNESS, Distance
 
 DENSE = 1 << 22
 """Features times classes up to which class means are one matrix product."""
 FEW, CANDIDATES = 1024, 16
 """Of `nearest_centres`."""
-MIDDLE, SHARPNESS = 0.8, 12.0
-"""Of "centred_cosine": the share of the centres' mean that is taken off, and what the cosine counts in logits. Chosen
-on validation classes of four data sets (benchmarks/results/distances.md)."""
 
 
 def class_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..config import MIDDLE, SHARPNESS
 from ..runtime.files import read_object
 from ..work_dir import RECORD, WorkDir
 
@@ -117,7 +118,7 @@ def open_model(
 def answer(
     model: Model, support: Mapping[str, Sequence[Any]], queries: Sequence[Any]
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Classify queries by the nearest class mean (Eq. 3).
+    """Classify queries by the nearest class mean, in the default distance ("centred_cosine", see `distance_logits`).
 
     Args:
         model: see `open_model`.
@@ -142,10 +143,11 @@ def answer(
     centres = np.stack([known[owner == c].mean(axis=0) for c in range(len(names))])
     learnt = time.perf_counter()
     features, maps = model.look(queries)
-    logits = -np.linalg.norm(features[:, None] - centres, axis=-1)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    middle = MIDDLE * centres.mean(axis=0)
+    directions = _unit(features - middle)
+    shares = np.exp(SHARPNESS * (directions @ _unit(centres - middle).T))
     shares /= shares.sum(axis=1, keepdims=True)
-    nearest = np.linalg.norm(features[:, None] - known, axis=-1).argmin(axis=1)
+    nearest = (directions @ _unit(known - middle).T).argmax(axis=1)
     done = time.perf_counter()
     found = [
         Answer(
@@ -157,3 +159,8 @@ def answer(
         for i, row in enumerate(shares)
     ]
     return found, {"learn": 1000 * (learnt - start), "answer": 1000 * (done - learnt)}
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row brought to length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
