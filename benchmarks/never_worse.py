@@ -6,8 +6,9 @@ r"""Is the default ever worse than the plain ViT? A grid of adapter pools, on va
 
 ViT-Tiny; pools of rank-4 adapters of 5-way tasks that differ in data set, image size, number, images of a class and
 epochs. Differences to the plain ViT are paired over the same 600 tasks of validation classes. What is finished stays
-in the work folder: run it again and it goes on. Needs the sets of `sets_224.py` and vit_tiny_patch16_224.safetensors in
-the folder that LORARECYCLE_DATA names (../shared/data otherwise). Writes benchmarks/results/never_worse.json and .md.
+in the work folder: run it again and it goes on, and the table holds all of it. Needs the sets of `sets_224.py` and
+vit_tiny_patch16_224.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise). Writes
+benchmarks/results/never_worse.json and .md.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ import itertools
 import math
 import os
 import platform
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -145,6 +144,11 @@ class Grid:
         return self.accuracies(self.backbone(image_size).clone(), data, image_size)
 
 
+def pool_of(row: dict[str, Any]) -> Pool:
+    """The pool of a row."""
+    return Pool(*(row[name] for name in Pool._fields))
+
+
 def _mean(accuracies: torch.Tensor) -> dict[str, float]:
     interval = 1.96 * accuracies.std().item() / math.sqrt(len(accuracies))
     return {"mean": accuracies.mean().item(), "interval": interval}
@@ -153,9 +157,11 @@ def _mean(accuracies: torch.Tensor) -> dict[str, float]:
 def table(report: dict[str, Any]) -> str:
     """Markdown; a value below zero by more than its interval is bold."""
     columns = [(title, f"{n}-shot") for n in N_SHOTS for title in ("plain", "warm start", "default")]
+    shorter = {name: value for name, value in report["shorter"].items() if value is not None}
     lines = [
-        f"`{report['command']}`: {report['machine']}. ViT-Tiny, validation classes, {report['tasks']} tasks, "
-        f"{DISTANCE}; accuracy of the plain ViT in %, and what the others are above it, paired, with 95 % intervals.",
+        f"`python benchmarks/never_worse.py`: {report['machine']}; {shorter or 'default steps'}. ViT-Tiny, validation "
+        f"classes, {report['tasks']} tasks, {DISTANCE}; accuracy of the plain ViT in %, and what the others are "
+        "above it, paired, with 95 % intervals.",
         "",
         "| set | px | adapters | images of a class | epochs | gain | "
         + " | ".join(f"{title}, {shots}" for title, shots in columns)
@@ -177,7 +183,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["cifar_fs", "crop_diseases"])
@@ -192,16 +198,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "never_worse.json")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     grid = Grid(args)
     chosen = itertools.product(args.sets, args.sizes, args.adapters, args.tuning_images, args.epochs)
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {grid.device}, {grid.dtype}, torch {torch.__version__}"
-    command = "python benchmarks/never_worse.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    rows = []
     for values in chosen:
-        rows.append(grid.row(Pool(*values)))
-        report = {"command": command, "machine": machine, "tasks": args.n_tasks, "rows": rows}
+        grid.row(Pool(*values))
+        rows = sorted((read_json(path) for path in (args.work_dir / "rows").glob("*.json")), key=pool_of)
+        steps = {"meta_steps": args.meta_steps, "n_query": args.n_query}
+        report = {"machine": machine, "tasks": args.n_tasks, "shorter": steps, "rows": rows}
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), table(report))
     print(table(report))
