@@ -26,7 +26,7 @@ test-avx2: $(VENV)/installed
 
 # All that must pass: style, the wheel by itself, the site, every test but `make grid`; in a browser where Chromium is.
 ci: $(VENV)/docs-installed $(VENV)/browser-installed
-	$(MAKE) --jobs=2 --output-sync lint wheel docs
+	$(MAKE) --jobs=2 lint wheel docs
 	$(PYTEST) -m "not grid"
 
 # Before a change of a kernel: every one compiled for GPUs in every configuration that can be launched; no GPU needed.
@@ -74,7 +74,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
 	touch $@
 
-$(VENV)/browser-installed: $(VENV)/installed
+$(VENV)/browser-installed: $(VENV)/docs-installed
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[browser]'
 	touch $@
 

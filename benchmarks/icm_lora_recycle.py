@@ -33,7 +33,7 @@ def recycle_all(
                 dtype="bfloat16",
                 work_dir=folder / "recycle" / name,
             )
-        found = evaluate(backbone, unseen, meta_lora, config=EvaluateConfig())
+        found = evaluate(backbone, unseen, meta_lora, config=EvaluateConfig(distance="euclidean"))
         return {"mean": found.accuracy, "interval": found.interval}
 
     once("recycle plain", lambda: measure([], ""))

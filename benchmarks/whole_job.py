@@ -37,7 +37,7 @@ def main() -> None:
         start = time.perf_counter()
         meta_lora = recycle(folders, base=backbone, inversion={"latent_size": 32}, meta={"steps": steps})
         seconds = time.perf_counter() - start
-        found = evaluate(backbone.clone().to(dtype), unseen, meta_lora)
+        found = evaluate(backbone.clone().to(dtype), unseen, meta_lora, config={"distance": "euclidean"})
         rows.append({"steps": steps, "seconds": seconds, "mean": found.accuracy, "interval": found.interval})
         print(rows[-1], flush=True)
     machine = (

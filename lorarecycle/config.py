@@ -16,7 +16,7 @@ Distance = Literal["euclidean", "sqeuclidean", "cosine", "centred_cosine"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 MIDDLE, SHARPNESS = 0.8, 12.0
 """Of "centred_cosine": the share of the centres' mean that is taken off, and what the cosine counts in logits. Chosen
-on validation classes of four data sets (benchmarks/results/distances.md)."""
+on validation classes of four data sets, where the result is in benchmarks/results/distances.md."""
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
 

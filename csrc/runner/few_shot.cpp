@@ -118,7 +118,7 @@ at::Tensor FewShot::logits(const at::Tensor& features) const {
     return unit(a).matmul(unit(b).t()) - 1;
   };
   if (distance_ == "cosine") return cosine(features, centres_);
-  if (distance_ == "centred_cosine") {  // the constants of lorarecycle/meta/prototypes.py
+  if (distance_ == "centred_cosine") {  // the constants of lorarecycle/config.py
     const auto middle = 0.8 * centres_.mean(0, true);
     return 12 * cosine(features - middle, centres_ - middle);
   }

@@ -131,7 +131,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     @renamed_arguments(query_images="X")
     def logits(self, X: ImageInput) -> np.ndarray:
-        """Minus the distance to each class centre, float32 [Q, C], in the order of `classes_` (Eq. 3b)."""
+        """`distance_logits` of the class centres, float32 [Q, C], in the order of `classes_`."""
         return self._logits(self._require_fitted(), self._images(X, fitting=False))
 
     @renamed_arguments(query_images="X")

@@ -101,7 +101,9 @@ def evaluate(
         backbone: the frozen model.
         data: images of the unseen classes, any size, in memory or on disk.
         meta_lora: adapter to merge in; the plain backbone when None. For methods that take no adapters themselves.
-        method: a name in `lorarecycle.fewshot.methods.registry.METHODS`, or a `Method` with settings of your own.
+        method: a name in `lorarecycle.fewshot.methods.registry.METHODS`, or a `Method` with settings of your own, which
+            keeps its own distance. A named one takes that of `config` where it has any to choose (LoRAHub and
+            methods with a classifier have none).
         adapters: tuned on other classes, for methods that use them.
         surrogates: images of the adapters' classes, for methods that train on them.
         validation: images of validation classes, for methods that choose a setting, on `config.n_validation_tasks`

@@ -57,7 +57,7 @@ def _many_centres(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 
 
 def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "euclidean") -> Tensor:
-    """Logits of a nearest-centre classifier: minus the distance to each class centre (Eq. 3b).
+    """Logits of a nearest-centre classifier: minus the distance to each class centre (Eq. 3b is "euclidean").
 
     With "centred_cosine" both lose most of the centres' mean m first, then only directions count, as features that are
     centred and brought to one length do better with few shots (SimpleShot's CL2N, Wang et al. 2019; theirs takes the
@@ -88,7 +88,8 @@ def distance_logits(features: Tensor, prototypes: Tensor, distance: Distance = "
         middle = MIDDLE * prototypes.mean(dim=-2, keepdim=True)
         return SHARPNESS * distance_logits(features - middle, prototypes - middle, "cosine")
     if distance == "cosine":
-        return F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1) - 1
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1) - 1
     # the shortcut through a matrix product loses the digits of small distances
     d = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     return -d if distance == "euclidean" else -d.square()

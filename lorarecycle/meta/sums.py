@@ -98,7 +98,7 @@ class Sums(NamedTuple):
     apart: float
     """sum of the squared lengths of the adapters' own updates there"""
     spanned: float
-    """the same, each times the share of its site's directions that its rank can span"""
+    """the same, each times its effective rank over the directions of its site"""
 
 
 def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Sums:
@@ -124,9 +124,10 @@ def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int
                     f"where it has {list(shapes[site])}."
                 )
             sums.setdefault(site, UpdateSum(*shape)).add(part)
-            length = squared_length(*stack([part]))
+            factors = stack([part])
+            length = squared_length(*factors)
             apart += length
-            spanned += length * min(1.0, part.r / min(shape))
+            spanned += length * effective_rank(*factors) / min(shape)
     return Sums({site: sums[site] for site in shapes if site in sums}, apart, spanned)
 
 
@@ -162,6 +163,18 @@ def _alone(tensor: Tensor) -> Tensor:
 def stack(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:
     """[R, in] and [out, R], R the sum of the ranks; their product is the sum of the updates."""
     return torch.cat([p.lora_A for p in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1)
+
+
+def effective_rank(lora_A: Tensor, lora_B: Tensor) -> float:
+    """(sum of s^2)^2 / sum of s^4 over the singular values s of B A: its rank where they are equal, less otherwise, and
+    the same however it is factored; 0 for no update."""
+    if lora_A.shape[0] > min(lora_A.shape[1], lora_B.shape[0]):
+        product = lora_B @ lora_A
+        gram = (product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product).double()
+    else:
+        gram = (lora_B.T @ lora_B).double() @ (lora_A @ lora_A.T).double()
+    squares, fourth = gram.trace().item(), (gram * gram.T).sum().item()
+    return squares * squares / fourth if fourth > 0 else 0.0
 
 
 def squared_length(lora_A: Tensor, lora_B: Tensor) -> float:

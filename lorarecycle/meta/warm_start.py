@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-GAIN, SHARED, LENGTH, LEAST = 4.5, 0.5, 0.04, 0.1
-"""Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md)."""
+GAIN, SHARED, LENGTH, LEAST = 4.5, 0.5, 0.04, 0.15
+"""Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md; the last: surrogates_tried.md
+there)."""
 
 
 def warm_start(
@@ -48,9 +49,9 @@ def warm_start(
 
     It is `gain` times the mean of their updates `scaling * B A`, cut to rank `r` at each site (see `start_factors`):
     where `recycle` starts from by default. What it is worth depends on how the adapters were tuned: with ViT-Tiny and
-    adapters tuned at 112 pixels it gained 15 points of 1-shot accuracy over the plain ViT (Euclidean distance); adapters
-    tuned briefly have nothing in common that shows, and their mean neither gains nor loses a point. Compare it with the
-    plain ViT on tasks of your own (`evaluate`).
+    adapters tuned at 112 pixels it gained 15 points of 1-shot accuracy over the plain ViT (Euclidean distance). Briefly
+    tuned adapters have nothing in common that shows, and their mean neither gains nor loses a point. Compare it with
+    the plain ViT on tasks of your own (`evaluate`).
 
     Args:
         adapters: `Adapter` objects, PEFT folders or Hub ids, or one folder that holds many; heads are not used.
@@ -134,14 +135,15 @@ def common_gain(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone) -> 
     With `L = mean over pairs <D_i, D_j> / mean |D_i|^2` (their likeness), W the weights and |.| the length over all
     sites::
 
-        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))  where L > 0.1 S
+        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))  where L > 0.15 S
         gain = 1                                                                   otherwise
 
     so 4.5, or more where the updates have little in common: 0.5 / sqrt(L) makes the shared part half as long as one
     update; at most n, which gives their sum, and at most what changes the weights by 4 % of their length, which holds
-    back adapters that were tuned far. S is the mean of `rank / min(out, in)`, weighted by |D_i|^2: what two updates
-    share that want the same, each in a random subspace of its rank. Below a tenth of that what they share is not told
-    from chance, and amplifying their mean would amplify noise.
+    back adapters that were tuned far. S is the mean of `rank / min(out, in)`, weighted by |D_i|^2, with effective
+    ranks `(sum of s^2)^2 / sum of s^4` of singular values s: the likeness of updates that want the same, each in a
+    random subspace of its rank. Far below that what they share is not told from chance, and amplifying their mean would
+    amplify noise.
 
     Args:
         adapters, like: as in `start_factors`; only the sites of `like` count.

@@ -47,10 +47,12 @@ def accuracy(run: Run) -> str:
         title = f"{_photos(int(shot))} per class"
         chart = svg.bar_chart(bars, title=f"Accuracy with {title}", unit=" %")
         parts.append(f"<figure><h3>{title} ({shot}-shot)</h3>{chart}</figure>")
+    distance = tasks.get("distance", "euclidean").replace("_", " ")
     note = (
         f"{tasks['n_tasks']} tasks of {tasks['n_way']} classes, {tasks['n_query']} questions per class; mean and 95 % "
-        f"interval. Guessing gives {chance:.0f} %. Images: {escape(str(measured['data'] or 'given'))}, "
-        f"{measured['images']} of {len(measured['classes'])} classes that no adapter should have seen."
+        f"interval, by {distance}. Guessing gives {chance:.0f} %. Images: "
+        f"{escape(str(measured['data'] or 'given'))}, {measured['images']} of {len(measured['classes'])} classes that "
+        "no adapter should have seen."
     )
     return f'<div class="pair">{"".join(parts)}</div><p class="quiet">{note}</p>'
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..config import MIDDLE, SHARPNESS
+from ..config import MIDDLE, SHARPNESS, Distance
 from ..runtime.files import read_object
 from ..work_dir import RECORD, WorkDir
 
@@ -36,6 +36,10 @@ class Model(Protocol):
     def name(self) -> str:
         """For people."""
 
+    @property
+    def distance(self) -> Distance:
+        """By which class means are compared, see `distance_logits`."""
+
     def look(self, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
         """Features, float32 [n, D], and attention over the patches [n, rows, columns] where it is known."""
 
@@ -46,6 +50,7 @@ class TorchModel:
 
     backbone: Any
     name: str
+    distance: Distance = "centred_cosine"
 
     def look(self, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Model`."""
@@ -69,6 +74,11 @@ class OnnxModel:
 
     session: Any
     name: str
+
+    @property
+    def distance(self) -> Distance:
+        """What it was exported with."""
+        return self.session.config["distance"]  # type: ignore[no-any-return]
 
     def look(self, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Model`."""
@@ -118,7 +128,7 @@ def open_model(
 def answer(
     model: Model, support: Mapping[str, Sequence[Any]], queries: Sequence[Any]
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Classify queries by the nearest class mean, in the default distance ("centred_cosine", see `distance_logits`).
+    """Classify queries by the nearest class mean, in the model's distance.
 
     Args:
         model: see `open_model`.
@@ -143,11 +153,10 @@ def answer(
     centres = np.stack([known[owner == c].mean(axis=0) for c in range(len(names))])
     learnt = time.perf_counter()
     features, maps = model.look(queries)
-    middle = MIDDLE * centres.mean(axis=0)
-    directions = _unit(features - middle)
-    shares = np.exp(SHARPNESS * (directions @ _unit(centres - middle).T))
+    logits = logits_of(features, centres, model.distance)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
-    nearest = (directions @ _unit(known - middle).T).argmax(axis=1)
+    nearest = logits_of(features, known, model.distance).argmax(axis=1)
     done = time.perf_counter()
     found = [
         Answer(
@@ -159,6 +168,17 @@ def answer(
         for i, row in enumerate(shares)
     ]
     return found, {"learn": 1000 * (learnt - start), "answer": 1000 * (done - learnt)}
+
+
+def logits_of(features: np.ndarray, centres: np.ndarray, distance: Distance) -> np.ndarray:
+    """`distance_logits` in numpy, as an exported model is served without torch."""
+    if distance == "centred_cosine":
+        middle = MIDDLE * centres.mean(axis=0)
+        return SHARPNESS * (_unit(features - middle) @ _unit(centres - middle).T - 1)
+    if distance == "cosine":
+        return _unit(features) @ _unit(centres).T - 1
+    lengths = np.linalg.norm(features[:, None] - centres, axis=-1)
+    return -lengths if distance == "euclidean" else -(lengths**2)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def with_common_part(share: float, n: int, length: float) -> list[Adapter]:
         (0.2, 10, 1e-3, 4.5),  # the usual one
         (0.01, 20, 1e-3, 5.0),  # little in common: more
         (0.01, 3, 1e-3, 3.0),  # at most the sum
-        (0.006, 20, 1e-3, 1.0),  # less than a tenth of what rank 2 of 32 can share: the mean
+        (0.004, 20, 1e-3, 1.0),  # no more than chance: the mean
         (0.0, 6, 1e-3, 1.0),
         (0.2, 10, 0.02, 0.04 / 0.02 / (0.2 + 0.08) ** 0.5),  # the mean may become 4 % of the weights' length
         (0.5, 8, 1.0, 1.0),  # and is left as it is where it is more
@@ -59,6 +59,20 @@ def test_common_gain(tiny_backbone, share, n, length, gain):
     weight = tiny_backbone.site_weight("blocks.0.attn.v").norm().item()
     adapters = with_common_part(share, n, length * weight)
     assert common_gain(adapters, like, tiny_backbone) == pytest.approx(gain, rel=1e-4)
+
+
+def test_empty_ranks_do_not_change_the_gain(tiny_backbone):
+    like, weight = fresh(tiny_backbone, r=32, sites=("v",), layers=(0,)), tiny_backbone.site_weight("blocks.0.attn.v")
+    for share, gain in ((0.01, 5.0), (0.004, 1.0)):
+        adapters = with_common_part(share, 20, 1e-3 * weight.norm().item())
+        for padding in (16, 64):
+            padded = []
+            for adapter in adapters:
+                lora_A, lora_B, scaling = adapter.factors["blocks.0.attn.v"]
+                lora_A = torch.cat([lora_A, torch.zeros(padding, 32)])
+                lora_B = torch.cat([lora_B, torch.zeros(32, padding)], dim=1)
+                padded.append(Adapter({"blocks.0.attn.v": LoRAFactors(lora_A, lora_B, scaling)}))
+            assert common_gain(padded, like, tiny_backbone) == pytest.approx(gain, rel=1e-4)
 
 
 def test_ranks_and_sites_may_differ(tiny_backbone, make_adapter):

@@ -6,13 +6,17 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lorarecycle import Backbone, FewShotClassifier
-from lorarecycle.serve.answers import OnnxModel, TorchModel, answer, open_model
+from lorarecycle.config import DISTANCES
+from lorarecycle.meta.prototypes import distance_logits
+from lorarecycle.serve.answers import OnnxModel, TorchModel, answer, logits_of, open_model
 from lorarecycle.serve.request import Limits, TooLarge, read_request
 
 pytestmark = pytest.mark.medium
@@ -196,3 +200,13 @@ def test_the_page_in_a_browser(address, photos, model, tmp_path):
         assert errors == []
         assert foreign == [], "nothing comes from the network"
         browser.close()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_an_export_keeps_its_distance(distance):
+    g = torch.Generator().manual_seed(0)
+    features, centres = 3 + torch.randn(20, 8, generator=g), 3 + torch.randn(4, 8, generator=g)
+    expected = distance_logits(features, centres, distance).numpy()
+    np.testing.assert_allclose(logits_of(features.numpy(), centres.numpy(), distance), expected, atol=1e-4)
+    model = OnnxModel(SimpleNamespace(config={"distance": distance}), "served")
+    assert model.distance == distance

@@ -13,7 +13,7 @@ from .base import Given, Method, Task
 
 @dataclass
 class NearestMean(Method):
-    """Minus the distance to each class's mean feature (Eq. 3b).
+    """Minus the distance to each class's mean feature; Eq. 3b unless `distance` says otherwise.
 
     Subclasses say in `_encode` what the encoder is; here it is the backbone as it comes.
 

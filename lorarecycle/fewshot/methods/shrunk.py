@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...meta.prototypes import class_centres, distance_logits
+from ...meta.prototypes import Distance, class_centres, distance_logits
 from ...vit.backbone import Backbone
 from .base import Given, Method, Needs, Task, accuracy
 from .recycled import WarmStart
@@ -32,10 +32,12 @@ class ShrunkMean(Method):
     Args:
         strength: images that the known classes count for; chosen on validation tasks, or 0.25, when None.
         neighbours: known classes that a new one is moved towards.
+        distance: see `distance_logits`.
     """
 
     strength: float | None = None
     neighbours: int = 3
+    distance: Distance = "euclidean"
     needs: ClassVar[Needs] = Needs(adapters=1, heads=True)
     encoder: Backbone = field(init=False, repr=False)
     known: Tensor = field(init=False, repr=False)
@@ -68,7 +70,7 @@ class ShrunkMean(Method):
         towards = F.normalize((nearest.values.clamp_min(0)[..., None] * self.known[nearest.indices]).sum(dim=1), dim=-1)
         share = (strength / (strength + torch.bincount(labels, minlength=task.n_way).float()))[:, None]
         moved = (1 - share) * own + share * own.norm(dim=-1, keepdim=True) * towards
-        return distance_logits(query, centre + moved)
+        return distance_logits(query, centre + moved, self.distance)
 
     def solve(self, task: Task) -> Tensor:
         return self._solve(task, self.chosen)
