@@ -47,7 +47,7 @@ from lorarecycle import (
     recycle,
     warm_start,
 )
-from lorarecycle.config import InversionConfig
+from lorarecycle.config import DISTANCES, EvaluateConfig, InversionConfig
 from lorarecycle.fewshot.methods.average import average
 from lorarecycle.report.pictures import draw_surrogates
 from lorarecycle.reproduce.stages import Row, draw_class_lists, inverted, label_by_teacher, measured, trained, tuned
@@ -181,8 +181,8 @@ class Bench:
             return trained(self.backbone, birds(), config=self._shortened(config), seed=seed, dtype=self.dtype)
 
         def row(title: str, make: Callable[[], Adapter | None], split: str = args.split) -> Row:
-            shared = {"n_query": 15, "n_tasks": args.n_tasks, "dtype": self.dtype}
-            path = folder / split / title
+            shared = {"n_query": 15, "n_tasks": args.n_tasks, "dtype": self.dtype, "distance": args.distance}
+            path = folder / split / args.distance / title
             first = measured(self.backbone, make, images[split], path.with_suffix(".1.json"), n_shots=(1,), **shared)
             shared["n_query"] = 10
             again = measured(self.backbone, make, images[split], path.with_suffix(".5.json"), n_shots=(5,), **shared)
@@ -266,7 +266,8 @@ def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: mean over seeds, interval over tasks."""
-    lines = [f"{report['machine']}; {report['split']} classes. `{report['command']}`", ""]
+    where = f"{report['split']} classes, {report['arguments']['distance']}"
+    lines = [f"{report['machine']}; {where}. `{report['command']}`", ""]
     for name, rows in report["sets"].items():
         columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
         lines += [f"**{name}**", "", f"| meta-LoRA | {' | '.join(columns)} | seeds |"]
@@ -316,6 +317,7 @@ def main() -> None:
     parser.add_argument("--bound-steps", nargs="+", type=int, default=[100, 200, 400, 800])
     parser.add_argument("--test-images", type=int, help="of a class, at most; all when left out")
     parser.add_argument("--n-tasks", type=int, default=600)
+    parser.add_argument("--distance", choices=DISTANCES, default=EvaluateConfig().distance)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy_224.json")
     args = parser.parse_args()
     if "cross" in args.sets and BOUND in (args.recipes or ()):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..config import InversionConfig, MetaConfig, TuneConfig
+from ..config import Distance, InversionConfig, MetaConfig, TuneConfig
 from ..data.dataset import LabelledImages
 from ..fewshot.evaluate import Evaluation, task_accuracies
 from ..fewshot.tasks import sample_tasks
@@ -146,6 +146,7 @@ def measured(
     n_tasks: int = 600,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    distance: Distance = "euclidean",
 ) -> Row:
     """Accuracy of an adapter on the same tasks for all, in percent, and the seconds that making it took.
 
@@ -156,6 +157,7 @@ def measured(
         path: JSON file that keeps the row.
         n_way, n_shots, n_query, n_tasks, seed: of the tasks.
         dtype: precision; the backbone's when None.
+        distance: see `distance_logits`; the papers' by default.
     """
     if path.exists():
         return read_json(path)
@@ -167,7 +169,7 @@ def measured(
         features = extract_features(model, images.images)
         for n_shot in n_shots:
             tasks = sample_tasks(images.labels, n_way=n_way, n_shot=n_shot, n_query=n_query, n_tasks=n_tasks, seed=seed)
-            result = Evaluation(task_accuracies(features, tasks), tasks)
+            result = Evaluation(task_accuracies(features, tasks, distance), tasks)
             row[f"{name}, {n_shot}-shot"] = {"mean": result.accuracy, "interval": result.interval}
     write_json(path, row)
     logger.info("%s: %s", path.stem, {k: round(v["mean"], 2) for k, v in row.items()})
