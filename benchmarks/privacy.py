@@ -4,11 +4,12 @@ r"""Privacy: how close inverted images come to the photographs that an adapter w
     python benchmarks/privacy.py --work-dir WORK --set vgg_flower --recipe paper --tuning-images 20
 
 For each image: the nearest of its class's photographs that the adapter was tuned on, and the nearest of as many others
-of the class, which it never saw. An image that tells nothing of single photographs is nearer to one of the tuning half
-of the time. Other held-out photographs in the place of the images are the baseline. Distances: root of the mean squared
-difference of pixels (0 to 255) at 32 x 32, and one minus the cosine of features, of the plain ViT and of
-EfficientNet-Lite0. Adapters and images are made as `accuracy_224.py` makes them, with the same options, and stay in the
-work folder. Writes JSON, a table, and a sheet of the images that came closest, each above its nearest photograph.
+of the class, which it never saw (where few are left, of as many of the tuning's). An image that tells nothing of single
+photographs is nearer to one of the tuning half of the time. Other held-out photographs in the place of the images are
+the baseline. Distances: root of the mean squared difference of pixels (0 to 255) at 32 x 32, and one minus the cosine
+of features, of the plain ViT and of EfficientNet-Lite0. Adapters and images are made as `accuracy_224.py` makes them,
+with the same options, and stay in the work folder. Writes JSON, a table, and a sheet of the images that came closest,
+each above its nearest photograph.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def summary(distances: Tensor) -> dict[str, float]:
     return {"seen": seen, "unseen": unseen, "share": 100 * share, "interval": 100 * interval, "images": len(distances)}
 
 
+def evenly_of(images: Tensor, count: int) -> Tensor:
+    """At most `count` of them, evenly spaced."""
+    return images[evenly(torch.arange(len(images)), count)]
+
+
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -105,10 +111,8 @@ def main() -> None:
     assert make is not None
     whole = make()
     fewest = int(torch.bincount(torch.as_tensor(whole.labels)).min())
-    if fewest < 2 * args.tuning_images:
-        parser.error(
-            f"`--tuning-images` must be at most {fewest // 2}: half of each class is held out; got {args.tuning_images}"
-        )
+    if fewest < args.tuning_images + 2:
+        parser.error(f"`--tuning-images` must leave two of each class ({fewest}) held out, got {args.tuning_images}")
     adapters, tasks = bench.adapters(args.set)
     surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
 
@@ -131,10 +135,11 @@ def main() -> None:
             rows = (own.labels == c).nonzero()[:, 0]
             some = evenly(rows, args.tuning_images)
             others = rows[~torch.isin(rows, some)]
-            unseen_rows = evenly(others, len(some))
-            held_rows = evenly(others[~torch.isin(others, unseen_rows)], len(some))
-            seen, unseen, held_out = (read(own, part) for part in (some, unseen_rows, held_rows))
-            assert torch.equal(seen, task.images[task.labels == c])
+            count = min(len(some), len(others) // 2)  # the same of each, so that chance gives one half
+            unseen_rows = evenly(others, count)
+            held_rows = evenly(others[~torch.isin(others, unseen_rows)], count)
+            seen, unseen, held_out = (read(own, part) for part in (evenly(some, count), unseen_rows, held_rows))
+            assert torch.equal(seen, evenly_of(task.images[task.labels == c], count))
             made = surrogate.images[surrogate.labels == c].cpu()
             for name, (encode, distance) in measures.items():
                 a, b = encode(seen), encode(unseen)
