@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import platform
 import shlex
 import statistics
@@ -33,11 +32,10 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from sets_224 import data_sets, loaded
+from sets_224 import DATA, data_sets, loaded, vit_tiny
 
 from lorarecycle import (
     Adapter,
-    Backbone,
     BatchNormPrior,
     LabelledImages,
     MetaConfig,
@@ -95,16 +93,14 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
         self.device, self.dtype = resolve(args.device, args.dtype)
-        weights = self.data / "vit_tiny_patch16_224.safetensors"
-        self.backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, device=self.device)
-        self.sets = data_sets(self.data)
+        self.backbone = vit_tiny(device=self.device)
+        self.sets = data_sets(DATA)
 
     @cached_property
     def network(self) -> torch.nn.Module:
         """EfficientNet-Lite0 of ImageNet, float32."""
-        state = load_file(self.data / "weights" / "tf_efficientnet_lite0.safetensors")
+        state = load_file(DATA / "weights" / "tf_efficientnet_lite0.safetensors")
         network = timm.create_model("tf_efficientnet_lite0")
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
         return network.eval().to(self.device)

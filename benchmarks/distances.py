@@ -11,8 +11,6 @@ Writes benchmarks/results/distances.json and .md.
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import platform
 import shlex
 import sys
@@ -22,13 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sets_224 import data_sets, loaded
+from sets_224 import DATA, data_sets, loaded, vit_tiny
 from torch import Tensor
 
-from lorarecycle import Backbone
 from lorarecycle.adapters.adapter import Adapter
 from lorarecycle.config import DISTANCES
-from lorarecycle.fewshot.evaluate import task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import Tasks, sample_tasks
 from lorarecycle.meta.prototypes import Distance, class_centres, distance_logits
 from lorarecycle.runtime.files import write_json, write_text
@@ -61,17 +58,14 @@ def rows(features: Tensor, labels: Tensor, n_tasks: int) -> Iterator[dict[str, A
         if n_way > int(labels.max()) + 1:
             continue
         tasks = sample_tasks(labels, n_way=n_way, n_shot=n_shot, n_query=n_query, n_tasks=n_tasks, seed=0)
-        euclidean = torch.as_tensor(task_accuracies(features, tasks)).double()
-        for distance in DISTANCES:
-            if distance == "sqeuclidean":  # answers as "euclidean" does
-                continue
-            found = torch.as_tensor(task_accuracies(features, tasks, distance)).double()
-            more = found - euclidean
+        compared = [d for d in DISTANCES if d != "sqeuclidean"]  # which answers as "euclidean" does
+        found = {d: task_accuracies(features, tasks, d).double() for d in compared}
+        for distance, accuracies in found.items():
+            more = Evaluation(accuracies - found["euclidean"], tasks)
             entropy, sure = doubts(features, tasks, distance)
-            interval = 1.96 * more.std().item() / math.sqrt(len(more))
             yield {
-                **{"n_way": n_way, "n_shot": n_shot, "distance": distance, "accuracy": found.mean().item()},
-                **{"more": more.mean().item(), "interval": interval, "entropy": entropy, "sure": sure},
+                **{"n_way": n_way, "n_shot": n_shot, "distance": distance, "accuracy": accuracies.mean().item()},
+                **{"more": more.accuracy, "interval": more.interval, "entropy": entropy, "sure": sure},
             }
 
 
@@ -103,9 +97,7 @@ def main() -> None:
     parser.add_argument("--n-tasks", type=int, default=600)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "distances.json")
     args = parser.parse_args()
-    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
-    weights = data / "vit_tiny_patch16_224.safetensors"
-    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=args.image_size)
+    backbone = vit_tiny(image_size=args.image_size)
     if args.meta_lora is not None:
         backbone = backbone.merge(Adapter.load(args.meta_lora))
     report: dict[str, Any] = {
@@ -114,7 +106,7 @@ def main() -> None:
         "rows": [],
     }
     for name in args.sets:
-        make = data_sets(data)[name].val
+        make = data_sets(DATA)[name].val
         assert make is not None
         images = loaded(make(), backbone.fit, IMAGES[name])
         features = extract_features(backbone, images.images).float().cpu()

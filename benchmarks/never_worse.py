@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sets_224 import data_sets, loaded
+from sets_224 import DATA, data_sets, loaded, vit_tiny
 
 from lorarecycle import (
     Adapter,
@@ -37,7 +35,7 @@ from lorarecycle import (
     recycle,
     warm_start,
 )
-from lorarecycle.fewshot.evaluate import task_accuracies
+from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.factors import random_factors
 from lorarecycle.meta.warm_start import common_gain
@@ -74,9 +72,8 @@ class Grid:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
         self.device, self.dtype = resolve(args.device, args.dtype)
-        self.sets = data_sets(self.data)
+        self.sets = data_sets(DATA)
         self.backbone = cache(self._backbone)
         self.unseen = cache(self._unseen)
         self.plain = cache(self._plain)
@@ -87,7 +84,7 @@ class Grid:
         if path.exists():
             return read_json(path)
         backbone, adapters = self.backbone(pool.image_size), self.adapters(pool)
-        config, like = self.config(), random_factors(self.backbone(pool.image_size), RecycleConfig().meta, 0)
+        config, like = self.config(), random_factors(backbone, RecycleConfig().meta, 0)
         shared = {"base": backbone, "device": self.device, "dtype": self.dtype}
         makers: dict[str, Callable[[], Adapter]] = {
             "warm start": lambda: warm_start(adapters, base=backbone),
@@ -95,10 +92,11 @@ class Grid:
         }
         plain = self.plain(pool.data, pool.image_size)
         row: dict[str, Any] = {**pool._asdict(), "gain": common_gain(adapters, like, backbone)}
-        row["plain"] = {shots: _mean(found) for shots, found in plain.items()}
+        row["plain"] = {shots: _figures(found) for shots, found in plain.items()}
         for title, make in makers.items():
             found = self.accuracies(backbone.merge(make()), pool.data, pool.image_size)
-            row[title] = {shots: _mean(found[shots] - plain[shots]) for shots in plain}
+            more = {n: replace(e, accuracies=e.accuracies.double() - plain[n].accuracies) for n, e in found.items()}
+            row[title] = {shots: _figures(one) for shots, one in more.items()}
             print(pool, title, row[title], flush=True)
         write_json(path, row)
         return row
@@ -122,25 +120,24 @@ class Grid:
             found.append(replace(Adapter.load(folder), name=f"{pool.data}-{i}"))
         return found
 
-    def accuracies(self, model: Backbone, data: str, image_size: int) -> dict[str, torch.Tensor]:
-        """Of every task, in percent, by the number of shots."""
+    def accuracies(self, model: Backbone, data: str, image_size: int) -> dict[str, Evaluation]:
+        """By the number of shots."""
         images = self.unseen(data, image_size)
         features, found = extract_features(model.to(dtype=self.dtype), images.images), {}
         for n_shot in N_SHOTS:
             tasks = sample_tasks(images.labels, n_way=5, n_shot=n_shot, n_query=15, n_tasks=self.args.n_tasks, seed=0)
-            found[f"{n_shot}-shot"] = torch.as_tensor(task_accuracies(features, tasks, DISTANCE)).double()
+            found[f"{n_shot}-shot"] = Evaluation(task_accuracies(features, tasks, DISTANCE), tasks)
         return found
 
     def _backbone(self, image_size: int) -> Backbone:
-        weights = self.data / "vit_tiny_patch16_224.safetensors"
-        return Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=image_size, device=self.device)
+        return vit_tiny(image_size=image_size, device=self.device)
 
     def _unseen(self, data: str, image_size: int) -> LabelledImages:
         make = self.sets[data].val
         assert make is not None
         return loaded(make(), self.backbone(image_size).fit, self.args.val_images)
 
-    def _plain(self, data: str, image_size: int) -> dict[str, torch.Tensor]:
+    def _plain(self, data: str, image_size: int) -> dict[str, Evaluation]:
         return self.accuracies(self.backbone(image_size).clone(), data, image_size)
 
 
@@ -149,9 +146,8 @@ def pool_of(row: dict[str, Any]) -> Pool:
     return Pool(*(row[name] for name in Pool._fields))
 
 
-def _mean(accuracies: torch.Tensor) -> dict[str, float]:
-    interval = 1.96 * accuracies.std().item() / math.sqrt(len(accuracies))
-    return {"mean": accuracies.mean().item(), "interval": interval}
+def _figures(found: Evaluation) -> dict[str, float]:
+    return {"mean": found.accuracy, "interval": found.interval}
 
 
 def table(report: dict[str, Any]) -> str:

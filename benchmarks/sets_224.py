@@ -1,21 +1,29 @@
-"""Data sets of the accuracy benchmark at 224 pixels: classes to tune on, to choose on and to report on."""
+"""Data sets and the ViT of the benchmarks at 224 pixels: classes to tune on, to choose on and to report on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from lorarecycle import LabelledImages, load_dataset
+from lorarecycle import Backbone, LabelledImages, load_dataset
 from lorarecycle.data.images import Fit
 from lorarecycle.data.lazy import Dataset
 from lorarecycle.data.sets import open_dataset
 from lorarecycle.runtime.seeds import stream
 
 Images = LabelledImages | Dataset
+DATA = Path(os.environ.get("LORARECYCLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+"""What the benchmarks read."""
+
+
+def vit_tiny(**options: Any) -> Backbone:
+    """ViT-Tiny of `DATA`; options as in `Backbone.load`."""
+    return Backbone.load("vit_tiny_patch16_224", weights=DATA / "vit_tiny_patch16_224.safetensors", **options)
 
 
 class Sets(NamedTuple):

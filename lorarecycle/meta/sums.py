@@ -98,7 +98,8 @@ class Sums(NamedTuple):
     apart: float
     """sum of the squared lengths of the adapters' own updates there"""
     spanned: float
-    """the same, each times its effective rank over the directions of its site"""
+    """the same, each times its effective rank, (sum of s^2)^2 / sum of s^4 over its singular values s, divided by the
+    smaller side of its site"""
 
 
 def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int]]) -> Sums:
@@ -124,10 +125,10 @@ def sum_updates(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, int
                     f"where it has {list(shapes[site])}."
                 )
             sums.setdefault(site, UpdateSum(*shape)).add(part)
-            factors = stack([part])
-            length = squared_length(*factors)
-            apart += length
-            spanned += length * effective_rank(*factors) / min(shape)
+            squares, fourth = moments(*stack([part]))
+            apart += squares
+            if fourth > 0:
+                spanned += squares * (squares**2 / fourth) / min(shape)
     return Sums({site: sums[site] for site in shapes if site in sums}, apart, spanned)
 
 
@@ -165,20 +166,23 @@ def stack(parts: Sequence[LoRAFactors]) -> tuple[Tensor, Tensor]:
     return torch.cat([p.lora_A for p in parts]), torch.cat([p.lora_B * p.scaling for p in parts], dim=1)
 
 
-def effective_rank(lora_A: Tensor, lora_B: Tensor) -> float:
-    """(sum of s^2)^2 / sum of s^4 over the singular values s of B A: its rank where they are equal, less otherwise, and
-    the same however it is factored; 0 for no update."""
-    if lora_A.shape[0] > min(lora_A.shape[1], lora_B.shape[0]):
-        product = lora_B @ lora_A
-        gram = (product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product).double()
-    else:
-        gram = (lora_B.T @ lora_B).double() @ (lora_A @ lora_A.T).double()
-    squares, fourth = gram.trace().item(), (gram * gram.T).sum().item()
-    return squares * squares / fourth if fourth > 0 else 0.0
-
-
 def squared_length(lora_A: Tensor, lora_B: Tensor) -> float:
-    """|B A|^2 without the product, where the rank is the smaller side: the inner product of two matrices [R, R]."""
+    """|B A|^2, without the product where the rank is the smaller side."""
+    left, right = _pair(lora_A, lora_B)
+    return (left * right).sum().item()
+
+
+def moments(lora_A: Tensor, lora_B: Tensor) -> tuple[float, float]:
+    """Sums of s^2 and of s^4 over the singular values s of B A, however it is factored."""
+    left, right = _pair(lora_A, lora_B)
+    gram = left @ right.T
+    return (left * right).sum().item(), (gram * gram.T).sum().item()
+
+
+def _pair(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices, float64, whose inner product is |B A|^2 and whose product has the squared singular values of B A:
+    B A twice, or [R, R] where the rank is the smaller side."""
     if lora_A.shape[0] > min(lora_A.shape[1], lora_B.shape[0]):
-        return (lora_B @ lora_A).double().square().sum().item()
-    return ((lora_B.T @ lora_B).double() * (lora_A @ lora_A.T).double()).sum().item()
+        product = (lora_B @ lora_A).double()
+        return product, product
+    return (lora_B.T @ lora_B).double(), (lora_A @ lora_A.T).double()
