@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Container images set it; a hundred processes of the tests would each compile all of torch's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run side by side, each file on one worker of one thread, so that results do not depend on the number of cores.
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -p no:benchmark -n $(WORKERS) --dist loadfile --no-loadscope-reorder

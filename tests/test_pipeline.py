@@ -425,7 +425,7 @@ def test_pictures_need_no_heads_and_serve_any_number_of_adapters(tiny_backbone, 
 def test_pictures_are_masked_by_the_warm_start(tiny_backbone, adapters, tmp_path, masks):
     settings = {**PICTURES, **masks}
     settings["inversion"] = {**PICTURES["inversion"], **masks.get("inversion", {})}
-    recycle(adapters, base=tiny_backbone, work_dir=tmp_path, **settings)
+    recycle(adapters, base=tiny_backbone, work_dir=tmp_path, dtype="float32", **settings)
     found = Surrogate.load(tmp_path / "surrogates" / "pictures.safetensors")
     masked = found.masked(0.5) if found.kept is None else found
     guide = tiny_backbone.merge(warm_start(adapters, base=tiny_backbone))
