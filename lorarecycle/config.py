@@ -33,7 +33,7 @@ class InversionConfig:
 
     images_per_class: int = 20
     """Images synthesised for each class of an adapter."""
-    pictures: int = 800
+    pictures: int = 400
     """Painted pictures in all, where they depend on no adapter: not optimised, not chosen, not labelled."""
     batch_size: int = 25
     """Images of an adapter optimised together; the batch-norm prior compares their joint statistics."""
@@ -55,7 +55,8 @@ class InversionConfig:
     """Side in pixels; the backbone's own when None."""
     latent_size: int | None = None
     """Side in pixels at which the images are painted and optimised before they are enlarged to `image_size`; that
-    itself when None. Best is the resolution of the photographs that the adapters were tuned on, where it is lower."""
+    itself when None, of which painted pictures that depend on no adapter depart: a third each has 32, 64 and that many.
+    The resolution of the photographs that the adapters were tuned on, where it is lower and known."""
     init: Literal["noise", "painted"] = "painted"
     """What the images start as: Gaussian noise, or painted pictures (see `candidates`)."""
     candidates: int = 1
@@ -139,6 +140,9 @@ class MetaConfig:
     `interpolation` are not used."""
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
+    guide_shift: bool = True
+    """Whether the guide's features are a mean over the image as it is and shifted by half a patch; not where patches
+    are left out."""
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' mean update, amplified (see `warm_start`), or random factors."""
     warm_start_gain: float | None = None

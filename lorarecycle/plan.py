@@ -96,7 +96,9 @@ def unused_settings(config: RecycleConfig) -> dict[str, str]:
     if meta.guide_weight == 1:
         mark("only the guide counts", "meta", "interpolation", "distance")
     if meta.guide_weight == 0:
-        mark("no guide counts", "meta", "guide_size")
+        mark("no guide counts", "meta", "guide_size", "guide_shift")
+    if inversion.prune or meta.sparsity is not None:
+        mark("patches are left out", "meta", "guide_shift")
     if meta.init == "random":
         mark("training starts from random factors", "meta", "warm_start_gain")
     return found

@@ -12,7 +12,7 @@ from . import costs
 from .adapters.adapter import Adapter
 from .adapters.stored import shapes_of
 from .config import RecycleConfig
-from .inversion.pictures import PAINTED_TOGETHER
+from .inversion.pictures import PAINTED_TOGETHER, painted_sides
 from .inversion.prior import BatchNormPrior
 from .meta.drawn import DrawnImages
 from .meta.guide import native_size
@@ -136,8 +136,10 @@ class StageMaker:
     def pictures(self, drawn: DrawnImages) -> Stage:
         images, painted = len(drawn.rows), PAINTED_TOGETHER * len((drawn.rows // PAINTED_TOGETHER).unique())
         passes = self.needs.scores + self._masks_by_pruning
-        seconds = painted * costs.painting_seconds(self.painted_size) + images * passes * self.forward
-        amount = f"{_share(images, drawn.total, 'pictures')}, {self.painted_size} px"
+        sides = painted_sides(self.config.inversion, self.size)
+        each = sum(map(costs.painting_seconds, sides)) / len(sides)
+        seconds = painted * each + images * passes * self.forward
+        amount = f"{_share(images, drawn.total, 'pictures')}, {'/'.join(map(str, sides))} px"
         return Stage("paint pictures", "one set for all adapters", amount, self._bytes(images), seconds)
 
     def inversion(self, drawn: DrawnImages, prior: BatchNormPrior | None) -> Stage:
@@ -163,8 +165,10 @@ class StageMaker:
     def guide(self, images: int) -> Stage:
         meta = self.config.meta
         side = meta.guide_size or max(native_size(self.backbone), self.size)
-        seconds = images * (1 + meta.flip) * costs.forward_flops(self.backbone, side) / self.speed
-        amount = f"{images} images, {side} px"
+        whole = meta.sparsity is None and not self.config.inversion.prune
+        views = (1 + meta.flip) * (1 + (meta.guide_shift and whole))
+        seconds = images * views * costs.forward_flops(self.backbone, side) / self.speed
+        amount = f"{images} images, {side} px, {views} views"
         return Stage("guide features", "what training follows", amount, 4 * images * self.backbone.embed_dim, seconds)
 
     def training(self, images: int) -> Stage:

@@ -49,6 +49,7 @@ OTHER = {
     "distance": "cosine",
     "guide_weight": 0.25,
     "guide_size": 48,
+    "guide_shift": False,
     "warm_start_gain": 1.7,
     "r": 3,
     "lora_alpha": 5.0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,8 @@ from .surrogate import Surrogate
 
 PAINTED_TOGETHER = 25
 """Pictures that share a random stream; a matter of memory."""
+SMALL = (32, 64)
+"""Sides in pixels that batches are painted at in turn with their full size, as photographs of few pixels are common."""
 
 
 def painted_surrogate(
@@ -34,7 +34,8 @@ def painted_surrogate(
     Args:
         teacher: its attention gives `scores` and the tokens that `config.prune` keeps; the merged warm start, say. It
             is not run where neither is wanted.
-        config: `pictures`, `image_size`, `latent_size`, `prune`.
+        config: `pictures`, `image_size`, `prune`, and `latent_size`, the side that all are painted at; when None, a
+            third each are painted at 32, 64 and `image_size` pixels, as far as those are lower.
         seed: of the pictures; those of a larger set begin with those of a smaller one.
         scores: whether scores of their patches are wanted, which then mask in place of `config.prune`.
         rows: int64, ascending, the pictures that are wanted; all when None.
@@ -46,9 +47,13 @@ def painted_surrogate(
     size = config.image_size or teacher.image_size
     index = torch.arange(config.pictures) if rows is None else rows
     numbers = (index // PAINTED_TOGETHER).unique().tolist()
-    paint = partial(paint_pictures, PAINTED_TOGETHER, config.latent_size or size, device=teacher.device)
+    sides = painted_sides(config, size)
+
+    def paint(i: int) -> Tensor:
+        return paint_pictures(PAINTED_TOGETHER, sides[i % len(sides)], stream(seed, "pictures", i), teacher.device)
+
     parts = [
-        to_pixels(paint(stream(seed, "pictures", i)), size).cpu()[_own(index, i)]
+        to_pixels(paint(i), size).cpu()[_own(index, i)]
         for i in track(numbers, "paint pictures", unit="batches", quiet=quiet)
     ]
     images = torch.cat(parts)
@@ -62,6 +67,11 @@ def painted_surrogate(
         rows=None if rows is None or len(index) == config.pictures else index,
         **answers._asdict(),
     )
+
+
+def painted_sides(config: InversionConfig, size: int) -> tuple[int, ...]:
+    """Sides in pixels that batches of pictures of `size` pixels are painted at, in turn."""
+    return (config.latent_size,) if config.latent_size else (size, *(side for side in SMALL if side < size))
 
 
 def _own(index: Tensor, batch: int) -> Tensor:

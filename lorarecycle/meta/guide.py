@@ -1,4 +1,5 @@
-"""Features for the meta-LoRA to follow: those of the warm start, at the resolution that the backbone was made for."""
+"""Features for the meta-LoRA to follow: those of the warm start, at the resolution that the backbone was made for, as a
+mean over two grids of patches."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ def feature_targets(
     kept: Tensor | None = None,
     image_size: int | None = None,
     flip: bool = True,
+    shift: bool = True,
     batch_size: int = 64,
     quiet: bool = True,
     group: Group = ALONE,
@@ -35,8 +37,9 @@ def feature_targets(
 
     A Vision Transformer is worse at a lower resolution than it was pre-trained with. The guide sees the images at
     `image_size`, the student at their own. So the student learns to give the features of the higher resolution at the
-    lower one. No labels are needed. Each target is scaled to the mean length of all, because the nearest class mean
-    depends on lengths too: `target_i = f_i / |f_i| * mean_j |f_j|`.
+    lower one. Its features also depend on where the grid of patches happens to lie; a mean over shifts depends on it
+    less. No labels are needed. Each target is scaled to the mean length of all, because the nearest class mean depends
+    on lengths too: `target_i = f_i / |f_i| * mean_j |f_j|`.
 
     Args:
         backbone: its device and dtype are used.
@@ -48,6 +51,8 @@ def feature_targets(
         image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
             is larger, when None.
         flip: take the mean over an image and its mirror image, for students that see either.
+        shift: take the mean over the image as it is and rolled by half a patch both down and across; not where `kept` is
+            given, whose patches lie on one grid.
         batch_size: images per forward pass.
         quiet: no progress bar.
         group: processes that share out the images; each gets all features.
@@ -64,13 +69,16 @@ def feature_targets(
     parts = []
     batches = _batches(model, images, range(first, last), size, batch_size, quiet)
     for x, index in zip(batches, own, strict=False):
-        views = [x, x.flip(-1)] if flip else [x]
         read = None
         if index is not None:
             finer = magnify(index.to(backbone.device), (rows, columns), (side, side))
             read = torch.cat([finer, mirror(finer, side)] if flip else [finer])
-        features = model(torch.cat(views), kept=read).float()
-        parts.append(features.unflatten(0, (len(views), -1)).mean(dim=0))
+        features = []
+        for by in (0, backbone.patch_size // 2) if shift and index is None else (0,):
+            rolled = x.roll((by, by), (-2, -1))
+            views = [rolled, rolled.flip(-1)] if flip else [rolled]
+            features += model(torch.cat(views), kept=read).float().chunk(len(views))
+        parts.append(torch.stack(features).mean(dim=0))
     targets = torch.cat(parts) if parts else torch.zeros(0, backbone.embed_dim, device=backbone.device)
     if group.size > 1:
         everybody = targets.new_zeros(len(images), targets.shape[1])

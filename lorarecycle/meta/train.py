@@ -120,9 +120,16 @@ def meta_train(
     bank = fill_bank(backbone, surrogates, config.sparsity, budget=memory_budget)
     clock.restart()
     if config.guide_weight > 0:
-        size, flip = config.guide_size, config.flip
         targets = feature_targets(
-            backbone, guide, bank.all_images, kept=bank.kept, image_size=size, flip=flip, quiet=quiet, group=group
+            backbone,
+            guide,
+            bank.all_images,
+            kept=bank.kept,
+            image_size=config.guide_size,
+            flip=config.flip,
+            shift=config.guide_shift,
+            quiet=quiet,
+            group=group,
         )
         bank = bank._replace(targets=targets)
         clock.lap("guide features")

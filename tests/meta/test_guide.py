@@ -15,8 +15,9 @@ def test_targets_are_the_guides_features_at_its_size(tiny_vit, make_adapter, tin
     assert native_size(small) == 32
     targets = feature_targets(small, guide, images, batch_size=4)
     pixels = to_uint8(images, 32)
-    views = [small.merge(guide)(normalize(v, small.mean, small.std)) for v in (pixels, pixels.flip(-1))]
-    expected = (views[0] + views[1]) / 2
+    shifted = pixels.roll((4, 4), (-2, -1))
+    views = [pixels, pixels.flip(-1), shifted, shifted.flip(-1)]
+    expected = sum(small.merge(guide)(normalize(v, small.mean, small.std)) for v in views) / 4
     torch.testing.assert_close(F.normalize(targets, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
     lengths = targets.norm(dim=-1)
     torch.testing.assert_close(lengths, expected.norm(dim=-1).mean().expand(10), rtol=1e-4, atol=1e-5)
@@ -27,6 +28,7 @@ def test_size_and_guide_can_be_chosen(tiny_vit, make_adapter, tiny_data):
     images = tiny_data.resize(16).images[:4]
     plain = feature_targets(small, None, images)
     assert not torch.allclose(plain, feature_targets(small, None, images, flip=False), atol=1e-2)
+    assert not torch.allclose(plain, feature_targets(small, None, images, shift=False), atol=1e-2)
     assert not torch.allclose(plain, feature_targets(small, None, images, image_size=16), atol=1e-2)
     assert not torch.allclose(plain, feature_targets(small, make_adapter(small), images), atol=1e-2)
     larger = tiny_data.resize(48).images[:4]  # images above the native size are taken as they are
@@ -41,7 +43,7 @@ def test_the_guide_sees_what_a_sparse_student_sees(tiny_vit, make_adapter, tiny_
     guide = make_adapter(small, head=False)
     images = tiny_data.resize(16).images[:6].clone()
     kept = torch.tensor([[1, 2]] * 6)
-    targets = feature_targets(small, guide, images, kept=kept, flip=False, batch_size=4)
+    targets = feature_targets(small, guide, images, kept=kept, flip=False, batch_size=4)  # as they lie, not shifted
     model = small.merge(guide)
     pixels = to_uint8(images, 32)
     finer = torch.tensor([[2, 3, 6, 7, 8, 9, 12, 13]] * 6)

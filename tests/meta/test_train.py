@@ -204,7 +204,7 @@ def test_graphs_change_nothing(tiny_backbone, tiny_data):
 
 
 def test_the_student_sees_lower_resolutions_and_the_guide_the_whole(tiny_backbone, tiny_data):
-    settings = {"steps": 1, "guide_weight": 1.0, "resolutions": (8,)}
+    settings = {"steps": 1, "guide_weight": 1.0, "guide_shift": False, "resolutions": (8,)}
     config = MetaConfig(**{**vars(CONFIG), **settings})
     pools = surrogates(tiny_data)
     result = meta_train(tiny_backbone, pools, config=config, quiet=True)
@@ -214,7 +214,7 @@ def test_the_student_sees_lower_resolutions_and_the_guide_the_whole(tiny_backbon
     rows = module.ImageSampler(pools, config, 0)(0).images
     less = F.interpolate(whole[rows].float(), size=(8, 8), mode="bicubic", antialias=True)
     seen = F.interpolate(less, size=(32, 32), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    targets = module.feature_targets(tiny_backbone, None, whole, flip=False)[rows]
+    targets = module.feature_targets(tiny_backbone, None, whole, flip=False, shift=False)[rows]
     features = tiny_backbone(normalize(seen, tiny_backbone.mean, tiny_backbone.std), lora=lora)
     torch.testing.assert_close(result.losses[0], F.mse_loss(features, targets), rtol=1e-3, atol=1e-5)
 
