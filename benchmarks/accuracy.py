@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--candidates", type=int, help="the preset's when left out")
     parser.add_argument("--meta-steps", type=int, help="the preset's when left out; the bound has as many")
     parser.add_argument("--images-per-class", type=int, help="the preset's when left out")
-    parser.add_argument("--latent-size", type=int, default=32, help="CIFAR photographs have 32 pixels; 0: full size")
+    parser.add_argument("--latent-size", type=int, default=32, help="CIFAR's photographs have 32; 0: the preset's own")
     parser.add_argument("--epochs", type=int, default=2, help="of tuning an adapter")
     parser.add_argument("--n-shots", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--n-tasks", type=int, default=600)

@@ -6,12 +6,13 @@ r"""Few-shot accuracy at 224 pixels: what images inverted from adapters teach, b
     python benchmarks/accuracy_224.py --work-dir WORK --split val --recipes fourier fourier-32px --seeds 0 1 2 \
         --adapters 3 --images-per-class 16 --inversion-steps 300 --meta-steps 60   # leads, ranked on a CPU
 
-On a GPU, for each set, whole in themselves; by the speed of a step on an H100 each should take less than 8 minutes:
+On a GPU, for each SET; none needs what another leaves, and by the speed of a step on an H100 each should take less
+than 8 minutes:
 
-    ... --adapters 20 --seeds 0 1 2 --recipes plain average "warm start" default
-    ... --adapters 20 --recipes plain fourier-mixed "real images, the paper's loss"
-    ... --adapters 8 --recipes plain paper
-    ... --adapters 8 --recipes plain "real images, to convergence (bound)"
+    ... --sets SET --adapters 20 --seeds 0 1 2 --recipes plain average "warm start" default --output SET-default.json
+    ... --sets SET --adapters 20 --recipes plain fourier-mixed "real images, the paper's loss" --output SET-fourier.json
+    ... --sets SET --recipes plain paper --output SET-paper.json
+    ... --sets SET --recipes plain "real images, to convergence (bound)" --output SET-bound.json
 
 ViT-Tiny; adapters of rank 4 tuned at 224 pixels on 5-way tasks of train classes, 600 tasks of test classes (the same
 for every row), 15 queries (5-shot: 10). The bound is what real images of the adapters reach: the best of several

@@ -54,9 +54,10 @@ class InversionConfig:
     image_size: int | None = None
     """Side in pixels; the backbone's own when None."""
     latent_size: int | None = None
-    """Side in pixels at which the images are painted and optimised before they are enlarged to `image_size`; that
-    itself when None, of which painted pictures that depend on no adapter depart: a third each has 32, 64 and that many.
-    The resolution of the photographs that the adapters were tuned on, where it is lower and known."""
+    """Side in pixels at which the images are painted and optimised before they are enlarged to `image_size`. When None,
+    that is `image_size`; painted pictures that depend on no adapter are then painted at 32, 64 and `image_size` pixels
+    in turn, as far as those are lower. Set it to the resolution of the photographs where that is known and lower, or to
+    `image_size` for pictures in full detail only."""
     init: Literal["noise", "painted"] = "painted"
     """What the images start as: Gaussian noise, or painted pictures (see `candidates`)."""
     candidates: int = 1
@@ -141,8 +142,8 @@ class MetaConfig:
     guide_size: int | None = None
     """Side in pixels at which the guide sees the images; the size that the backbone was made for when None."""
     guide_shift: bool = True
-    """Whether the guide's features are a mean over the image as it is and shifted by half a patch; not where patches
-    are left out."""
+    """Whether the guide's features are a mean over the image as it is and rolled by half a patch, down and across at
+    once; not where patches are left out."""
     init: Literal["adapters", "random"] = "adapters"
     """What the meta-LoRA starts as: the adapters' mean update, amplified (see `warm_start`), or random factors."""
     warm_start_gain: float | None = None

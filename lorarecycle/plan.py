@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from .config import InversionConfig, MetaConfig, RecycleConfig
 from .runtime.memory import SHARE
-from .stages import Needs, Stage
+from .stages import Needs, Stage, leaves_out_patches
 
 PRIOR = ("prior", "prior_weight", "prior_size", "prior_relative")
 OPTIMISER = ("patience", "parametrization", "lr", "warm_up", "betas", "schedule", *PRIOR)
@@ -97,7 +97,7 @@ def unused_settings(config: RecycleConfig) -> dict[str, str]:
         mark("only the guide counts", "meta", "interpolation", "distance")
     if meta.guide_weight == 0:
         mark("no guide counts", "meta", "guide_size", "guide_shift")
-    if inversion.prune or meta.sparsity is not None:
+    if leaves_out_patches(config):
         mark("patches are left out", "meta", "guide_shift")
     if meta.init == "random":
         mark("training starts from random factors", "meta", "warm_start_gain")

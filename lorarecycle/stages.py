@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,12 +135,12 @@ class StageMaker:
         return Stage("warm start", "what the adapters' weights share", amount, 4 * numbers, seconds)
 
     def pictures(self, drawn: DrawnImages) -> Stage:
-        images, painted = len(drawn.rows), PAINTED_TOGETHER * len((drawn.rows // PAINTED_TOGETHER).unique())
-        passes = self.needs.scores + self._masks_by_pruning
-        sides = painted_sides(self.config.inversion, self.size)
-        each = sum(map(costs.painting_seconds, sides)) / len(sides)
-        seconds = painted * each + images * passes * self.forward
-        amount = f"{_share(images, drawn.total, 'pictures')}, {'/'.join(map(str, sides))} px"
+        images, sides = len(drawn.rows), painted_sides(self.config.inversion, self.size)
+        batches = (drawn.rows // PAINTED_TOGETHER).unique().tolist()
+        painted = Counter(sides[i % len(sides)] for i in batches)
+        seconds = sum(PAINTED_TOGETHER * n * costs.painting_seconds(side) for side, n in painted.items())
+        seconds += images * (self.needs.scores + self._masks_by_pruning) * self.forward
+        amount = f"{_share(images, drawn.total, 'pictures')}, {'/'.join(map(str, sorted(painted)))} px"
         return Stage("paint pictures", "one set for all adapters", amount, self._bytes(images), seconds)
 
     def inversion(self, drawn: DrawnImages, prior: BatchNormPrior | None) -> Stage:
@@ -165,10 +166,9 @@ class StageMaker:
     def guide(self, images: int) -> Stage:
         meta = self.config.meta
         side = meta.guide_size or max(native_size(self.backbone), self.size)
-        whole = meta.sparsity is None and not self.config.inversion.prune
-        views = (1 + meta.flip) * (1 + (meta.guide_shift and whole))
+        views = guide_views(self.config)
         seconds = images * views * costs.forward_flops(self.backbone, side) / self.speed
-        amount = f"{images} images, {side} px, {views} views"
+        amount = f"{images} images, {side} px" + (f", {views} views" if views > 1 else "")
         return Stage("guide features", "what training follows", amount, 4 * images * self.backbone.embed_dim, seconds)
 
     def training(self, images: int) -> Stage:
@@ -192,6 +192,17 @@ class StageMaker:
 
     def _bytes(self, images: int) -> int:
         return images * 3 * self.size * self.size
+
+
+def leaves_out_patches(config: RecycleConfig) -> bool:
+    """Whether meta-training sees a part of each image only."""
+    sparsity = config.meta.sparsity
+    return any(config.inversion.prune.values()) if sparsity is None else sparsity > 0
+
+
+def guide_views(config: RecycleConfig) -> int:
+    """Views of an image that the guide's features are a mean of, see `feature_targets`."""
+    return (1 + config.meta.flip) * (1 + (config.meta.guide_shift and not leaves_out_patches(config)))
 
 
 def _share(made: int, total: int, what: str) -> str:

@@ -173,6 +173,7 @@ def test_the_plan_is_a_short_table(tiny_backbone, adapters):
     assert [stage.name for stage in plan.stages] == ["warm start", "paint pictures", "guide features", "meta-training"]
     text = plan.describe()
     assert "60 pictures, 32 px" in text
+    assert "60 images, 32 px, 4 views" in text
     assert "100 steps of 60 images" in text
     assert "needs: images, pictures, guide, warm start" in text
     assert "unused, as only the guide counts: meta.interpolation, meta.distance" in text
@@ -180,6 +181,20 @@ def test_the_plan_is_a_short_table(tiny_backbone, adapters):
     assert plan.bytes >= 60 * 3 * 32 * 32
     assert plan.seconds > 0
     assert max(map(len, text.splitlines())) < 130
+
+
+def test_sides_and_views_are_those_that_occur(tiny_backbone, adapters):
+    def described(pictures=60, **meta):
+        inversion = {"pictures": pictures, "image_size": 96}
+        return make_plan(adapters, base=tiny_backbone, inversion=inversion, meta={"n_query": 20, **meta}).describe()
+
+    assert "20 pictures, 96 px" in described(20)
+    assert "60 pictures, 32/64/96 px" in described()
+    assert "60 images, 96 px, 4 views" in described(sparsity=0.0), "nothing is left out"
+    assert "60 images, 96 px, 2 views" in described(sparsity=0.5)
+    assert "unused, as patches are left out: meta.guide_shift" in described(sparsity=0.5)
+    assert "meta.guide_shift" not in described(sparsity=0.0)
+    assert "views" not in described(flip=False, guide_shift=False)
 
 
 def test_a_plan_checks_what_a_run_checks(tiny_backbone, adapters):

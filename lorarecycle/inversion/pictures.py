@@ -34,8 +34,8 @@ def painted_surrogate(
     Args:
         teacher: its attention gives `scores` and the tokens that `config.prune` keeps; the merged warm start, say. It
             is not run where neither is wanted.
-        config: `pictures`, `image_size`, `prune`, and `latent_size`, the side that all are painted at; when None, a
-            third each are painted at 32, 64 and `image_size` pixels, as far as those are lower.
+        config: `pictures`, `image_size`, `prune`, and `latent_size`, the side that all are painted at; when None they
+            are painted at `image_size`, 32 and 64 pixels in turn, as far as those are lower.
         seed: of the pictures; those of a larger set begin with those of a smaller one.
         scores: whether scores of their patches are wanted, which then mask in place of `config.prune`.
         rows: int64, ascending, the pictures that are wanted; all when None.

@@ -51,8 +51,8 @@ def feature_targets(
         image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
             is larger, when None.
         flip: take the mean over an image and its mirror image, for students that see either.
-        shift: take the mean over the image as it is and rolled by half a patch both down and across; not where `kept` is
-            given, whose patches lie on one grid.
+        shift: take the mean over the image as it is and rolled by half a patch, down and across at once; not where
+            `kept` leaves patches out, which lie on one grid.
         batch_size: images per forward pass.
         quiet: no progress bar.
         group: processes that share out the images; each gets all features.
@@ -63,6 +63,8 @@ def feature_targets(
     size = image_size or max(native_size(backbone), images.shape[-1])
     model = backbone if guide is None else backbone.merge(guide)
     columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
+    if kept is not None and kept.shape[1] == rows * columns:  # nothing is left out
+        kept = None
     side = size // backbone.patch_size
     first, last = group.own(len(images))
     own = itertools.repeat(None) if kept is None else kept[first:last].split(batch_size)

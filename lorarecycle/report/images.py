@@ -60,9 +60,9 @@ def mask_overlay(surrogate: Surrogate, image: int) -> str:
 
 
 def chosen(surrogate: Surrogate, most: int) -> list[int]:
-    """Images to show, at most `most`: class after class the same number, or the first of painted pictures."""
+    """Images to show, at most `most`: class after class the same number, or painted pictures, evenly spread."""
     if surrogate.labels is None:
-        return list(range(min(len(surrogate.images), most)))
+        return list(every(len(surrogate.images), most))
     by_class = [(surrogate.labels == c).nonzero()[:, 0].tolist() for c in range(len(surrogate.class_names))]
     each = max(1, most // max(len(by_class), 1))
     return [image for images in by_class for image in images[:each]][:most]

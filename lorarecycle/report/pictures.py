@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..inversion.surrogate import Surrogate
 from ..runtime.files import write_atomic
+from .images import every
 
 
 def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], *, per_class: int = 2) -> Path:
@@ -91,7 +92,7 @@ def draw_losses(losses: str | PathLike[str], path: str | PathLike[str]) -> Path:
 
 def _chosen(surrogate: Surrogate, per_class: int) -> list[int]:
     if surrogate.labels is None:  # painted pictures
-        return list(range(min(len(surrogate.images), 6 * per_class)))
+        return list(every(len(surrogate.images), 6 * per_class))
     classes = range(len(surrogate.class_names))
     return [int(i) for c in classes for i in (surrogate.labels == c).nonzero()[:per_class, 0]]
 

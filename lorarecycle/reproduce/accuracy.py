@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import as_plain
+from ..config import RecycleConfig, as_plain
 from ..data.lazy import Dataset
 from ..fewshot.evaluate import evaluate
 from ..fewshot.images import TaskImages
 from ..fewshot.methods.base import Given, Method, Task
 from ..fewshot.methods.nearest import NearestMean
-from ..fewshot.methods.recycled import LoRARecycle
+from ..fewshot.methods.recycled import FromWeights, LoRARecycle
 from ..fewshot.tasks import sample_tasks
 from ..vit.backbone import Backbone
 from .facts import Facts, method_facts
@@ -171,6 +171,8 @@ def prepared_facts(world: World, settings: Mapping[str, Any], method: Any) -> Fa
     if needs.adapters or needs.surrogates:
         made = world.surrogate_facts(settings) if needs.surrogates else world.adapter_facts(settings)
         found |= {**made, "count": world.count(settings)}
+    if isinstance(method, FromWeights):
+        found["recipe"] = as_plain(RecycleConfig.weights())
     return found | ({"text_encoder": world.text_facts()} if needs.text_encoder else {})
 
 

@@ -49,6 +49,8 @@ def test_the_guide_sees_what_a_sparse_student_sees(tiny_vit, make_adapter, tiny_
     finer = torch.tensor([[2, 3, 6, 7, 8, 9, 12, 13]] * 6)
     expected = model(normalize(pixels, small.mean, small.std), kept=finer)
     torch.testing.assert_close(F.normalize(targets, dim=-1), F.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+    whole = feature_targets(small, guide, images, kept=torch.arange(4).expand(6, -1))
+    assert torch.equal(whole, feature_targets(small, guide, images)), "a mask of everything masks nothing"
     mirrored = feature_targets(small, guide, images.flip(-1), kept=torch.tensor([[0, 3]] * 6))
     torch.testing.assert_close(mirrored, feature_targets(small, guide, images, kept=kept), rtol=1e-4, atol=1e-5)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from lorarecycle.config import RecycleConfig
 from lorarecycle.inversion.prior import BatchNormPrior
 from lorarecycle.reproduce.kinds import cell_facts
 from lorarecycle.reproduce.quick import Letters, tiny_backbone
@@ -62,6 +63,18 @@ def test_content_of_sets(world, tmp_path):
     assert at("a.npz", train="train", test="train") != first, "another part under the same name"
     write(tmp_path / "a.npz", shade=1)
     assert at("a.npz") != first
+
+
+def test_the_recipe_of_the_default_preset(world, monkeypatch):
+    """Cells of an earlier version's default are not taken for today's."""
+    recycled, plain = {"method": "recycle-weights"}, {"method": "nn"}
+    before = [key(world, recycled), key(world, plain)]
+    default = RecycleConfig.weights()
+    other = replace(default, inversion=replace(default.inversion, pictures=7))
+    monkeypatch.setattr(RecycleConfig, "weights", classmethod(lambda cls: other))
+    after = [key(world, recycled), key(world, plain)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
 
 
 def test_content_of_networks_and_encoders(world):
