@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..inversion.surrogate import Surrogate
 from ..runtime.files import write_atomic
-from .images import every
+from .images import chosen
 
 
 def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], *, per_class: int = 2) -> Path:
@@ -28,7 +28,7 @@ def draw_surrogates(surrogates: Sequence[Surrogate], path: str | PathLike[str], 
         ImportError: matplotlib is missing.
     """
     plt = _pyplot()
-    rows = [_chosen(s, per_class) for s in surrogates]
+    rows = [chosen(s, per_class * (len(s.class_names) or 6)) for s in surrogates]
     columns = max(len(index) for index in rows)
     figure, axes = plt.subplots(
         2 * len(rows),
@@ -88,13 +88,6 @@ def draw_losses(losses: str | PathLike[str], path: str | PathLike[str]) -> Path:
     axis.set(xlabel="meta-training step", ylabel="loss", ylim=(0, None))
     axis.legend(frameon=False)
     return _save(figure, path)
-
-
-def _chosen(surrogate: Surrogate, per_class: int) -> list[int]:
-    if surrogate.labels is None:  # painted pictures
-        return list(every(len(surrogate.images), 6 * per_class))
-    classes = range(len(surrogate.class_names))
-    return [int(i) for c in classes for i in (surrogate.labels == c).nonzero()[:per_class, 0]]
 
 
 def _pyplot() -> Any:
