@@ -215,12 +215,12 @@ class Bench:
 
     def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
         config = RECIPES[title]
-        meta = self._shortened(config.meta)
         if not config.inversion.steps:
-            config = replace(config, meta=meta, seed=seed)
+            config = replace(config, seed=seed)
             return recycle(adapters, base=self.backbone, config=config, device=self.device, dtype=self.dtype)
         surrogates = self.inverted(adapters, title, seed, folder)
-        return trained(self.backbone, surrogates, config=meta, adapters=adapters, seed=seed, dtype=self.dtype)
+        shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
+        return trained(self.backbone, surrogates, config=self._shortened(config.meta), **shared)
 
     def inverted(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> list[Surrogate]:
         """Images of each adapter by a recipe, and a sheet of some of them."""
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of inversion and meta-training")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="choose settings on val only")
-    parser.add_argument("--meta-steps", type=int, help="the recipe's when left out")
+    parser.add_argument("--meta-steps", type=int, help="of episodes; the recipe's when left out")
     parser.add_argument("--bound-steps", nargs="+", type=int, default=[100, 200, 400, 800])
     parser.add_argument("--test-images", type=int, help="of a class, at most; all when left out")
     parser.add_argument("--n-tasks", type=int, default=600)
