@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-GAIN, SHARED, LENGTH, LEAST = 4.5, 0.5, 0.04, 0.15
+GAIN, SHARED, LENGTH, LEAST = 4.5, 0.5, 0.04, 0.25
 """Of `common_gain`; chosen on validation classes (benchmarks/results/warm_start_gain.md; the last: surrogates_tried.md
 there)."""
 
@@ -135,7 +135,7 @@ def common_gain(adapters: Iterable[Adapter], like: LoRA, backbone: Backbone) -> 
     With `L = mean over pairs <D_i, D_j> / mean |D_i|^2` (their likeness), W the weights and |.| the length over all
     sites::
 
-        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))  where L > 0.15 S
+        gain = clip(max(4.5, 0.5 / sqrt(L)), 1, min(n, 0.04 |W| / |mean of D_i|))  where L > 0.25 S
         gain = 1                                                                   otherwise
 
     so 4.5, or more where the updates have little in common: 0.5 / sqrt(L) makes the shared part half as long as one
@@ -178,7 +178,7 @@ class _Lengths:
         weights = sum(backbone.site_weight(site).float().square().sum().item() for site in self.sites)
         likeness = (self.together - self.apart) / ((n - 1) * self.apart)
         if likeness <= LEAST * self.spanned / self.apart:
-            logger.info("The adapters have no more in common than chance gives; their mean is not amplified.")
+            logger.info("The adapters have hardly more in common than chance gives; their mean is not amplified.")
             return 1.0
         wanted = max(GAIN, SHARED / math.sqrt(likeness))
         return max(1.0, min(wanted, LENGTH * n * math.sqrt(weights / self.together), n))
