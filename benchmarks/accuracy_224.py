@@ -312,7 +312,7 @@ def make_parser(about: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = make_parser(__doc__ or "")
-    parser.set_defaults(epochs=10)  # fewer leave adapters that share nothing (surrogates_tried.md, "What adapters share")
+    parser.set_defaults(epochs=10)  # fewer leave adapters that share nothing: surrogates_tried.md
     parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
     known = ("plain", "average", "warm start", *RECIPES, *OTHERS, *REAL, BOUND)
     parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
