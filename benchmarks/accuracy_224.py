@@ -300,7 +300,7 @@ def make_parser(about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="of one group of settings: keeps all that is done")
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=3, help="of tuning an adapter")
+    parser.add_argument("--epochs", type=int, default=TuneConfig().epochs, help="few leave nothing in common")
     parser.add_argument("--tuning-images", type=int, default=60, help="of a class, at most")
     parser.add_argument("--images-per-class", type=int, default=16, help="inverted, or real in their place")
     parser.add_argument("--inversion-steps", type=int, help="the recipe's when left out")
@@ -312,7 +312,6 @@ def make_parser(about: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = make_parser(__doc__ or "")
-    parser.set_defaults(epochs=10)  # fewer leave adapters that share nothing: surrogates_tried.md
     parser.add_argument("--sets", nargs="+", choices=(*IN_DOMAIN, "cross"), default=["cifar_fs"])
     known = ("plain", "average", "warm start", *RECIPES, *OTHERS, *REAL, BOUND)
     parser.add_argument("--recipes", nargs="*", choices=known, help="rows; all when left out")
