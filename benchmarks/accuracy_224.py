@@ -19,12 +19,14 @@ for every row), 15 queries (5-shot: 10). The bound is what real images of the ad
 numbers of steps and both starts, chosen on validation classes. All that is finished stays in the work folder: run it
 again and it goes on. Each row can be asked for by itself (`--recipes`), which on a GPU takes minutes. Needs the sets of
 `sets_224.py`, vit_tiny_patch16_224.safetensors and weights/tf_efficientnet_lite0.safetensors in the folder that
-LORARECYCLE_DATA names (../shared/data otherwise). Writes JSON, a table and a sheet of images for each recipe.
+LORARECYCLE_DATA names (../shared/data otherwise). Writes JSON, tables and a sheet of images for each recipe; what is
+there already of other arguments stays, and sets and rows of the same arguments join it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import shlex
@@ -268,23 +270,34 @@ def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
     return Adapter.load(folder)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown: mean over seeds, interval over tasks."""
-    where = f"{report['split']} classes, {report['arguments']['distance']}"
-    lines = [f"{report['machine']}; {where}. `{report['command']}`", ""]
-    for name, rows in report["sets"].items():
+def table(group: dict[str, Any]) -> str:
+    """Markdown of what was run with equal arguments: mean over seeds, interval over tasks, seconds to make a row."""
+    where = f"{group['split']} classes, {group['arguments']['distance']}"
+    lines = [f"{group['machine']}; {where}.", *(f"`{command}`" for command in group["commands"]), ""]
+    for name, rows in group["sets"].items():
         columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
-        lines += [f"**{name}**", "", f"| meta-LoRA | {' | '.join(columns)} | seeds |"]
-        lines.append("| --- |" + " --- |" * (len(columns) + 1))
+        lines += [f"**{name}, {group['arguments']['adapters']} adapters**", ""]
+        lines += [
+            f"| meta-LoRA | {' | '.join(columns)} | seeds | made in, s |",
+            "| --- |" + " --- |" * (len(columns) + 2),
+        ]
         for title, runs in rows.items():
             cells = []
             for column in columns:
                 means = [run[column]["mean"] for run in runs]
                 spread = f" ({min(means):.1f} to {max(means):.1f})" if len(means) > 1 else ""
                 cells.append(f"{statistics.mean(means):.2f} ± {runs[0][column]['interval']:.2f}{spread}")
-            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} |")
+            seconds = statistics.mean(run["seconds"]["mean"] for run in runs)
+            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} | {seconds:.0f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def write(path: Path, groups: list[dict[str, Any]]) -> None:
+    """JSON, and tables beside it, those of most adapters first."""
+    groups.sort(key=lambda group: -group["arguments"]["adapters"])
+    write_json(path, {"groups": groups})
+    write_text(path.with_suffix(".md"), "\n".join(table(group) for group in groups))
 
 
 def describe_machine(bench: Bench) -> str:
@@ -328,20 +341,19 @@ def main() -> None:
         parser.error("the bound is chosen on validation classes, which `--sets cross` has none of")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
-    report: dict[str, Any] = {
-        "machine": describe_machine(bench),
-        "command": "python benchmarks/accuracy_224.py " + shlex.join(sys.argv[1:]),
-        "split": args.split,
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("work_dir", "output", "sets", "recipes")},
-    }
-    earlier = read_json(args.output) if args.output.exists() else {}
-    same = earlier.get("arguments") == report["arguments"]
-    report["sets"] = earlier.get("sets", {}) if same else {}
+    groups: list[dict[str, Any]] = read_json(args.output)["groups"] if args.output.exists() else []
+    left_out = ("work_dir", "output", "sets", "recipes")
+    arguments = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in left_out}))
+    machine, command = describe_machine(bench), "python benchmarks/accuracy_224.py " + shlex.join(sys.argv[1:])
+    group = next((g for g in groups if (g["arguments"], g["machine"]) == (arguments, machine)), None)
+    if group is None:
+        group = {"machine": machine, "commands": [], "split": args.split, "arguments": arguments, "sets": {}}
+        groups.append(group)
+    group["commands"] = [*(c for c in group["commands"] if c != command), command]
     for name in args.sets:
-        report["sets"][name] = {**report["sets"].get(name, {}), **bench.rows(name)}
-        write_json(args.output, report)
-        write_text(args.output.with_suffix(".md"), table(report))
-    print(table(report))
+        group["sets"][name] = {**group["sets"].get(name, {}), **bench.rows(name)}
+        write(args.output, groups)
+    print(table(group))
 
 
 if __name__ == "__main__":
