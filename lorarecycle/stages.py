@@ -16,7 +16,7 @@ from .config import RecycleConfig
 from .inversion.pictures import PAINTED_TOGETHER, painted_sides
 from .inversion.prior import BatchNormPrior
 from .meta.drawn import DrawnImages
-from .meta.guide import native_size
+from .meta.guide import guide_side
 from .vit.backbone import Backbone
 
 
@@ -165,7 +165,7 @@ class StageMaker:
 
     def guide(self, images: int) -> Stage:
         meta = self.config.meta
-        side = meta.guide_size or max(native_size(self.backbone), self.size)
+        side = meta.guide_size or guide_side(self.backbone, self.size)
         views = guide_views(self.config)
         seconds = images * views * costs.forward_flops(self.backbone, side) / self.speed
         amount = f"{images} images, {side} px" + (f", {views} views" if views > 1 else "")

@@ -48,8 +48,7 @@ def feature_targets(
         kept: int64 [n, k], patches that the student reads, of which the guide sees the same parts of the image; all of
             it when None. A guide that saw more would teach the student to make up for what is missing, which whole
             images then pay for.
-        image_size: side in pixels at which the guide sees them; `native_size(backbone)` or the images' own, whichever
-            is larger, when None.
+        image_size: side in pixels at which the guide sees them; `guide_side` when None.
         flip: take the mean over an image and its mirror image, for students that see either.
         shift: take the mean over the image as it is and rolled by half a patch, down and across at once; not where
             `kept` leaves patches out, which lie on one grid.
@@ -60,7 +59,7 @@ def feature_targets(
     Returns:
         float32 [n, D] on the backbone's device.
     """
-    size = image_size or max(native_size(backbone), images.shape[-1])
+    size = image_size or guide_side(backbone, images.shape[-1])
     model = backbone if guide is None else backbone.merge(guide)
     columns, rows = images.shape[-1] // backbone.patch_size, images.shape[-2] // backbone.patch_size
     if kept is not None and kept.shape[1] == rows * columns:  # nothing is left out
@@ -105,6 +104,7 @@ def _batches(
         yield from normalized_batches(model, images.read(rows), size=size, batch_size=batch_size)
 
 
-def native_size(backbone: Backbone) -> int:
-    """Side in pixels of the images that the backbone's position embedding was made for."""
-    return backbone.vit.patch_embed.grid_size[0] * backbone.patch_size
+def guide_side(backbone: Backbone, size: int) -> int:
+    """Side in pixels at which a guide sees images of `size`: the one that the backbone's position embedding was made
+    for, or the images' own where that is larger."""
+    return max(backbone.vit.patch_embed.grid_size[0] * backbone.patch_size, size)

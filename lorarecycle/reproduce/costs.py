@@ -14,7 +14,7 @@ from ..fewshot.methods.caml import CAML
 from ..fewshot.methods.pmf import PMF
 from ..fewshot.methods.recycled import FromWeights, LoRARecycle
 from ..fewshot.methods.zero_shot import ZeroShotRecycle
-from ..meta.guide import native_size
+from ..meta.guide import guide_side
 from ..stages import guide_views
 from . import generation, images, language
 from .accuracy import chooses_rate, prepared_facts
@@ -220,7 +220,7 @@ def _from_weights(world: World, method: FromWeights, key: str, forward: float, b
     config = RecycleConfig.weights()
     meta = config.meta
     seen = method.steps * meta.n_way * (meta.n_shot + meta.n_query)
-    side = meta.guide_size or max(native_size(backbone), backbone.image_size)
+    side = meta.guide_size or guide_side(backbone, backbone.image_size)
     guide = config.inversion.pictures * guide_views(config) * forward_flops(backbone, side)
     flops = seen * PASSES * forward + guide
     return Work("prepare methods", key, method.steps, "steps", flops, backbone.embed_dim)

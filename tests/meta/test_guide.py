@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lorarecycle.data.images import normalize, to_uint8
-from lorarecycle.meta.guide import feature_targets, native_size
+from lorarecycle.meta.guide import feature_targets, guide_side
 from lorarecycle.vit.backbone import Backbone
 
 
@@ -12,7 +12,8 @@ def test_targets_are_the_guides_features_at_its_size(tiny_vit, make_adapter, tin
     small = Backbone(tiny_vit, image_size=16)
     guide = make_adapter(small, head=False)
     images = tiny_data.resize(16).images[:10]
-    assert native_size(small) == 32
+    assert guide_side(small, 16) == 32
+    assert guide_side(small, 48) == 48
     targets = feature_targets(small, guide, images, batch_size=4)
     pixels = to_uint8(images, 32)
     shifted = pixels.roll((4, 4), (-2, -1))
