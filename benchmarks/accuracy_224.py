@@ -203,7 +203,7 @@ class Bench:
         found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
         for title in wanted:
             for seed in args.seeds if title not in fixed else ():
-                kept = folder / "meta" / f"{title}-{seed}"
+                place = folder / "meta" / f"{title}-{seed}"
                 if title in RECIPES:
                     make = partial(self._recycled, adapters, title, seed, folder)
                 elif title in OTHERS:
@@ -212,7 +212,9 @@ class Bench:
                     make = partial(from_real, self._shortened(REAL[title]), seed)
                 else:
                     make = partial(self._bound, from_real, row, seed)
-                found.setdefault(title, []).append(row(f"{title}-{seed}", partial(_once, make, kept)))
+                made = row(f"{title}-{seed}", partial(_once, make, place))
+                seconds = place.with_suffix(".seconds.json")  # a row made anew finds its adapter made
+                found.setdefault(title, []).append({**made, "seconds": {"mean": read_json(seconds)["seconds"]}})
         return found
 
     def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
@@ -272,8 +274,8 @@ def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
 
 def table(group: dict[str, Any]) -> str:
     """Markdown of what was run with equal arguments: mean over seeds, interval over tasks, seconds to make a row."""
-    where = f"{group['split']} classes, {group['arguments']['distance']}"
-    lines = [f"{group['machine']}; {where}.", *(f"`{command}`" for command in group["commands"]), ""]
+    where = f"{group['arguments']['split']} classes, {group['arguments']['distance']}"
+    lines = [f"{group['machine']}; {where}.", "", "```", *group["commands"], "```", ""]
     for name, rows in group["sets"].items():
         columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
         lines += [f"**{name}, {group['arguments']['adapters']} adapters**", ""]
@@ -288,16 +290,26 @@ def table(group: dict[str, Any]) -> str:
                 spread = f" ({min(means):.1f} to {max(means):.1f})" if len(means) > 1 else ""
                 cells.append(f"{statistics.mean(means):.2f} ± {runs[0][column]['interval']:.2f}{spread}")
             seconds = statistics.mean(run["seconds"]["mean"] for run in runs)
-            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} | {seconds:.0f} |")
+            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} | {seconds:.{0 if seconds > 9 else 1}f} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def write(path: Path, groups: list[dict[str, Any]]) -> None:
-    """JSON, and tables beside it, those of most adapters first."""
-    groups.sort(key=lambda group: -group["arguments"]["adapters"])
+def kept(path: Path, run: dict[str, Any], command: str, sets: dict[str, dict[str, list[Row]]]) -> dict[str, Any]:
+    """Put rows into the file, with those of the same machine and arguments; the file as it is now, not as it was hours
+    ago. Writes JSON, and tables beside it, those of most adapters first."""
+    groups: list[dict[str, Any]] = read_json(path)["groups"] if path.exists() else []
+    group = next((g for g in groups if all(g[key] == value for key, value in run.items())), None)
+    if group is None:
+        group = {**run, "commands": [], "sets": {}}
+        groups.append(group)
+    group["commands"] = [*(c for c in group["commands"] if c != command), command]
+    for name, rows in sets.items():
+        group["sets"][name] = {**group["sets"].get(name, {}), **rows}
+    groups.sort(key=lambda one: -one["arguments"]["adapters"])
     write_json(path, {"groups": groups})
-    write_text(path.with_suffix(".md"), "\n".join(table(group) for group in groups))
+    write_text(path.with_suffix(".md"), "\n".join(table(one) for one in groups))
+    return group
 
 
 def describe_machine(bench: Bench) -> str:
@@ -341,18 +353,15 @@ def main() -> None:
         parser.error("the bound is chosen on validation classes, which `--sets cross` has none of")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
-    groups: list[dict[str, Any]] = read_json(args.output)["groups"] if args.output.exists() else []
     left_out = ("work_dir", "output", "sets", "recipes")
     arguments = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in left_out}))
-    machine, command = describe_machine(bench), "python benchmarks/accuracy_224.py " + shlex.join(sys.argv[1:])
-    group = next((g for g in groups if (g["arguments"], g["machine"]) == (arguments, machine)), None)
-    if group is None:
-        group = {"machine": machine, "commands": [], "split": args.split, "arguments": arguments, "sets": {}}
-        groups.append(group)
-    group["commands"] = [*(c for c in group["commands"] if c != command), command]
+    told = [arg for arg in sys.argv[1:] if arg != str(args.work_dir)]
+    told.insert(told.index("--work-dir") + 1, "WORK")
+    command = "python benchmarks/accuracy_224.py " + shlex.join(told)
     for name in args.sets:
-        group["sets"][name] = {**group["sets"].get(name, {}), **bench.rows(name)}
-        write(args.output, groups)
+        group = kept(
+            args.output, {"machine": describe_machine(bench), "arguments": arguments}, command, {name: bench.rows(name)}
+        )
     print(table(group))
 
 
