@@ -29,6 +29,7 @@ import argparse
 import json
 import logging
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -355,9 +356,8 @@ def main() -> None:
     bench = Bench(args)
     left_out = ("work_dir", "output", "sets", "recipes")
     arguments = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in left_out}))
-    told = [arg for arg in sys.argv[1:] if arg != str(args.work_dir)]
-    told.insert(told.index("--work-dir") + 1, "WORK")
-    command = "python benchmarks/accuracy_224.py " + shlex.join(told)
+    told = re.sub(r"--work-dir[ =]\S+", "--work-dir WORK", shlex.join(sys.argv[1:]))
+    command = f"python benchmarks/accuracy_224.py {told}"
     for name in args.sets:
         group = kept(
             args.output, {"machine": describe_machine(bench), "arguments": arguments}, command, {name: bench.rows(name)}
