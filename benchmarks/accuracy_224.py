@@ -26,7 +26,6 @@ there already of other arguments stays, and sets and rows of the same arguments 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import platform
 import re
@@ -268,8 +267,9 @@ def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
     """Make an adapter, or load it where it was made before."""
     if not folder.exists():
         start = time.perf_counter()
-        make().save(folder)
+        made = make()
         write_json(folder.with_suffix(".seconds.json"), {"seconds": time.perf_counter() - start})
+        made.save(folder)  # last: where it is there, so are its seconds
     return Adapter.load(folder)
 
 
@@ -279,8 +279,9 @@ def table(group: dict[str, Any]) -> str:
     lines = [f"{group['machine']}; {where}.", "", "```", *group["commands"], "```", ""]
     for name, rows in group["sets"].items():
         columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
-        lines += [f"**{name}, {group['arguments']['adapters']} adapters**", ""]
         lines += [
+            f"**{name}, {group['arguments']['adapters']} adapters**",
+            "",
             f"| meta-LoRA | {' | '.join(columns)} | seeds | made in, s |",
             "| --- |" + " --- |" * (len(columns) + 2),
         ]
@@ -355,13 +356,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
     left_out = ("work_dir", "output", "sets", "recipes")
-    arguments = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in left_out}))
+    arguments = {k: v for k, v in vars(args).items() if k not in left_out}
+    run = {"machine": describe_machine(bench), "arguments": arguments}
     told = re.sub(r"--work-dir[ =]\S+", "--work-dir WORK", shlex.join(sys.argv[1:]))
     command = f"python benchmarks/accuracy_224.py {told}"
     for name in args.sets:
-        group = kept(
-            args.output, {"machine": describe_machine(bench), "arguments": arguments}, command, {name: bench.rows(name)}
-        )
+        group = kept(args.output, run, command, {name: bench.rows(name)})
     print(table(group))
 
 
