@@ -62,6 +62,7 @@ from lorarecycle.reproduce.stages import Row, draw_class_lists, inverted, label_
 from lorarecycle.runtime.device import resolve
 from lorarecycle.runtime.files import read_json, write_json, write_text
 
+logger: logging.Logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 IN_DOMAIN = ("cifar_fs", "vgg_flower", "cub", "crop_diseases")
 CROSS = ("eurosat", "isic", "chestx")
@@ -211,8 +212,8 @@ class Bench:
                 elif title in REAL:
                     make = partial(from_real, self._shortened(REAL[title]), seed)
                 else:
-                    make = partial(self._bound, from_real, row, seed)
-                made = row(f"{title}-{seed}", partial(_once, make, place))
+                    place, make = self._bound(from_real, row, seed, folder)
+                made = row(place.name, partial(_once, make, place))
                 seconds = place.with_suffix(".seconds.json")  # a row made anew finds its adapter made
                 found.setdefault(title, []).append({**made, "seconds": {"mean": read_json(seconds)["seconds"]}})
         return found
@@ -242,17 +243,21 @@ class Bench:
         draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{key}-{seed}.png")
         return surrogates
 
-    def _bound(self, from_real: Any, row: Any, seed: int) -> Adapter:
-        """The best on validation classes of several numbers of steps from either start."""
-        found = {}
-        for init in ("random", "adapters"):
+    def _bound(self, from_real: Any, row: Any, seed: int, folder: Path) -> tuple[Path, Callable[[], Adapter]]:
+        """Of several numbers of steps from either start the best on validation classes: its folder, and how it is made.
+
+        Each trial is a row and an adapter of its own: more steps asked for later join those that are there.
+        """
+        trials = {}
+        for init, lr in (("random", 1e-3), ("adapters", 5e-4)):
             for steps in self.args.bound_steps:
-                rate = {"lr": 1e-3 if init == "random" else 5e-4}
-                config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, **rate)
-                made = from_real(config, seed)
-                score = row(f"{BOUND}-{init}-{steps}-{seed}", lambda made=made: made, "val")
-                found[statistics.mean(v["mean"] for k, v in score.items() if k.endswith("1-shot"))] = made
-        return found[max(found)]
+                config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, lr=lr)
+                place = folder / "meta" / f"{BOUND}-{init}-{steps}-{seed}"
+                make = partial(from_real, config, seed)
+                score = row(place.name, partial(_once, make, place), "val")
+                trials[statistics.mean(v["mean"] for k, v in score.items() if k.endswith("1-shot"))] = place, make
+        logger.info("%s: %s", BOUND, {place.name: round(score, 2) for score, (place, _) in trials.items()})
+        return trials[max(trials)]
 
     def _shortened(self, meta: MetaConfig) -> MetaConfig:
         steps = self.args.meta_steps

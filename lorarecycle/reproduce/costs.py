@@ -159,7 +159,8 @@ def _tuning(world: World, settings: Mapping[str, Any], first: int | None = None)
     folder = world.folder("adapters", world.adapter_facts(settings))
     count = chosen["count"] if first is None else min(first, chosen["count"])
     left = sum(not (folder / f"task-{i}").exists() for i in range(count))
-    counts = [torch.bincount(world.open(name, "train").labels).float().mean().item() for name in chosen["of"]]
+    of_class = [torch.bincount(world.open(name, "train").labels).float() for name in chosen["of"]]
+    counts = [each.clamp(max=chosen.get("per_class") or float("inf")).mean().item() for each in of_class]
     seen = left * chosen["n_way"] * sum(counts) / len(counts) * chosen["tune"].get("epochs", 10)
     flops = seen * PASSES * _forward(world, settings)
     yield Work("tune adapters", folder.name, left, "adapters", flops, _width(world, settings))

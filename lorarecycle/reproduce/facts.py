@@ -99,6 +99,7 @@ class Sources:
                 "n_way": chosen["n_way"],
                 "tune": [as_plain(tune_config(chosen["tune"], r, 0)) for r in chosen["ranks"]],
             }
+            adapters |= {"per_class": chosen["per_class"]} if chosen.get("per_class") else {}
         return {**self.base_facts(settings), "adapters": adapters, "seed": settings["seed"]}
 
     def surrogate_facts(self, settings: Mapping[str, Any]) -> Facts:

@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 """Names and JSON values; see `docs/guides/reproduce.md` for what each means."""
 
 PARTS = {
-    "adapters": ("of", "count", "n_way", "ranks", "tune", "folder"),
+    "adapters": ("of", "count", "n_way", "per_class", "ranks", "tune", "folder"),
     "surrogates": ("images", "mask", "head", "inversion"),
     "generator": ("method", "config", "r", "tasks", "tune", "per_class", "samples", "vector"),
     "language": (
@@ -151,6 +151,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     adapters = settings["adapters"]
     if not adapters.get("folder") and (not adapters.get("of") or adapters["count"] < 1 or not adapters["ranks"]):
         raise ValueError(f"`adapters` must name sets (`of`), a `count` of at least 1 and `ranks`, got {adapters}.")
+    most = adapters.get("per_class")
+    if most is not None and (adapters.get("folder") or not isinstance(most, int) or most < 1):
+        raise ValueError(f"`adapters.per_class` must be at least 1, left out for adapters of a folder, got {most!r}.")
     for r in adapters["ranks"]:
         tune_config(adapters["tune"], r, 0)
     inversion_config(settings), meta_config(settings), task_config(settings)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.adapter import Adapter
 from ..data.dataset import LabelledImages
 from ..fewshot.images import TaskImages
@@ -74,7 +76,12 @@ class World(Sources):
             yield self._train_images(settings, name, classes)
 
     def _train_images(self, settings: Mapping[str, Any], name: str, classes: list[str]) -> LabelledImages:
-        return self.open(name, "train").select_classes(classes).load(self.backbone(settings).fit, workers=self.workers)
+        images, most = self.open(name, "train").select_classes(classes), settings["adapters"].get("per_class")
+        if most is not None:
+            mixed = torch.randperm(len(images), generator=stream(settings["seed"], "tuning images", name))
+            kept = [mixed[images.labels[mixed] == c][:most] for c in range(len(classes))]
+            images = images.subset(torch.cat(kept).sort().values)
+        return images.load(self.backbone(settings).fit, workers=self.workers)
 
     def adapters(self, settings: Mapping[str, Any], first: int | None = None) -> list[Adapter]:
         """The adapters of a cell, all or the first: tuned where their folders are not there, or the user's own."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lorarecycle.meta.episodes import EpisodeSampler
+from lorarecycle.reproduce.costs import works
 from lorarecycle.reproduce.experiment import load_experiment
 from lorarecycle.reproduce.learning import everything, joint, learned, pooled, settle_meta
 from lorarecycle.reproduce.losses import area
-from lorarecycle.reproduce.settings import inversion_config, meta_config
+from lorarecycle.reproduce.settings import inversion_config, merge, meta_config
 from lorarecycle.vit.features import normalized_batches
 
 pytestmark = pytest.mark.medium
@@ -132,6 +133,25 @@ def test_masks(rehearse):
     plain, config = settle_meta(*found["constructed mask"])
     assert config.sparsity == 0.75
     assert not torch.equal(plain[0].masked(0.75).kept, surrogates[0].kept)
+
+
+def test_few_images_of_a_class(rehearse):
+    """`adapters.per_class`: adapters are tuned on so many of each class at most, the same each time; the plan counts
+    them, and they are other adapters than those of all images."""
+    world, settings = next(iter(cells(rehearse, "table9").values()))
+    few = merge(settings, {"adapters": {"per_class": 5}})
+    every, some = next(world.task_images(settings)), next(world.task_images(few))
+    assert some.counts == (5,) * 5
+    assert min(every.counts) > 5
+    assert all((image == every.images).flatten(1).all(1).any() for image in some.images)
+    assert torch.equal(some.images, next(world.task_images(few)).images)
+    many = merge(settings, {"adapters": {"per_class": 999}})
+    assert torch.equal(next(world.task_images(many)).images, every.images)
+    facts = [world.adapter_facts(one) for one in (settings, few)]
+    assert facts[0] != facts[1]
+    again = replace(world, work=world.work / "nothing")
+    (cost,), (less,) = ([w for w in works(again, one, "") if w.stage == "tune adapters"] for one in (settings, few))
+    assert less.flops / cost.flops == pytest.approx(25 / len(every), rel=0.01)
 
 
 def test_mixed_ranks(rehearse):

@@ -264,6 +264,11 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
         ({"settings": {**SMALL, "tasks": {"n_way": 9}}}, "set 'shapes' must have 9 classes of at least 16 images"),
         ({"settings": {**SMALL, "tasks": {"n_query": 12}}}, "must have 5 classes of at least 13 images .*, got 0"),
         ({"columns": [{"name": "a", "shows": "beauty"}]}, "`shows` must be one of accuracy, .*, got 'beauty'"),
+        ({"settings": {**SMALL, "adapters": {"per_class": 0}}}, "`adapters.per_class` must be at least 1, .* got 0"),
+        (
+            {"settings": {**SMALL, "adapters": {"folder": "gone", "per_class": 5}}},
+            "`adapters.per_class` must be .* left out for adapters of a folder, got 5",
+        ),
         ({"settings": {**SMALL, "adapters": {"folder": "gone"}}}, "`adapters.folder` must be a folder of adapters"),
         (
             {"rows": [{"name": "a", "settings": {"method": "zero-shot"}}]},
