@@ -327,6 +327,13 @@ def describe_machine(bench: Bench) -> str:
     )
 
 
+def told(script: str) -> str:
+    """The command that was given, for the record; it names no folder of this machine."""
+    places = {"work-dir": "WORK", "surrogates": "IMAGES"}
+    given = re.sub(r"--(work-dir|surrogates)[ =]\S+", lambda m: f"--{m[1]} {places[m[1]]}", shlex.join(sys.argv[1:]))
+    return f"python benchmarks/{script} {given}"
+
+
 def make_parser(about: str) -> argparse.ArgumentParser:
     """The options of all that is measured in one work folder."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,8 +370,7 @@ def main() -> None:
     left_out = ("work_dir", "output", "sets", "recipes")
     arguments = {k: v for k, v in vars(args).items() if k not in left_out}
     run = {"machine": describe_machine(bench), "arguments": arguments}
-    told = re.sub(r"--work-dir[ =]\S+", "--work-dir WORK", shlex.join(sys.argv[1:]))
-    command = f"python benchmarks/accuracy_224.py {told}"
+    command = told("accuracy_224.py")
     for name in args.sets:
         group = kept(args.output, run, command, {name: bench.rows(name)})
     print(table(group))

@@ -15,19 +15,18 @@ each above its nearest photograph.
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accuracy_224 import IN_DOMAIN, RECIPES, ROOT, Bench, describe_machine, make_parser
+from accuracy_224 import IN_DOMAIN, RECIPES, ROOT, Bench, describe_machine, make_parser, told
 from PIL import Image
 from sets_224 import evenly, loaded
 from torch import Tensor
 
+from lorarecycle import Surrogate
 from lorarecycle.data.images import normalize
 from lorarecycle.runtime.files import write_json, write_text
 from lorarecycle.vit.features import extract_features
@@ -104,6 +103,7 @@ def main() -> None:
     parser.add_argument("--set", choices=IN_DOMAIN, default="cifar_fs")
     parser.add_argument("--recipe", choices=list(INVERTED), default="fourier")
     parser.add_argument("--seed", type=int, default=0, help="of inversion")
+    parser.add_argument("--surrogates", type=Path, help="images in place of the recipe's: a folder of `reproduce`")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "privacy.json")
     args = parser.parse_args()
     bench = Bench(args)
@@ -114,7 +114,14 @@ def main() -> None:
     if fewest < args.tuning_images + 2:
         parser.error(f"`--tuning-images` must leave two of each class ({fewest}) held out, got {args.tuning_images}")
     adapters, tasks = bench.adapters(args.set)
-    surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
+    if args.surrogates is None:
+        surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
+    else:
+        by_adapter = {s.adapter_digest: s for s in map(Surrogate.load, sorted(args.surrogates.glob("*.safetensors")))}
+        missing = [adapter.name for adapter in adapters if adapter.weights_digest() not in by_adapter]
+        if missing:
+            parser.error(f"`--surrogates` must hold images of each adapter, got none of {', '.join(missing)}")
+        surrogates = [by_adapter[adapter.weights_digest()] for adapter in adapters]
 
     def read(data: Any, rows: Tensor) -> Tensor:
         return loaded(data.subset(rows), bench.backbone.fit).images
@@ -152,7 +159,7 @@ def main() -> None:
     shares = {what: {name: summary(torch.cat(d)) for name, d in of.items()} for what, of in found.items()}
     report = {
         "machine": describe_machine(bench),
-        "command": "python benchmarks/privacy.py " + shlex.join(sys.argv[1:]),
+        "command": told("privacy.py"),
         "rows": shares,
     }
     write_json(args.output, report)
