@@ -34,17 +34,17 @@ KEPT = 12
 
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     """Accuracy in percent with its interval, tasks per second (features that an earlier cell of the set left are not
-    counted), seconds of preparation, peak memory in GB."""
+    counted), seconds of preparation (without adapters and surrogates, which cells share), peak memory in GB."""
     method: Any = make_cell_method(settings)
     needs, config = method.needs, task_config(settings)
-    model, meta_lora = world.model(settings), None
+    model, meta_lora, seconds = world.model(settings), None, None
     reset_peak(world.device)
     if isinstance(method, LoRARecycle):
-        model, meta_lora = learned(world, settings)
+        model, meta_lora, seconds = learned(world, settings)
         method, needs = NearestMean(distance=method.distance), NearestMean.needs
         reset_peak(world.device)
     elif not needs.rate:
-        method = _ready(world, settings, method, model)
+        method, seconds = _ready(world, settings, method, model)
     found = {}
     for name in set_names(settings):
         data = with_enough(world.open(name, "test"), config.n_shot + config.n_query, config.n_way, name)
@@ -78,7 +78,7 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
         found[name] = {
             **result.summary(),
             "n_drawn": config.n_tasks,
-            "prepare_seconds": getattr(method, "seconds", result.prepare_seconds),
+            "prepare_seconds": result.prepare_seconds if needs.rate else seconds,
             "tasks_per_second": 1 / result.seconds_per_task,
             **({"rate": method.chosen} if needs.rate else {}),
         }
@@ -106,16 +106,10 @@ def _images(world: World, settings: Mapping[str, Any], name: str, data: Dataset,
 
 
 class Ready(Method):
-    """A method that is prepared already.
+    """A method that is prepared already."""
 
-    Args:
-        method: prepared.
-        seconds: that it took.
-    """
-
-    def __init__(self, method: Method, seconds: float) -> None:
+    def __init__(self, method: Method) -> None:
         self.method = method
-        self.seconds = seconds
 
     def _prepare(self, given: Given) -> None:
         pass
@@ -127,22 +121,20 @@ class Ready(Method):
         return self.method.solve_all(tasks)
 
 
-def _ready(world: World, settings: Mapping[str, Any], method: Method, model: Backbone) -> Ready:
-    """A method whose preparation hangs on no task, prepared once for all sets and shots; the last few are kept."""
+def _ready(world: World, settings: Mapping[str, Any], method: Method, model: Backbone) -> tuple[Ready, float]:
+    """A method whose preparation hangs on no task, prepared once for all sets and shots, and the seconds that it took,
+    adapters and surrogates not counted; the last few are kept."""
     needs, key = method.needs, key_of(prepared_facts(world, settings, method))
     if key not in world.prepared:
+        adapters = world.adapters(settings) if needs.adapters else ()
+        surrogates = world.surrogates(settings) if needs.surrogates else None
         start = time.perf_counter()
-        method.prepare(
-            model,
-            world.adapters(settings) if needs.adapters else (),
-            world.surrogates(settings) if needs.surrogates else None,
-            None,
-            world.text_encoder if needs.text_encoder else None,
-        )
+        method.prepare(model, adapters, surrogates, None, world.text_encoder if needs.text_encoder else None)
         while len(world.prepared) >= KEPT:
             world.prepared.pop(next(iter(world.prepared)))
         world.prepared[key] = method, time.perf_counter() - start
-    return Ready(*world.prepared[key])
+    ready, seconds = world.prepared[key]
+    return Ready(ready), seconds
 
 
 def facts(world: World, settings: Mapping[str, Any]) -> Facts:

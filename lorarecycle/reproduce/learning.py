@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from ..meta.draws import Draws
 from ..meta.episodes import EpisodeSampler
 from ..meta.loss import episode_loss
 from ..meta.train import default_lr, learning_rate
+from ..runtime.files import read_json, write_json
 from ..runtime.graphs import adam, set_rate
 from ..runtime.progress import track
 from ..tuning import tune
@@ -31,19 +33,38 @@ MASK_SPARSITY = 0.75
 """Of the masks of Table 11, where `meta.sparsity` says nothing."""
 
 
-def learned(world: World, settings: Mapping[str, Any]) -> tuple[Backbone, Adapter | None]:
-    """The model of a cell once it has learnt from its surrogates, and the adapter to wear, if it has one.
+class Learned(NamedTuple):
+    """What has learnt from surrogates.
+
+    Attributes:
+        model: of the cell.
+        adapter: that it wears, if it has one.
+        seconds: that learning took, adapters and surrogates not counted; None where they were not kept.
+    """
+
+    model: Backbone
+    adapter: Adapter | None
+    seconds: float | None
+
+
+def learned(world: World, settings: Mapping[str, Any]) -> Learned:
+    """The model of a cell once it has learnt from its surrogates.
 
     `learn` is "lora" (the meta-LoRA), "everything" (all weights, Tab. 10) or "joint" (a LoRA and one classifier over
     all classes of all adapters, Tab. 8).
     """
-    if settings["learn"] == "everything":
-        return everything(world, settings), None
     folder = world.folder("meta-loras", world.learn_facts(settings))
-    if not folder.exists():
-        make = joint if settings["learn"] == "joint" else _meta_lora
-        make(world, settings).save(folder)
-    return world.model(settings), Adapter.load(folder)
+    kept, everywhere = folder.with_suffix(".json"), settings["learn"] == "everything"
+    if everywhere or not folder.exists():
+        world.adapters(settings), world.surrogates(settings)
+        start = time.perf_counter()
+        if everywhere:
+            return Learned(everything(world, settings), None, time.perf_counter() - start)
+        made = joint(world, settings) if settings["learn"] == "joint" else _meta_lora(world, settings)
+        write_json(kept, {"seconds": time.perf_counter() - start})
+        made.save(folder)
+    seconds = read_json(kept)["seconds"] if kept.exists() else None
+    return Learned(world.model(settings), Adapter.load(folder), seconds)
 
 
 def settle_meta(world: World, settings: Mapping[str, Any]) -> tuple[list[Surrogate], MetaConfig]:

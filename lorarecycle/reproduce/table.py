@@ -10,7 +10,7 @@ from .experiment import Experiment
 WORDS = {
     "accuracy": "Accuracy, %",
     "tasks_per_second": "Tasks per second, the share of features that no earlier cell left included",
-    "prepare_seconds": "Seconds of preparation",
+    "prepare_seconds": "Seconds of preparation, adapters and inverted images not included",
     "memory": "Peak memory, GB",
 }
 """Titles of tables."""

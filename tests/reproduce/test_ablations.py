@@ -1,11 +1,13 @@
 """Ablations are changes of settings: each is seen to change what it says, and nothing else."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lorarecycle.meta.episodes import EpisodeSampler
+from lorarecycle.reproduce import learning
 from lorarecycle.reproduce.costs import works
 from lorarecycle.reproduce.experiment import load_experiment
 from lorarecycle.reproduce.learning import everything, joint, learned, pooled, settle_meta
@@ -87,7 +89,7 @@ def test_joint_learning(rehearse):
         assert own == [s.class_names[c] for c in s.labels.tolist()]
     adapter = joint(world, settings)
     assert adapter.head is None
-    meta = learned(world, {**settings, "learn": "lora"})[1]
+    meta = learned(world, {**settings, "learn": "lora"}).adapter
     assert adapter.sites == meta.sites
     assert adapter.digest() != meta.digest()
 
@@ -106,10 +108,10 @@ def test_what_is_meta_trained(rehearse):
     """Tab. 10: all weights and no LoRA; LoRA in the blocks that the row names."""
     found = cells(rehearse, "table10")
     for row, blocks in (("LoRA (the first 6 layers)", range(6)), ("LoRA (the last 6 layers)", range(6, 12))):
-        adapter = learned(*found[row])[1]
+        adapter = learned(*found[row]).adapter
         assert {int(site.split(".")[1]) for site in adapter.sites} == set(blocks)
     world, settings = found["Entire VFM"]
-    model, adapter = learned(world, {**settings, "meta": {**settings["meta"], "steps": 3}})
+    model, adapter, _ = learned(world, {**settings, "meta": {**settings["meta"], "steps": 3}})
     assert adapter is None
     before, after = world.backbone(settings).state_dict(), model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -117,6 +119,32 @@ def test_what_is_meta_trained(rehearse):
     again = everything(world, {**settings, "meta": {**settings["meta"], "steps": 3}}).state_dict()
     assert all(torch.equal(after[name], again[name]) for name in after)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_seconds_of_learning(rehearse, tmp_path, monkeypatch):
+    """Meta-training is timed, images that rows share are not, and the seconds stay with the meta-LoRA."""
+    world, settings = next(iter(cells(rehearse, "table7").values()))
+    now, made, real = [0.0], world.surrogates(settings), learning.trained
+    images = [100.0]  # seconds that they take, once
+
+    def invert(*args):
+        now[0] += images.pop() if images else 0
+        return made
+
+    def train(*args, **kwargs):
+        now[0] += 3
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(learning, "trained", train)
+    monkeypatch.setattr(type(world), "surrogates", invert)
+    monkeypatch.setattr(type(world), "folder", lambda self, kind, facts: tmp_path / kind / "one")
+    assert learned(world, settings).seconds == 3
+    assert not images
+    monkeypatch.setattr(learning, "trained", None)
+    assert learned(world, settings).seconds == 3
+    (tmp_path / "meta-loras" / "one.json").unlink()
+    assert learned(world, settings).seconds is None, "made by a version that kept none"
 
 
 def test_masks(rehearse):
@@ -159,7 +187,7 @@ def test_mixed_ranks(rehearse):
     found = cells(rehearse, "table15")
     ranks = [[set(a.ranks.values()) for a in world.adapters(s)] for world, s in found.values()]
     assert ranks == [[{4}] * 4, [{4}, {8}] * 2]
-    assert set(learned(*found["50 %: 4 + 50 %: 8"])[1].ranks.values()) == {4}
+    assert set(learned(*found["50 %: 4 + 50 %: 8"]).adapter.ranks.values()) == {4}
 
 
 def test_prior_weight(rehearse):
