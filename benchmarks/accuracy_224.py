@@ -16,11 +16,12 @@ than 8 minutes:
 
 ViT-Tiny; adapters of rank 4 tuned at 224 pixels on 5-way tasks of train classes, 600 tasks of test classes (the same
 for every row), 15 queries (5-shot: 10). The bound is what real images of the adapters reach: the best of several
-numbers of steps and both starts, chosen on validation classes. All that is finished stays in the work folder: run it
-again and it goes on. Each row can be asked for by itself (`--recipes`), which on a GPU takes minutes. Needs the sets of
-`sets_224.py`, vit_tiny_patch16_224.safetensors and weights/tf_efficientnet_lite0.safetensors in the folder that
-LORARECYCLE_DATA names (../shared/data otherwise). Writes JSON, tables and a sheet of images for each recipe; what is
-there already of other arguments stays, and sets and rows of the same arguments join it.
+numbers of steps and both starts, chosen on validation classes; its seconds are those of that one. All that is finished
+stays in the work folder: run it again and it goes on. Each row can be asked for by itself (`--recipes`), which on a GPU
+takes minutes. Needs the sets of `sets_224.py`, vit_tiny_patch16_224.safetensors and
+weights/tf_efficientnet_lite0.safetensors in the folder that LORARECYCLE_DATA names (../shared/data otherwise). Writes
+JSON, tables and a sheet of images for each recipe; what is there already of other arguments stays, and sets and rows of
+the same arguments join it.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ OTHERS = {
     "real birds seen at 32 px, labels only": replace(EPISODES, interpolation=1.0, resolutions=(32,)),
 }
 """What no adapter has to do with: photographs of CUB's train classes. It shows what is the resolution's alone."""
+IMAGES = ("epochs", "tuning_images", "images_per_class", "inversion_steps", "prior_size")
+"""Options that images of adapters hang on."""
 BOUND = "real images, to convergence (bound)"
 
 
@@ -160,6 +163,7 @@ class Bench:
     def rows(self, name: str) -> dict[str, list[Row]]:
         """Every row of a set."""
         args, folder = self.args, self.args.work_dir / f"{name}-{self.args.adapters}"
+        self.claim(folder, *IMAGES, "meta_steps", "test_images", "n_tasks")
         adapters, tasks = self.adapters(name)
         images = {split: self.unseen(name, split) for split in {args.split, "val" if name in IN_DOMAIN else args.split}}
 
@@ -172,6 +176,13 @@ class Bench:
         def from_real(config: MetaConfig, seed: int) -> Adapter:
             shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
             return trained(self.backbone, real(), config=config, **shared)
+
+        def images_of(title: str, seed: int) -> float:
+            """Makes the images of a row, which rows share, before its clock runs; the seconds that inversion took."""
+            if title in RECIPES:
+                return self.inverted(adapters, title, seed, folder)[1] if RECIPES[title].inversion.steps else 0.0
+            (birds if title in OTHERS else real)()
+            return 0.0
 
         @cache
         def birds() -> list[Surrogate]:
@@ -204,7 +215,7 @@ class Bench:
         found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
         for title in wanted:
             for seed in args.seeds if title not in fixed else ():
-                place = folder / "meta" / f"{title}-{seed}"
+                place, inverting = folder / "meta" / f"{title}-{seed}", images_of(title, seed)
                 if title in RECIPES:
                     make = partial(self._recycled, adapters, title, seed, folder)
                 elif title in OTHERS:
@@ -214,8 +225,8 @@ class Bench:
                 else:
                     place, make = self._bound(from_real, row, seed, folder)
                 made = row(place.name, partial(_once, make, place))
-                seconds = place.with_suffix(".seconds.json")  # a row made anew finds its adapter made
-                found.setdefault(title, []).append({**made, "seconds": {"mean": read_json(seconds)["seconds"]}})
+                own = read_json(place.with_suffix(".seconds.json"))["seconds"]  # a row made anew finds its adapter made
+                found.setdefault(title, []).append({**made, "seconds": {"mean": own + inverting}})
         return found
 
     def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
@@ -223,25 +234,43 @@ class Bench:
         if not config.inversion.steps:
             config = replace(config, seed=seed)
             return recycle(adapters, base=self.backbone, config=config, device=self.device, dtype=self.dtype)
-        surrogates = self.inverted(adapters, title, seed, folder)
+        surrogates, _ = self.inverted(adapters, title, seed, folder)
         shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
         return trained(self.backbone, surrogates, config=self._shortened(config.meta), **shared)
 
-    def inverted(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> list[Surrogate]:
-        """Images of each adapter by a recipe, and a sheet of some of them."""
+    def inverted(
+        self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path
+    ) -> tuple[list[Surrogate], float]:
+        """Images of each adapter by a recipe, with a sheet of some of them, and the seconds that making them took."""
         inversion = RECIPES[title].inversion
         key = next(t for t, r in RECIPES.items() if r.inversion == inversion)  # recipes that share images
         shorter = {} if self.args.inversion_steps is None else {"steps": self.args.inversion_steps}
         count = self.args.images_per_class
         inversion = replace(inversion, images_per_class=count, batch_size=5 * count, **shorter)
         prior = self.prior(inversion.prior_relative)
-        surrogates = []
+        surrogates, seconds, place = [], 0.0, folder / "surrogates" / f"{key}-{seed}"
+        self.claim(place, *IMAGES)
         for i, adapter in enumerate(adapters):
-            path = folder / "surrogates" / f"{key}-{seed}" / f"{i}.safetensors"
+            path = place / f"{i}.safetensors"
             settings = {"config": inversion, "prior": prior, "dtype": self.dtype, "seed": seed * 1000 + i}
+            start, new, took = time.perf_counter(), not path.exists(), path.with_suffix(".seconds.json")
             surrogates.append(inverted(self.backbone, adapter, path, **settings))
+            if new:
+                write_json(took, {"seconds": time.perf_counter() - start})
+            seconds += read_json(took)["seconds"]
         draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{key}-{seed}.png")
-        return surrogates
+        return surrogates, seconds
+
+    def claim(self, folder: Path, *names: str) -> None:
+        """Write down with which settings a folder is filled; the program ends where it was with others."""
+        now = {"machine": describe_machine(self), **{name: getattr(self.args, name) for name in names}}
+        path = folder / "settings.json"
+        if not path.exists():
+            write_json(path, now)
+        there = read_json(path)
+        for name, value in now.items():
+            if there.get(name) != value:
+                sys.exit(f"--work-dir: {name} of {folder.name} is {there.get(name)}, not {value}; name another folder.")
 
     def _bound(self, from_real: Any, row: Any, seed: int, folder: Path) -> tuple[Path, Callable[[], Adapter]]:
         """Of several numbers of steps from either start the best on validation classes: its folder, and how it is made.

@@ -115,7 +115,8 @@ def main() -> None:
         parser.error(f"`--tuning-images` must leave two of each class ({fewest}) held out, got {args.tuning_images}")
     adapters, tasks = bench.adapters(args.set)
     if args.surrogates is None:
-        surrogates = bench.inverted(adapters, args.recipe, args.seed, args.work_dir / f"{args.set}-{args.adapters}")
+        folder = args.work_dir / f"{args.set}-{args.adapters}"
+        surrogates, _ = bench.inverted(adapters, args.recipe, args.seed, folder)
     else:
         by_adapter = {s.adapter_digest: s for s in map(Surrogate.load, sorted(args.surrogates.glob("*.safetensors")))}
         missing = [adapter.name for adapter in adapters if adapter.weights_digest() not in by_adapter]
