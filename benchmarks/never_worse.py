@@ -1,7 +1,7 @@
 r"""Is the default ever worse than the plain ViT? A grid of adapter pools, on validation classes.
 
     python benchmarks/never_worse.py --work-dir WORK                                   # all 72 pools: for a GPU
-    python benchmarks/never_worse.py --work-dir WORK --sets cifar_fs --sizes 224 --adapters 4 --tuning-images 30 \
+    python benchmarks/never_worse.py --work-dir SHORT --sets cifar_fs --sizes 224 --adapters 4 --tuning-images 30 \
         --epochs 3 --meta-steps 40 --n-query 5                                         # one pool, minutes of a CPU core
 
 ViT-Tiny; pools of rank-4 adapters of 5-way tasks that differ in data set, image size, number, images of a class and
@@ -112,7 +112,9 @@ class Grid:
         make, backbone = self.sets[pool.data].train, self.backbone(pool.image_size)
         assert make is not None
         images, found = make(), []
-        for i, classes in enumerate(draw_class_lists(images.class_names, max(ADAPTERS), 5)[: pool.adapters]):
+        for i, classes in enumerate(
+            draw_class_lists(images.class_names, max(*ADAPTERS, pool.adapters), 5)[: pool.adapters]
+        ):
             folder = self.args.work_dir / "adapters" / str(pool._replace(adapters=0)) / f"{i}"
             if not folder.exists():
                 own = loaded(images.select_classes(classes), backbone.fit, pool.tuning_images)
@@ -199,10 +201,16 @@ def main() -> None:
     chosen = itertools.product(args.sets, args.sizes, args.adapters, args.tuning_images, args.epochs)
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {grid.device}, {grid.dtype}, torch {torch.__version__}"
+    steps = {"meta_steps": args.meta_steps, "n_query": args.n_query}
+    settings = {"machine": machine, "tasks": args.n_tasks, "shorter": steps, "val_images": args.val_images}
+    kept = args.work_dir / "settings.json"
+    if not kept.exists():
+        write_json(kept, settings)
+    if read_json(kept) != settings:
+        parser.error(f"`--work-dir` must be a folder of the same settings, {settings}, got one of {read_json(kept)}")
     for values in chosen:
         grid.row(Pool(*values))
         rows = sorted((read_json(path) for path in (args.work_dir / "rows").glob("*.json")), key=pool_of)
-        steps = {"meta_steps": args.meta_steps, "n_query": args.n_query}
         report = {"machine": machine, "tasks": args.n_tasks, "shorter": steps, "rows": rows}
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), table(report))

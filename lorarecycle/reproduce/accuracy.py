@@ -34,17 +34,19 @@ KEPT = 12
 
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     """Accuracy in percent with its interval, tasks per second (features that an earlier cell of the set left are not
-    counted), seconds of preparation (without adapters and surrogates, which cells share), peak memory in GB."""
+    counted), seconds of preparation (without adapters and surrogates, which cells share), peak memory in GB of answering,
+    fine-tuning included."""
     method: Any = make_cell_method(settings)
     needs, config = method.needs, task_config(settings)
     model, meta_lora, seconds = world.model(settings), None, None
-    reset_peak(world.device)
     if isinstance(method, LoRARecycle):
         model, meta_lora, seconds = learned(world, settings)
         method, needs = NearestMean(distance=method.distance), NearestMean.needs
-        reset_peak(world.device)
     elif not needs.rate:
         method, seconds = _ready(world, settings, method, model)
+    adapters = world.adapters(settings) if method.needs.adapters else ()
+    surrogates = world.surrogates(settings) if method.needs.surrogates else None
+    reset_peak(world.device)
     found = {}
     for name in set_names(settings):
         data = with_enough(world.open(name, "test"), config.n_shot + config.n_query, config.n_way, name)
@@ -66,8 +68,8 @@ def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
             data,
             meta_lora,
             method=method,
-            adapters=world.adapters(settings) if method.needs.adapters else (),
-            surrogates=world.surrogates(settings) if method.needs.surrogates else None,
+            adapters=adapters,
+            surrogates=surrogates,
             validation=aside,
             config=config,
             tasks=tasks.first(tasks_seen(settings)),

@@ -43,7 +43,8 @@ def pictures(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
         images.append(surrogate.images[index])
         features.append(extract_features(teacher, surrogate.images[index], size=surrogate.images.shape[-1]))
         labels.append(torch.stack([torch.full_like(index, i), surrogate.labels[index]], dim=1))
-        losses.append(torch.nn.functional.cross_entropy(surrogate.teacher_logits, surrogate.labels).item())
+        shown = surrogate.teacher_logits[index], surrogate.labels[index]
+        losses.append(torch.nn.functional.cross_entropy(*shown).item())
     tensors = {"images": torch.cat(images), "features": torch.cat(features), "labels": torch.cat(labels)}
     path = Path("pictures") / f"{key_of(facts(world, settings))}.safetensors"
     (world.work / path.parent).mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,9 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
 def check(world: World, settings: Mapping[str, Any]) -> None:
     """Make sure that adapters and surrogates can be had, and that an area is named; errors as in `check_adapters`."""
     check_adapters(world, settings)
+    images = settings["surrogates"]
+    if images["images"] == "real" or images.get("head") == "text":
+        raise ValueError("`surrogates` must be images inverted by the adapters' own heads for cells of 'losses'.")
     if settings.get("area") is None:
         raise ValueError("`area` must be given for cells of 'losses', one of foreground, background, got none.")
 

@@ -19,6 +19,7 @@ from ..inversion.prior import BatchNormPrior
 from ..runtime.device import resolve
 from ..runtime.files import read_json, write_json, write_text
 from ..runtime.progress import track
+from ..runtime.version import __version__
 from ..vit.backbone import Backbone
 from .experiment import Column, Experiment, Row, load_experiment
 from .facts import Facts
@@ -174,6 +175,7 @@ class Run:
             "source": self.experiment.source,
             "quick": self.quick,
             "machine": self.machine,
+            "models": sorted({cell.settings["base"] for cell, _ in found if "base" in cell.facts}),
             "cells": [
                 {
                     "row": cell.row.name,
@@ -235,7 +237,7 @@ def prepare_run(
 
     Raises:
         ValueError, FileNotFoundError, TypeError, ImportError: an unknown table, method, set or setting; a set, a class,
-            a package or an encoder that is missing; parts that overlap; a work folder of another machine or a
+            a package or an encoder that is missing; parts that overlap; a work folder of another machine, version or a
             rehearsal's.
     """
     experiment = table if isinstance(table, Experiment) else load_experiment(table)
@@ -301,7 +303,8 @@ def prepare_run(
     elif named := [name for name, value in {"data": data, **given}.items() if value is not None]:
         logger.warning("a rehearsal has its own models and images: %s left out", ", ".join(named))
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {where}, {precision}"
-    machine += f", torch {torch.__version__}" + ("" if image_size is None else f", {image_size} px")
+    machine += f", torch {torch.__version__}, lorarecycle {__version__}"
+    machine += "" if image_size is None else f", {image_size} px"
     _refuse_other(work, quick, machine)
     return Run(experiment, world, cells, quick, machine)
 

@@ -11,7 +11,7 @@ WORDS = {
     "accuracy": "Accuracy, %",
     "tasks_per_second": "Tasks per second, the share of features that no earlier cell left included",
     "prepare_seconds": "Seconds of preparation, adapters and inverted images not included",
-    "memory": "Peak memory, GB",
+    "memory": "Peak memory of answering, fine-tuning included, GB; on a CPU the whole process's",
 }
 """Titles of tables."""
 REHEARSAL = "A rehearsal at small size on drawn images: these are no results."
@@ -25,10 +25,13 @@ def markdown(
     Args:
         experiment: gives rows, columns and the paper's figures, which a rehearsal leaves out.
         cells: (row, column) -> result; those that are missing were not run.
-        record: "quick" and "machine".
+        record: "quick", "machine" and "models".
     """
     quick = bool(record["quick"])
-    lines = [f"# {experiment.title}", "", f"{experiment.source}. Here: {record['machine']}.", ""]
+    here = "; ".join([record["machine"], *record["models"]])
+    counts = sorted({result["n_drawn"] for result in cells.values() if "n_drawn" in result})
+    here += "".join(f"; {' and '.join(map(str, counts))} tasks" for _ in counts[:1])
+    lines = [f"# {experiment.title}", "", f"{experiment.source}. Here: {here}.", ""]
     lines += [REHEARSAL, ""] if quick else []
     lines += [experiment.note, ""] if experiment.note else []
     paper = not quick and any(figure is not None for row in experiment.rows for figure in row.paper)

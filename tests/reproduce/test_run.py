@@ -101,6 +101,10 @@ def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkey
     more = {**SMALL, "tasks": {**SMALL["tasks"], "n_tasks": 5}}
     assert len(prepare_run(experiment(settings=more), **settings).todo()) == 6, "other settings, other cells"
     assert len(prepare_run(experiment(), n_tasks=5, **settings).todo()) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "__version__", "99.0")
+        with pytest.raises(ValueError, match="`work_dir` must be a new folder .* 99.0"):
+            prepare_run(experiment(), **settings)
     with pytest.raises(ValueError, match="`work_dir` must be a new folder or one of the same kind of run"):
         prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **{**MACHINE, "dtype": "bfloat16"})
 
@@ -381,6 +385,6 @@ def test_figures_in_words():
     assert figure({"accuracy": 89.694, "interval": float("nan")}, "accuracy") == "89.69"
     assert figure({"gflops": 50.588}, "gflops") == "50.59"
     assert figure({"memory": None}, "memory") == "-"
-    text = markdown(experiment, {}, {"quick": False, "machine": "m"})
+    text = markdown(experiment, {}, {"quick": False, "machine": "m", "models": ["tiny"]})
     assert "| {6: 0.75} | not run (81.08) | not run (95.52) | not run (7.15) |" in text
-    assert "(81.08)" not in markdown(experiment, {}, {"quick": True, "machine": "m"})
+    assert "(81.08)" not in markdown(experiment, {}, {"quick": True, "machine": "m", "models": ["tiny"]})

@@ -87,7 +87,7 @@ def test_methods_beside_one_another(rehearse):
     rows = tuple(row for row in experiment.rows if row.settings["method"] in ("nn", "full", "linear-probe"))
     table = rehearse(replace(experiment, rows=rows, columns=experiment.columns[-1:]))()
     text = table.read_text()
-    for title in ("Tasks per second", "Seconds of preparation", "Peak memory, GB"):
+    for title in ("Tasks per second", "Seconds of preparation", "Peak memory of answering"):
         assert f"## {title}" in text
     assert text.count("| full fine-tuning |") == 4
     assert [tasks_seen(experiment.cell(row, experiment.columns[0])) for row in rows] == [600, 600, 100, 600]

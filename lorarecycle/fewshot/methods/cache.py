@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...config import Distance
 from .base import Task
 from .nearest import NearestMean
 
@@ -24,6 +25,8 @@ class SupportCache(NearestMean):
     """
 
     beta: float = 5.5
+    distance: Distance = field(init=False, default="cosine", repr=False)
+    """Always the cosine."""
 
     def solve(self, task: Task) -> Tensor:
         support, query = task.features(self.encoder)

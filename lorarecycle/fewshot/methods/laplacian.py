@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ...config import Distance
 from ...meta.prototypes import class_centres
 from .base import Task
 from .nearest import NearestMean
@@ -28,6 +29,8 @@ class LaplacianShot(NearestMean):
     weight: float = 0.7
     neighbours: int = 3
     steps: int = 20
+    distance: Distance = field(init=False, default="sqeuclidean", repr=False)
+    """Always that."""
 
     def solve(self, task: Task) -> Tensor:
         support, query = task.features(self.encoder)

@@ -125,6 +125,12 @@ def test_the_cache_with_one_shot_is_the_nearest_cosine(tiny_backbone, task):
     torch.testing.assert_close(logits, -5.5 * (1 - cosine), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tip-adapter", "laplacian-shot"])
+def test_methods_with_a_distance_of_their_own_take_none(name):
+    with pytest.raises(ValueError, match="distance"):
+        make_method(name, distance="euclidean")
+
+
 def test_neighbours_outvote_a_query_that_stands_between(monkeypatch, tiny_backbone):
     support = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     query = torch.tensor([[0.5, 0.52], [0.62, 0.5], [0.63, 0.5], [0.64, 0.5]])
