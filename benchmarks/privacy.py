@@ -70,12 +70,14 @@ def compare(found: Tensor, seen: Tensor, unseen: Tensor, distance: Callable[[Ten
     return torch.stack([distance(found, seen).amin(1), distance(found, unseen).amin(1)], dim=1)
 
 
-def summary(distances: Tensor) -> dict[str, float]:
-    """Means of the two distances, and the share that is nearer to the tuning's photographs with its 95 % interval."""
-    seen, unseen = distances.mean(0).tolist()
-    share = (distances[:, 0] < distances[:, 1]).float().mean().item()
-    interval = 1.96 * math.sqrt(share * (1 - share) / len(distances))
-    return {"seen": seen, "unseen": unseen, "share": 100 * share, "interval": 100 * interval, "images": len(distances)}
+def summary(classes: list[Tensor]) -> dict[str, float]:
+    """Means of the two distances, and the share that is nearer to the tuning's photographs with its 95 % interval over
+    classes: images of one class are compared with the same photographs, so they are not independent."""
+    seen, unseen = torch.cat(classes).mean(0).tolist()
+    shares = torch.tensor([(c[:, 0] < c[:, 1]).float().mean().item() for c in classes])
+    interval = 1.96 * shares.std().item() / math.sqrt(len(shares))
+    share, images = shares.mean().item(), sum(map(len, classes))
+    return {"seen": seen, "unseen": unseen, "share": 100 * share, "interval": 100 * interval, "images": images}
 
 
 def evenly_of(images: Tensor, count: int) -> Tensor:
@@ -157,7 +159,7 @@ def main() -> None:
                 if encode is vit:
                     near = distance(encode(made), a)
                     closest += [(near[i].min().item(), made[i], seen[near[i].argmin()]) for i in range(len(made))]
-    shares = {what: {name: summary(torch.cat(d)) for name, d in of.items()} for what, of in found.items()}
+    shares = {what: {name: summary(d) for name, d in of.items()} for what, of in found.items()}
     report = {
         "machine": describe_machine(bench),
         "command": told("privacy.py"),

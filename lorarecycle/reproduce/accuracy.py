@@ -34,8 +34,8 @@ KEPT = 12
 
 def accuracy(world: World, settings: Mapping[str, Any]) -> Result:
     """Accuracy in percent with its interval, tasks per second (features that an earlier cell of the set left are not
-    counted), seconds of preparation (without adapters and surrogates, which cells share), peak memory in GB of answering,
-    fine-tuning included."""
+    counted), seconds of preparation (without adapters and surrogates, which cells share), peak memory of answering and
+    fine-tuning in GB."""
     method: Any = make_cell_method(settings)
     needs, config = method.needs, task_config(settings)
     model, meta_lora, seconds = world.model(settings), None, None
