@@ -112,9 +112,8 @@ class Grid:
         make, backbone = self.sets[pool.data].train, self.backbone(pool.image_size)
         assert make is not None
         images, found = make(), []
-        for i, classes in enumerate(
-            draw_class_lists(images.class_names, max(*ADAPTERS, pool.adapters), 5)[: pool.adapters]
-        ):
+        lists = draw_class_lists(images.class_names, max(*ADAPTERS, pool.adapters), 5)
+        for i, classes in enumerate(lists[: pool.adapters]):
             folder = self.args.work_dir / "adapters" / str(pool._replace(adapters=0)) / f"{i}"
             if not folder.exists():
                 own = loaded(images.select_classes(classes), backbone.fit, pool.tuning_images)

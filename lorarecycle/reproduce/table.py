@@ -28,9 +28,9 @@ def markdown(
         record: "quick", "machine" and "models".
     """
     quick = bool(record["quick"])
-    here = "; ".join([record["machine"], *record["models"]])
     counts = sorted({result["n_drawn"] for result in cells.values() if "n_drawn" in result})
-    here += "".join(f"; {' and '.join(map(str, counts))} tasks" for _ in counts[:1])
+    tasks = [" and ".join(map(str, counts)) + " tasks"] if counts else []
+    here = "; ".join([record["machine"], *record["models"], *tasks])
     lines = [f"# {experiment.title}", "", f"{experiment.source}. Here: {here}.", ""]
     lines += [REHEARSAL, ""] if quick else []
     lines += [experiment.note, ""] if experiment.note else []
