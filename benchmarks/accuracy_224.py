@@ -360,9 +360,10 @@ def describe_machine(bench: Bench) -> str:
 
 
 def told(script: str) -> str:
-    """The command that was given, for the record; it names no folder of this machine."""
+    """The command that was given, for the record; it names no folder of this machine, nor where the record lies."""
+    given = re.sub(r" ?--output[ =]\S+", "", shlex.join(sys.argv[1:]))
     places = {"work-dir": "WORK", "surrogates": "IMAGES"}
-    given = re.sub(r"--(work-dir|surrogates)[ =]\S+", lambda m: f"--{m[1]} {places[m[1]]}", shlex.join(sys.argv[1:]))
+    given = re.sub(r"--(work-dir|surrogates)[ =]\S+", lambda m: f"--{m[1]} {places[m[1]]}", given)
     return f"python benchmarks/{script} {given}"
 
 
