@@ -281,7 +281,7 @@ class Bench:
         Each trial is a row and an adapter of its own: more steps asked for later join those that are there.
         """
         trials = {}
-        for init, lr in (("random", 1e-3), ("adapters", 5e-4)):
+        for init, lr in (("adapters", 5e-4), ("random", 1e-3)):
             for steps in self.args.bound_steps:
                 config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, lr=lr)
                 place = folder / "meta" / f"{BOUND}-{init}-{steps}-{seed}"
