@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import platform
 import re
 import shlex
@@ -64,7 +63,6 @@ from lorarecycle.reproduce.stages import Row, draw_class_lists, inverted, label_
 from lorarecycle.runtime.device import resolve
 from lorarecycle.runtime.files import read_json, write_json, write_text
 
-logger: logging.Logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 IN_DOMAIN = ("cifar_fs", "vgg_flower", "cub", "crop_diseases")
 CROSS = ("eurosat", "isic", "chestx")
@@ -178,12 +176,11 @@ class Bench:
             shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
             return trained(self.backbone, real(), config=config, **shared)
 
-        def images_of(title: str, seed: int, place: Path) -> float:
+        def images_of(title: str, seed: int) -> float:
             """Makes the images of a row, which rows share, before its clock runs; the seconds that inversion took."""
             if title in RECIPES:
                 return self.inverted(adapters, title, seed, folder)[1] if RECIPES[title].inversion.steps else 0.0
-            if not place.exists():
-                (birds if title in OTHERS else real)()
+            (birds if title in OTHERS else real)()
             return 0.0
 
         @cache
@@ -217,8 +214,8 @@ class Bench:
         found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
         for title in wanted:
             for seed in args.seeds if title not in fixed else ():
-                place = folder / "meta" / f"{title}-{seed}"
-                inverting = images_of(title, seed, place)
+                place, trials = folder / "meta" / f"{title}-{seed}", {}
+                inverting = images_of(title, seed)
                 if title in RECIPES:
                     make = partial(self._recycled, adapters, title, seed, folder)
                 elif title in OTHERS:
@@ -226,10 +223,11 @@ class Bench:
                 elif title in REAL:
                     make = partial(from_real, self._shortened(REAL[title]), seed)
                 else:
-                    place, make = self._bound(from_real, row, seed, folder)
+                    place, make, trials = self._bound(from_real, row, seed, folder)
                 made = row(place.name, partial(_once, make, place))
                 own = read_json(place.with_suffix(".seconds.json"))["seconds"]  # a row made anew finds its adapter made
-                found.setdefault(title, []).append({**made, "seconds": {"mean": own + inverting}})
+                more = {"seconds": {"mean": own + inverting}, **({"trials": trials} if trials else {})}
+                found.setdefault(title, []).append({**made, **more})
         return found
 
     def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
@@ -256,11 +254,13 @@ class Bench:
         for i, adapter in enumerate(adapters):
             path = place / f"{i}.safetensors"
             settings = {"config": inversion, "prior": prior, "dtype": self.dtype, "seed": seed * 1000 + i}
-            start, new, took = time.perf_counter(), not path.exists(), path.with_suffix(".seconds.json")
+            start, took = time.perf_counter(), path.with_suffix(".seconds.json")
+            if not took.exists():
+                path.unlink(missing_ok=True)  # stopped in between: made again, to be timed
             surrogates.append(inverted(self.backbone, adapter, path, **settings))
-            if new:
+            if not took.exists():
                 write_json(took, {"seconds": time.perf_counter() - start})
-            seconds += read_json(took)["seconds"] if took.exists() else math.nan  # images of an earlier version
+            seconds += read_json(took)["seconds"]
         draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{key}-{seed}.png")
         return surrogates, seconds
 
@@ -275,21 +275,25 @@ class Bench:
             if there.get(name) != value:
                 sys.exit(f"--work-dir: {name} of {folder.name} is {there.get(name)}, not {value}; name another folder.")
 
-    def _bound(self, from_real: Any, row: Any, seed: int, folder: Path) -> tuple[Path, Callable[[], Adapter]]:
-        """Of several numbers of steps from either start the best on validation classes: its folder, and how it is made.
+    def _bound(
+        self, from_real: Any, row: Any, seed: int, folder: Path
+    ) -> tuple[Path, Callable[[], Adapter], dict[str, float]]:
+        """Of several numbers of steps from either start the best on validation classes: its folder, how it is made, and
+        what each has there in 1-shot.
 
         Each trial is a row and an adapter of its own: more steps asked for later join those that are there.
         """
-        trials = {}
+        trials, scores = {}, {}
         for init, lr in (("adapters", 5e-4), ("random", 1e-3)):
             for steps in self.args.bound_steps:
                 config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, lr=lr)
                 place = folder / "meta" / f"{BOUND}-{init}-{steps}-{seed}"
                 make = partial(from_real, config, seed)
-                score = row(place.name, partial(_once, make, place), "val")
-                trials[statistics.mean(v["mean"] for k, v in score.items() if k.endswith("1-shot"))] = place, make
-        logger.info("%s: %s", BOUND, {place.name: round(score, 2) for score, (place, _) in trials.items()})
-        return trials[max(trials)]
+                found = row(place.name, partial(_once, make, place), "val")
+                name = f"{steps} steps from {'the warm start' if init == 'adapters' else 'a random start'}"
+                scores[name] = statistics.mean(v["mean"] for k, v in found.items() if k.endswith("1-shot"))
+                trials[name] = place, make
+        return *trials[max(scores, key=scores.__getitem__)], scores
 
     def _shortened(self, meta: MetaConfig) -> MetaConfig:
         steps = self.args.meta_steps
@@ -315,7 +319,7 @@ def table(group: dict[str, Any]) -> str:
     where = f"{group['arguments']['split']} classes, {group['arguments']['distance']}"
     lines = [f"{group['machine']}; {where}.", "", "```", *group["commands"], "```", ""]
     for name, rows in group["sets"].items():
-        columns = [key for key in next(iter(rows.values()))[0] if key != "seconds"]
+        columns = [key for key in next(iter(rows.values()))[0] if key not in ("seconds", "trials")]
         lines += [
             f"**{name}, {group['arguments']['adapters']} adapters**",
             "",
@@ -331,6 +335,9 @@ def table(group: dict[str, Any]) -> str:
             seconds = statistics.mean(run["seconds"]["mean"] for run in runs)
             lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} | {seconds:.{0 if seconds > 9 else 1}f} |")
         lines.append("")
+        for trials in (run["trials"] for run in rows.get(BOUND, []) if "trials" in run):
+            told = "; ".join(f"{name} {score:.2f}" for name, score in trials.items())
+            lines += [f"Of the bound, chosen on validation classes, 1-shot: {told}.", ""]
     return "\n".join(lines)
 
 

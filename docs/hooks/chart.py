@@ -33,7 +33,9 @@ def figures() -> dict[str, dict[str, Any]]:
         if {k: group["arguments"][k] for k in ASKED} == ASKED:
             for row, runs in group["sets"].get("cifar_fs", {}).items():
                 runs = [run["cifar_fs, 1-shot"] for run in runs]
-                found[row] = {k: sum(run[k] for run in runs) / len(runs) for k in ("mean", "interval")}
+                figures = {k: sum(run[k] for run in runs) / len(runs) for k in ("mean", "interval")}
+                if found.setdefault(row, figures) != figures:
+                    raise ValueError(f"accuracy_224.json must hold one figure of {row!r}, got two: {figures}.")
     cells = json.loads((results / "methods.json").read_text())["methods_224_tuned"]
     tuned = next(cell["result"] for cell in cells if cell["row"] == "LoRA + Linear")
     return {**found, "tuned": {"mean": tuned["accuracy"], "interval": tuned["interval"], "tasks": tuned["n_tasks"]}}

@@ -296,6 +296,13 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
             "row 'a', column 'a': `area` must be given for cells of 'losses', one of foreground, background, got none",
         ),
         (
+            {
+                "settings": {**SMALL, "kind": "losses", "area": "foreground", "surrogates": {"images": "real"}},
+                "columns": [{"name": "a", "shows": "before"}],
+            },
+            "`surrogates` must be images inverted by the adapters' own heads for cells of 'losses'",
+        ),
+        (
             {"sets": {"shapes": {"path": "gone.npz"}}},
             "`source` must be a folder, a npz or parquet file, .* got 'gone.npz'",
         ),
@@ -385,6 +392,10 @@ def test_figures_in_words():
     assert figure({"accuracy": 89.694, "interval": float("nan")}, "accuracy") == "89.69"
     assert figure({"gflops": 50.588}, "gflops") == "50.59"
     assert figure({"memory": None}, "memory") == "-"
-    text = markdown(experiment, {}, {"quick": False, "machine": "m", "models": ["tiny"]})
+    record = {"quick": False, "machine": "m", "models": ["tiny"]}
+    text = markdown(experiment, {}, record)
     assert "| {6: 0.75} | not run (81.08) | not run (95.52) | not run (7.15) |" in text
-    assert "(81.08)" not in markdown(experiment, {}, {"quick": True, "machine": "m", "models": ["tiny"]})
+    assert "Here: m; tiny.\n" in text
+    some = {(experiment.rows[0].name, experiment.columns[0].name): {"accuracy": 50.0, "n_tasks": 600, "n_drawn": 600}}
+    assert "Here: m; tiny; 600 tasks.\n" in markdown(experiment, some, record)
+    assert "(81.08)" not in markdown(experiment, {}, {**record, "quick": True})
