@@ -43,7 +43,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from sets_224 import DATA, data_sets, loaded, vit_tiny
+from sets_224 import DATA, claim, data_sets, loaded, vit_tiny
 
 from lorarecycle import (
     Adapter,
@@ -162,7 +162,7 @@ class Bench:
     def rows(self, name: str) -> dict[str, list[Row]]:
         """Every row of a set."""
         args, folder = self.args, self.args.work_dir / f"{name}-{self.args.adapters}"
-        self.claim(folder, *IMAGES, "meta_steps", "test_images", "n_tasks")
+        claim(folder, self._settings(*IMAGES, "meta_steps", "test_images", "n_tasks"))
         adapters, tasks = self.adapters(name)
         images = {split: self.unseen(name, split) for split in {args.split, "val" if name in IN_DOMAIN else args.split}}
 
@@ -175,13 +175,6 @@ class Bench:
         def from_real(config: MetaConfig, seed: int) -> Adapter:
             shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
             return trained(self.backbone, real(), config=config, **shared)
-
-        def images_of(title: str, seed: int) -> float:
-            """Makes the images of a row, which rows share, before its clock runs; the seconds that inversion took."""
-            if title in RECIPES:
-                return self.inverted(adapters, title, seed, folder)[1] if RECIPES[title].inversion.steps else 0.0
-            (birds if title in OTHERS else real)()
-            return 0.0
 
         @cache
         def birds() -> list[Surrogate]:
@@ -196,6 +189,10 @@ class Bench:
 
         def from_birds(config: MetaConfig, seed: int) -> Adapter:
             return trained(self.backbone, birds(), config=self._shortened(config), seed=seed, dtype=self.dtype)
+
+        @cache
+        def invert(title: str, seed: int) -> list[Surrogate]:
+            return self.inverted(adapters, title, seed, folder)
 
         def row(title: str, make: Callable[[], Adapter | None], split: str = args.split) -> Row:
             shared = {"n_query": 15, "n_tasks": args.n_tasks, "dtype": self.dtype, "distance": args.distance}
@@ -214,43 +211,45 @@ class Bench:
         found = {title: [row(title, make)] for title, make in fixed.items() if title in wanted}
         for title in wanted:
             for seed in args.seeds if title not in fixed else ():
-                place, trials = folder / "meta" / f"{title}-{seed}", {}
-                inverting = images_of(title, seed)
+                place, images_of, trials = folder / "meta" / f"{title}-{seed}", None, {}
                 if title in RECIPES:
-                    make = partial(self._recycled, adapters, title, seed, folder)
+                    images_of = partial(invert, title, seed) if RECIPES[title].inversion.steps else None
+                    make = partial(self._recycled, adapters, title, seed, images_of)
                 elif title in OTHERS:
-                    make = partial(from_birds, OTHERS[title], seed)
+                    images_of, make = birds, partial(from_birds, OTHERS[title], seed)
                 elif title in REAL:
-                    make = partial(from_real, self._shortened(REAL[title]), seed)
+                    images_of, make = real, partial(from_real, self._shortened(REAL[title]), seed)
                 else:
-                    place, make, trials = self._bound(from_real, row, seed, folder)
-                made = row(place.name, partial(_once, make, place))
-                own = read_json(place.with_suffix(".seconds.json"))["seconds"]  # a row made anew finds its adapter made
-                more = {"seconds": {"mean": own + inverting}, **({"trials": trials} if trials else {})}
-                found.setdefault(title, []).append({**made, **more})
+                    images_of = real
+                    place, make, trials = self._bound(from_real, real, row, seed, folder)
+                made = row(place.name, partial(_once, make, place, images_of))
+                seconds = read_json(place.with_suffix(".seconds.json"))["seconds"]  # a row made anew finds its adapter
+                if title in RECIPES:
+                    files = self._surrogates(title, seed, folder).glob("*.seconds.json")
+                    seconds += sum(read_json(file)["seconds"] for file in files)
+                found.setdefault(title, []).append(
+                    {**made, "seconds": {"mean": seconds}, **({"trials": trials} if trials else {})}
+                )
         return found
 
-    def _recycled(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> Adapter:
+    def _recycled(
+        self, adapters: Sequence[Adapter], title: str, seed: int, images_of: Callable[[], list[Surrogate]] | None
+    ) -> Adapter:
         config = RECIPES[title]
-        if not config.inversion.steps:
+        if images_of is None:
             config = replace(config, seed=seed)
             return recycle(adapters, base=self.backbone, config=config, device=self.device, dtype=self.dtype)
-        surrogates, _ = self.inverted(adapters, title, seed, folder)
         shared = {"adapters": adapters, "seed": seed, "dtype": self.dtype}
-        return trained(self.backbone, surrogates, config=self._shortened(config.meta), **shared)
+        return trained(self.backbone, images_of(), config=self._shortened(config.meta), **shared)
 
-    def inverted(
-        self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path
-    ) -> tuple[list[Surrogate], float]:
-        """Images of each adapter by a recipe, with a sheet of some of them, and the seconds that making them took."""
-        inversion = RECIPES[title].inversion
-        key = next(t for t, r in RECIPES.items() if r.inversion == inversion)  # recipes that share images
+    def inverted(self, adapters: Sequence[Adapter], title: str, seed: int, folder: Path) -> list[Surrogate]:
+        """Images of each adapter by a recipe, a sheet of some, and beside each file the seconds that it took."""
         shorter = {} if self.args.inversion_steps is None else {"steps": self.args.inversion_steps}
         count = self.args.images_per_class
-        inversion = replace(inversion, images_per_class=count, batch_size=5 * count, **shorter)
+        inversion = replace(RECIPES[title].inversion, images_per_class=count, batch_size=5 * count, **shorter)
         prior = self.prior(inversion.prior_relative)
-        surrogates, seconds, place = [], 0.0, folder / "surrogates" / f"{key}-{seed}"
-        self.claim(place, *IMAGES)
+        surrogates, place = [], self._surrogates(title, seed, folder)
+        claim(place, self._settings(*IMAGES))
         for i, adapter in enumerate(adapters):
             path = place / f"{i}.safetensors"
             settings = {"config": inversion, "prior": prior, "dtype": self.dtype, "seed": seed * 1000 + i}
@@ -260,23 +259,21 @@ class Bench:
             surrogates.append(inverted(self.backbone, adapter, path, **settings))
             if not took.exists():
                 write_json(took, {"seconds": time.perf_counter() - start})
-            seconds += read_json(took)["seconds"]
-        draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{key}-{seed}.png")
-        return surrogates, seconds
+        draw_surrogates([s.masked(0.75) for s in surrogates[:4]], folder / f"{place.name}.png")
+        return surrogates
 
-    def claim(self, folder: Path, *names: str) -> None:
-        """Write down with which settings a folder is filled; the program ends where it was with others."""
-        now = {"machine": describe_machine(self), **{name: getattr(self.args, name) for name in names}}
-        path = folder / "settings.json"
-        if not path.exists():
-            write_json(path, now)
-        there = read_json(path)
-        for name, value in now.items():
-            if there.get(name) != value:
-                sys.exit(f"--work-dir: {name} of {folder.name} is {there.get(name)}, not {value}; name another folder.")
+    @staticmethod
+    def _surrogates(title: str, seed: int, folder: Path) -> Path:
+        """Where the images of a recipe are kept; recipes of one inversion share them."""
+        key = next(t for t, r in RECIPES.items() if r.inversion == RECIPES[title].inversion)
+        return folder / "surrogates" / f"{key}-{seed}"
+
+    def _settings(self, *names: str) -> dict[str, Any]:
+        """The machine and some options, for `claim`."""
+        return {"machine": describe_machine(self), **{name: getattr(self.args, name) for name in names}}
 
     def _bound(
-        self, from_real: Any, row: Any, seed: int, folder: Path
+        self, from_real: Any, real: Any, row: Any, seed: int, folder: Path
     ) -> tuple[Path, Callable[[], Adapter], dict[str, float]]:
         """Of several numbers of steps from either start the best on validation classes: its folder, how it is made, and
         what each has there in 1-shot.
@@ -289,7 +286,7 @@ class Bench:
                 config = replace(EPISODES, steps=steps, cycle=max(4, steps), init=init, interpolation=1.0, lr=lr)
                 place = folder / "meta" / f"{BOUND}-{init}-{steps}-{seed}"
                 make = partial(from_real, config, seed)
-                found = row(place.name, partial(_once, make, place), "val")
+                found = row(place.name, partial(_once, make, place, real), "val")
                 name = f"{steps} steps from {'the warm start' if init == 'adapters' else 'a random start'}"
                 scores[name] = statistics.mean(v["mean"] for k, v in found.items() if k.endswith("1-shot"))
                 trials[name] = place, make
@@ -304,9 +301,11 @@ class Bench:
         return torch.cat(rows)
 
 
-def _once(make: Callable[[], Adapter], folder: Path) -> Adapter:
-    """Make an adapter, or load it where it was made before."""
+def _once(make: Callable[[], Adapter], folder: Path, images_of: Callable[[], object] | None = None) -> Adapter:
+    """Make an adapter, or load it where it was made; its clock runs once the images, which rows share, are there."""
     if not folder.exists():
+        if images_of is not None:
+            images_of()
         start = time.perf_counter()
         made = make()
         write_json(folder.with_suffix(".seconds.json"), {"seconds": time.perf_counter() - start})

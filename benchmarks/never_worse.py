@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sets_224 import DATA, data_sets, loaded, vit_tiny
+from sets_224 import DATA, claim, data_sets, loaded, vit_tiny
 
 from lorarecycle import (
     Adapter,
@@ -201,16 +201,12 @@ def main() -> None:
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {grid.device}, {grid.dtype}, torch {torch.__version__}"
     steps = {"meta_steps": args.meta_steps, "n_query": args.n_query}
-    settings = {"machine": machine, "tasks": args.n_tasks, "shorter": steps, "val_images": args.val_images}
-    kept = args.work_dir / "settings.json"
-    if not kept.exists():
-        write_json(kept, settings)
-    if read_json(kept) != settings:
-        parser.error(f"`--work-dir` must be a folder of the same settings, {settings}, got one of {read_json(kept)}")
+    about = {"machine": machine, "tasks": args.n_tasks, "shorter": steps}
+    claim(args.work_dir, {**about, "val_images": args.val_images})
     for values in chosen:
         grid.row(Pool(*values))
         rows = sorted((read_json(path) for path in (args.work_dir / "rows").glob("*.json")), key=pool_of)
-        report = {"machine": machine, "tasks": args.n_tasks, "shorter": steps, "rows": rows}
+        report = {**about, "rows": rows}
         write_json(args.output, report)
         write_text(args.output.with_suffix(".md"), table(report))
     print(table(report))

@@ -118,7 +118,7 @@ def main() -> None:
     adapters, tasks = bench.adapters(args.set)
     if args.surrogates is None:
         folder = args.work_dir / f"{args.set}-{args.adapters}"
-        surrogates, _ = bench.inverted(adapters, args.recipe, args.seed, folder)
+        surrogates = bench.inverted(adapters, args.recipe, args.seed, folder)
     else:
         by_adapter = {s.adapter_digest: s for s in map(Surrogate.load, sorted(args.surrogates.glob("*.safetensors")))}
         missing = [adapter.name for adapter in adapters if adapter.weights_digest() not in by_adapter]

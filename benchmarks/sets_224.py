@@ -1,8 +1,9 @@
-"""Data sets and the ViT of the benchmarks at 224 pixels: classes to tune on, to choose on and to report on."""
+"""Data sets, ViT and work folders of the benchmarks at 224 pixels: classes to tune on, to choose on, to report on."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorarecycle import Backbone, LabelledImages, load_dataset
 from lorarecycle.data.images import Fit
 from lorarecycle.data.lazy import Dataset
 from lorarecycle.data.sets import open_dataset
+from lorarecycle.runtime.files import read_json, write_json
 from lorarecycle.runtime.seeds import stream
 
 Images = LabelledImages | Dataset
@@ -81,3 +83,14 @@ def loaded(images: Images, fit: Fit, per_class: int | None = None) -> LabelledIm
 def evenly(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` of them, evenly spaced."""
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down with which settings (JSON values) a folder is filled; the program ends where it was with others."""
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+    there = read_json(path)
+    for name, value in settings.items():
+        if there.get(name) != value:
+            sys.exit(f"--work-dir: {name} of {folder.name} is {there.get(name)}, not {value}; name another folder.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from ..vit.features import normalized_batches
 from .settings import meta_config
 from .stages import trained
 from .world import World
+
+T = TypeVar("T")
 
 MASK_SPARSITY = 0.75
 """Of the masks of Table 11, where `meta.sparsity` says nothing."""
@@ -53,18 +55,23 @@ def learned(world: World, settings: Mapping[str, Any]) -> Learned:
     `learn` is "lora" (the meta-LoRA), "everything" (all weights, Tab. 10) or "joint" (a LoRA and one classifier over
     all classes of all adapters, Tab. 8).
     """
+    if settings["learn"] == "everything":
+        model, seconds = _timed(everything, world, settings)
+        return Learned(model, None, seconds)
     folder = world.folder("meta-loras", world.learn_facts(settings))
-    kept, everywhere = folder.with_suffix(".json"), settings["learn"] == "everything"
-    if everywhere or not folder.exists():
-        world.adapters(settings), world.surrogates(settings)
-        start = time.perf_counter()
-        if everywhere:
-            return Learned(everything(world, settings), None, time.perf_counter() - start)
-        made = joint(world, settings) if settings["learn"] == "joint" else _meta_lora(world, settings)
-        write_json(kept, {"seconds": time.perf_counter() - start})
-        made.save(folder)
-    seconds = read_json(kept)["seconds"] if kept.exists() else None
-    return Learned(world.model(settings), Adapter.load(folder), seconds)
+    kept = folder.with_suffix(".json")
+    if not folder.exists():
+        adapter, seconds = _timed(joint if settings["learn"] == "joint" else _meta_lora, world, settings)
+        write_json(kept, {"seconds": seconds})
+        adapter.save(folder)  # last: where it is there, so are its seconds
+    return Learned(world.model(settings), Adapter.load(folder), read_json(kept)["seconds"] if kept.exists() else None)
+
+
+def _timed(make: Callable[[World, Mapping[str, Any]], T], world: World, settings: Mapping[str, Any]) -> tuple[T, float]:
+    """What is made of a cell's adapters and surrogates, and the seconds that it took once they were there."""
+    world.adapters(settings), world.surrogates(settings)
+    start = time.perf_counter()
+    return make(world, settings), time.perf_counter() - start
 
 
 def settle_meta(world: World, settings: Mapping[str, Any]) -> tuple[list[Surrogate], MetaConfig]:

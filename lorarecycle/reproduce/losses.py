@@ -35,7 +35,10 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     check_adapters(world, settings)
     images = settings["surrogates"]
     if images["images"] == "real" or images.get("head") == "text":
-        raise ValueError("`surrogates` must be images inverted by the adapters' own heads for cells of 'losses'.")
+        raise ValueError(
+            "`surrogates` must be images inverted by the adapters' own heads for cells of 'losses', got "
+            f"`images` {images['images']!r} and `head` {images.get('head') or 'own'!r}."
+        )
     if settings.get("area") is None:
         raise ValueError("`area` must be given for cells of 'losses', one of foreground, background, got none.")
 
