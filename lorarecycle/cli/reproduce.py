@@ -50,7 +50,8 @@ class Reproduce:
     def run(self) -> None:
         from ..reproduce.experiment import experiment_names, experiment_text, load_experiment
         from ..reproduce.planning import cheapest_first, plan_run
-        from ..reproduce.run import CellsFailed, prepare_run
+        from ..reproduce.prepare import prepare_run
+        from ..reproduce.run import CellsFailed
         from ..runtime.files import require_place, write_text
 
         if self.table == "list":

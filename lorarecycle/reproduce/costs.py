@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..config import RecycleConfig
+from ..config import InversionConfig, RecycleConfig
 from ..costs import PASSES, forward_flops, network_flops
 from ..fewshot.methods.caml import CAML
 from ..fewshot.methods.pmf import PMF
@@ -16,7 +17,7 @@ from ..fewshot.methods.recycled import FromWeights, LoRARecycle
 from ..fewshot.methods.zero_shot import ZeroShotRecycle
 from ..meta.guide import guide_side
 from ..stages import guide_views
-from . import generation, images, language
+from . import generation, images, language, speed
 from .accuracy import chooses_rate, prepared_facts
 from .settings import (
     inversion_config,
@@ -66,19 +67,22 @@ def _accuracy(world: World, settings: Mapping[str, Any], key: str) -> Iterator[W
     if method.needs.surrogates:
         yield from _inversion(world, settings)
     if isinstance(method, LoRARecycle):
-        yield _meta_training(world, settings)
+        yield _meta_training(world, settings, key)
     elif method.needs.surrogates or isinstance(method, FromWeights):
         yield _preparation(world, settings, method, key)
     yield _evaluation(world, settings, method, key)
 
 
-def _adapters_alone(world: World, settings: Mapping[str, Any], key: str) -> Iterator[Work]:
+def _inversion_steps(world: World, settings: Mapping[str, Any], key: str) -> Iterator[Work]:
     yield from _tuning(world, settings, 1)
-    yield from _measurement(world, settings, key)
+    pruned = replace(inversion_config(settings), prune_from=0.0)
+    flops = speed.images_seen(settings) * _inversion_flops(world, settings, pruned)
+    yield Work("measure steps", key, 1, "cells", flops, _width(world, settings))
 
 
-def _measurement(world: World, settings: Mapping[str, Any], key: str) -> Iterator[Work]:
-    yield Work("measure steps", key, 1, "cells", 80 * 100 * PASSES * _forward(world, settings), _width(world, settings))
+def _training_steps(world: World, settings: Mapping[str, Any], key: str) -> Iterator[Work]:
+    flops = speed.images_seen(settings) * _meta_flops(world, settings)
+    yield Work("measure steps", key, 1, "cells", flops, _width(world, settings))
 
 
 def _losses(world: World, settings: Mapping[str, Any], key: str) -> Iterator[Work]:
@@ -130,8 +134,8 @@ def _language(world: World, settings: Mapping[str, Any], key: str) -> Iterator[W
 
 KINDS: dict[str, Callable[[World, Mapping[str, Any], str], Iterator[Work]]] = {
     "accuracy": _accuracy,
-    "inversion": _adapters_alone,
-    "training": _measurement,
+    "inversion": _inversion_steps,
+    "training": _training_steps,
     "losses": _losses,
     "pictures": _pictures,
     "generation": _generation,
@@ -167,31 +171,42 @@ def _tuning(world: World, settings: Mapping[str, Any], first: int | None = None)
 
 
 def _inversion(world: World, settings: Mapping[str, Any], first: int | None = None) -> Iterator[Work]:
-    config, backbone, forward = inversion_config(settings), world.backbone(settings), _forward(world, settings)
+    config, forward, width = inversion_config(settings), _forward(world, settings), _width(world, settings)
     count = world.count(settings) if first is None else min(first, world.count(settings))
     folder = world.folder("surrogates", world.surrogate_facts(settings))
-    key, width = folder.name, backbone.embed_dim
+    key = folder.name
     if settings["surrogates"]["images"] == "real":
         labelled = _image_count(world, settings, count)
         yield Work("label real images", key, labelled, "images", labelled * forward, width)
         return
     left = _image_count(world, settings, sum(not (folder / f"{i}.safetensors").exists() for i in range(count)))
+    flops = left * config.steps * _inversion_flops(world, settings, config)
+    yield Work("invert adapters", key, left, "images", flops, width)
+
+
+def _inversion_flops(world: World, settings: Mapping[str, Any], config: InversionConfig) -> float:
+    """Of one image in one step of inversion, the mean of steps with and without pruned tokens."""
+    backbone = world.backbone(settings)
     share = 1 - config.prune_from if config.prune else 0.0
-    step = (1 - share) * forward + share * forward_flops(backbone, backbone.image_size, config.prune)
+    size = config.image_size or backbone.image_size
+    step = (1 - share) * forward_flops(backbone, size) + share * forward_flops(backbone, size, config.prune)
     prior = world.prior(config)
-    if prior is not None:
-        step += network_flops(prior.network, prior.size or backbone.image_size)
-    yield Work("invert adapters", key, left, "images", left * config.steps * PASSES * step, width)
+    return PASSES * (step if prior is None else step + network_flops(prior.network, prior.size or size))
 
 
-def _meta_training(world: World, settings: Mapping[str, Any]) -> Work:
-    config, key = meta_config(settings), key_of(world.learn_facts(settings))
-    done = settings["learn"] != "everything" and (world.work / "meta-loras" / key).exists()
-    steps = 0 if done else config.steps
+def _meta_training(world: World, settings: Mapping[str, Any], key: str) -> Work:
+    """Done once for all cells that learn the same, but for models that learn whole: those are not kept."""
+    config, kept = meta_config(settings), settings["learn"] != "everything"
+    key = key_of(world.learn_facts(settings)) if kept else key
+    steps = 0 if kept and (world.work / "meta-loras" / key).exists() else config.steps
     seen = steps * config.episodes_per_step * config.n_way * (config.n_shot + config.n_query)
+    return Work("meta-train", key, steps, "steps", seen * _meta_flops(world, settings), _width(world, settings))
+
+
+def _meta_flops(world: World, settings: Mapping[str, Any]) -> float:
+    """Of one image in one step of meta-training."""
     passes = ALL_WEIGHTS if settings["learn"] == "everything" else PASSES
-    flops = seen * (1 - (config.sparsity or 0)) * passes * _forward(world, settings)
-    return Work("meta-train", key, steps, "steps", flops, _width(world, settings))
+    return passes * (1 - (meta_config(settings).sparsity or 0)) * _forward(world, settings)
 
 
 def _preparation(world: World, settings: Mapping[str, Any], method: Any, key: str) -> Work:

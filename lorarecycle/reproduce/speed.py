@@ -23,6 +23,8 @@ from .world import World
 
 STEPS, BATCH = 20, {"inversion": 25, "training": 100}
 """Steps that are timed, and the paper's batch sizes."""
+WARM_UP = 2
+"""Steps before the clock."""
 
 
 def inversion_facts(world: World, settings: Mapping[str, Any]) -> Facts:
@@ -41,6 +43,12 @@ def _measure(settings: Mapping[str, Any], kind: str) -> tuple[int, int]:
     """Steps that are timed, images of a batch."""
     measure = settings.get("measure") or {}
     return measure.get("steps", STEPS), measure.get("batch_size", BATCH[kind])
+
+
+def images_seen(settings: Mapping[str, Any]) -> int:
+    """Images that the steps of a cell see, those before the clock among them."""
+    steps, batch = _measure(settings, settings["kind"])
+    return (WARM_UP + 4 * steps) * batch
 
 
 def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def _measured(world: World, take: Callable[[int], None], steps: int, forward: fl
 
     FLOPs are those of the paper: multiply-adds of one image, forward once and backward twice.
     """
-    take(2)  # compiles and captures what there is to compile and capture
+    take(WARM_UP)  # compiles and captures what there is to compile and capture
     reset_peak(world.device)
     short, long = _seconds(world, lambda: take(steps)), _seconds(world, lambda: take(3 * steps))
     rate = 2 * steps / (long - short) if long > short else 3 * steps / long

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lorarecycle.reproduce.run import prepare_run
+from lorarecycle.reproduce.prepare import prepare_run
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,36 @@ def test_what_methods_learn_beforehand_is_counted(rehearse):
     assert set(stages(world, {"method": "nn"})) == {"features"}
 
 
+def test_steps_that_are_measured_are_planned_as_they_run(rehearse):
+    """Of a cell's own steps and batch, the prior's among them; fewer tokens cost less."""
+    world = rehearse("table4").world
+
+    def flops(kind, steps, **other):
+        measure = {"kind": kind, "measure": {"steps": steps, "batch_size": 10}}
+        return stages(world, measure, other)["measure steps"].flops
+
+    for kind in ("inversion", "training"):
+        assert flops(kind, 10) / flops(kind, 2) == pytest.approx((2 + 4 * 10) / (2 + 4 * 2))
+    inversion = {"prior": None, "prune": {}}
+    alone = flops("inversion", 2, surrogates={"inversion": inversion})
+    assert flops("inversion", 2, surrogates={"inversion": {"prune": {}}}) > alone, "a prior network costs something"
+    assert flops("inversion", 2, surrogates={"inversion": {**inversion, "prune": {"0": 0.5}}}) < alone
+    assert flops("training", 2, meta={"sparsity": 0.75}) == pytest.approx(flops("training", 2) / 4)
+    assert flops("training", 2, learn="everything") > flops("training", 2)
+
+
+def test_models_that_learn_whole_are_planned_for_each_cell(rehearse, tmp_path):
+    """A meta-LoRA is kept for all shots; a model all of whose weights learn is not."""
+    experiment = load_experiment("table7")
+    columns = tuple(
+        replace(experiment.columns[0], name=str(k), settings={"set": "cub", "tasks": {"n_shot": k}}) for k in (1, 5)
+    )
+    for learn, steps in (("lora", 2), ("everything", 4)):
+        rows = (Row("a", {"learn": learn}, (None, None)),)
+        run = rehearse(replace(experiment, rows=rows, columns=columns), work_dir=tmp_path)
+        assert re.search(rf"meta-train +{steps} steps", planning.plan_run(run))
+
+
 @pytest.mark.medium
 def test_pictures_make_what_they_show(rehearse, tmp_path):
     """A hundred adapters are asked for, two are shown: two are tuned and inverted."""

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lorarecycle.cli.main import main
+from lorarecycle.reproduce import prepare as preparing
 from lorarecycle.reproduce import run as running
 from lorarecycle.reproduce.accuracy import validation_set
 from lorarecycle.reproduce.experiment import load_experiment
 from lorarecycle.reproduce.planning import plan_run
-from lorarecycle.reproduce.run import prepare_run, reproduce
+from lorarecycle.reproduce.prepare import prepare_run, reproduce
 from lorarecycle.reproduce.sets import Sets
 from lorarecycle.reproduce.table import figure, markdown
 from lorarecycle.runtime.files import read_json, write_json
@@ -85,8 +86,7 @@ def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkey
 
     cells = sorted((tmp_path / "work" / "cells").iterdir())
     monkeypatch.setattr(running, "find_kind", lambda s: pytest.fail("done again"))
-    with pytest.raises(pytest.fail.Exception):
-        prepare_run(experiment(), **settings)  # the checks ask for the kind
+    assert prepare_run(experiment(), **settings)().exists()
     monkeypatch.undo()
     lost = read_json(cells[0])
     cells[0].unlink()
@@ -102,7 +102,7 @@ def test_a_file_of_one_s_own_runs_and_goes_on(root, experiment, tmp_path, monkey
     assert len(prepare_run(experiment(settings=more), **settings).todo()) == 6, "other settings, other cells"
     assert len(prepare_run(experiment(), n_tasks=5, **settings).todo()) == 6
     with monkeypatch.context() as patch:
-        patch.setattr(running, "__version__", "99.0")
+        patch.setattr(preparing, "__version__", "99.0")
         with pytest.raises(ValueError, match="`work_dir` must be a new folder .* 99.0"):
             prepare_run(experiment(), **settings)
     with pytest.raises(ValueError, match="`work_dir` must be a new folder or one of the same kind of run"):
@@ -155,7 +155,7 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
             raise FileNotFoundError("no weights of lvvit_m")
         return Backbone.load("demo")
 
-    monkeypatch.setattr(running, "_load", load)
+    monkeypatch.setattr(preparing, "_load", load)
     rows = [{"name": n, "settings": {"method": "nn", "base": n}} for n in ("deit", "lvvit_m")]
     file = experiment(rows=rows, columns=[{"name": "1-shot"}])
     where = {"data": root, "work_dir": tmp_path / "work", "device": "cpu", "quiet": True}
@@ -180,7 +180,7 @@ def test_models_are_looked_for_before_anything_runs(root, experiment, tmp_path, 
         given = {**where, "base": "lvvit_m", "weights": "lv.safetensors", name: idle[name]}
         if name == "base":
             given["weights"] = None
-            monkeypatch.setattr(running, "_load", lambda base, weights, **machine: Backbone.load("demo"))
+            monkeypatch.setattr(preparing, "_load", lambda base, weights, **machine: Backbone.load("demo"))
         with pytest.raises(ValueError, match=f"`{name}` must be left out of this experiment, none of whose cells"):
             prepare_run(file, **given)
 
@@ -199,7 +199,7 @@ def test_every_error_says_its_cell(root, experiment, tmp_path, monkeypatch, erro
     def load(*a, **k):
         raise error
 
-    monkeypatch.setattr(running, "_load", load)
+    monkeypatch.setattr(preparing, "_load", load)
     with pytest.raises(kind, match=r"row 'plain', column '1-shot': .*no (text|JSON|timm)") as raised:
         prepare_run(experiment(), data=root, work_dir=tmp_path / "work", **MACHINE)
     assert raised.value.__cause__ is error
@@ -251,6 +251,10 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
     with pytest.raises(RuntimeError, match="4 cells failed; warm, 1-shot: KeyError: 'too little'"):
         prepared()
     assert "| warm | not run | not run |" in (tmp_path / "work" / "shapes" / "table.md").read_text()
+    monkeypatch.setattr(running, "draw_shots", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(RuntimeError, match="4 cells failed") as raised:
+        prepared()
+    assert "disk full" in str(raised.value.__context__), "a picture that fails hides no cell"
     monkeypatch.undo()
     monkeypatch.setattr(prepared, "todo", list)
     assert prepared().exists(), "the failures of an earlier run are not told again"
