@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import platform
 import statistics
 from dataclasses import replace
@@ -29,6 +28,7 @@ import torch
 from fidelity import Bench, Experiment, run_experiment, surrogate_of, tuned_adapters
 from lorarecycle.kernels import use_backend
 from resnet20 import resnet20_prior
+from sets_224 import DATA
 
 from lorarecycle import RecycleConfig
 from lorarecycle.config import as_plain
@@ -61,7 +61,6 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
     device, dtype = resolve(args.device, args.dtype)
     preset = RecycleConfig.preset(args.preset)
     config = replace(
@@ -75,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
         ),
         meta=replace(preset.meta, **({} if args.meta_steps is None else {"steps": args.meta_steps})),
     )
-    prior = resnet20_prior(data / "resnet20_cifar10.safetensors").to(device)
+    prior = resnet20_prior(DATA / "resnet20_cifar10.safetensors").to(device)
     bench = Bench(
-        data, args.work_dir, device, dtype, config, prior, args.split, tuple(args.n_shots), args.n_tasks, args.epochs
+        DATA, args.work_dir, device, dtype, config, prior, args.split, tuple(args.n_shots), args.n_tasks, args.epochs
     )
     report: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

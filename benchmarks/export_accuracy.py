@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from lorarecycle.export import ExportConfig
 from lorarecycle.export.graphs import EncoderGraph, prepare_backbone
 from lorarecycle.export.onnx_files import write_encoder
 from lorarecycle.export.runtime import Graph
+from sets_224 import DATA, vit_tiny
 
 from lorarecycle import Backbone, load_dataset
 from lorarecycle.data.images import normalize, to_uint8
@@ -45,10 +45,8 @@ def main() -> None:
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "export_accuracy_cifar_fs.json"
     )
     args = parser.parse_args()
-    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
-    weights = data / "vit_tiny_patch16_224.safetensors"
-    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=args.image_size)
-    images = load_dataset(data / "cifar_fs.npz", args.split)
+    backbone = vit_tiny(image_size=args.image_size)
+    images = load_dataset(DATA / "cifar_fs.npz", args.split)
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     machine = f"{name_cpu()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
     machine += f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}"

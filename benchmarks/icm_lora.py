@@ -40,8 +40,9 @@ from icm_lora_recycle import recycle_all
 from icm_lora_report import write_report
 from icm_lora_scaling import measure_scaling
 from memory import peak_memory, reset_peak_memory
+from sets_224 import DATA, vit_tiny
 
-from lorarecycle import Adapter, Backbone, load_dataset
+from lorarecycle import Adapter, load_dataset
 from lorarecycle.generate import CondPDiff, GenerateConfig, LoRAGenerator, ModelSoup, NearestTask, task_vector
 from lorarecycle.generate.generator import Generator
 from lorarecycle.runtime.files import read_json, write_json
@@ -58,15 +59,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.folder: Path = args.work_dir
-        data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
-        self.data = data
-        self.backbone = Backbone.load(
-            "vit_tiny_patch16_224",
-            weights=data / "vit_tiny_patch16_224.safetensors",
-            image_size=112,
-            dtype=torch.bfloat16,
-        )
-        self.tasks = make_tasks(load_dataset(data / "cifar_fs.npz", "train").resize(112), 7, args.seed)
+        self.backbone = vit_tiny(image_size=112, dtype=torch.bfloat16)
+        self.tasks = make_tasks(load_dataset(DATA / "cifar_fs.npz", "train").resize(112), 7, args.seed)
         self.facts: dict[str, Any] = {}
         if (self.folder / "facts.json").exists():
             self.facts = read_json(self.folder / "facts.json")
@@ -269,7 +263,7 @@ class Bench:
         made = self.generator(LoRAGenerator, 2, "icm-r2-n12")
         real = [self.checkpoints(task, 2)[-1] for task in self.tasks[:3]]
         vectors = [self.vector(task) for task in self.tasks[:3]]
-        recycle_all(self.once, self.backbone, self.data, real, [made.sample(v)[0] for v in vectors], self.folder)
+        recycle_all(self.once, self.backbone, DATA, real, [made.sample(v)[0] for v in vectors], self.folder)
 
     def sampling(self) -> None:
         """Milliseconds of a sample after loading, one thread: median of 9."""

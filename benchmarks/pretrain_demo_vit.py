@@ -22,6 +22,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from sets_224 import DATA
 from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
@@ -36,7 +37,6 @@ from lorarecycle.runtime.files import load_tensors, read_json, save_tensors, wri
 from lorarecycle.runtime.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
 TEACHER = "vit_tiny_patch16_224"
 MEAN = STD = 0.5
 

@@ -1,4 +1,4 @@
-"""Data sets, ViT and work folders of the benchmarks at 224 pixels: classes to tune on, to choose on, to report on."""
+"""The data folder of all benchmarks; sets, ViT and work folders of those at 224 pixels."""
 
 from __future__ import annotations
 

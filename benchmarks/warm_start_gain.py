@@ -11,15 +11,15 @@ Writes benchmarks/results/warm_start_gain.md and .json.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from sets_224 import DATA, vit_tiny
 
-from lorarecycle import Adapter, Backbone, LabelledImages, MetaConfig, TuneConfig, load_dataset
+from lorarecycle import Adapter, LabelledImages, MetaConfig, TuneConfig, load_dataset
 from lorarecycle.fewshot.evaluate import Evaluation, task_accuracies
 from lorarecycle.fewshot.tasks import sample_tasks
 from lorarecycle.meta.factors import random_factors
@@ -70,11 +70,10 @@ def pools(train: LabelledImages) -> dict[str, list[Wanted]]:
     }
 
 
-def rows(work_dir: Path, data: Path) -> Iterator[dict[str, object]]:
+def rows(work_dir: Path) -> Iterator[dict[str, object]]:
     """Accuracy of each pool by gain; adapters are tuned where they are not in the work folder."""
-    train, val = (load_dataset(data / "cifar_fs.npz", split) for split in ("train", "val"))
-    weights = data / "vit_tiny_patch16_224.safetensors"
-    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=112)
+    train, val = (load_dataset(DATA / "cifar_fs.npz", split) for split in ("train", "val"))
+    backbone = vit_tiny(image_size=112)
     kept = torch.cat([(val.labels == c).nonzero()[:IMAGES_PER_CLASS, 0] for c in range(len(val.class_names))])
     tasks = sample_tasks(val.labels[kept], n_way=5, n_shot=1, n_query=15, n_tasks=600, seed=0)
 
@@ -104,9 +103,8 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="keep adapters here")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "warm_start_gain.json")
     args = parser.parse_args()
-    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    plain, *found = rows(args.work_dir, data)
+    plain, *found = rows(args.work_dir)
     write_json(args.output, {"machine": machine, "rows": [plain, *found]})
     lines = [
         "# Gain of the warm start",

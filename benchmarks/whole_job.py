@@ -10,14 +10,14 @@ test classes of CIFAR-FS. Needs the data of `accuracy.py`. Prints a table and wr
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 from pathlib import Path
 
 import torch
+from sets_224 import DATA, vit_tiny
 
-from lorarecycle import Backbone, evaluate, load_dataset, recycle
+from lorarecycle import evaluate, load_dataset, recycle
 from lorarecycle.runtime.device import resolve
 from lorarecycle.runtime.files import write_json, write_text
 
@@ -26,11 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     args = parse_arguments()
-    data = Path(os.environ.get("LORARECYCLE_DATA", ROOT.parent / "shared" / "data"))
     device, dtype = resolve("auto", "auto")
-    weights = data / "vit_tiny_patch16_224.safetensors"
-    backbone = Backbone.load("vit_tiny_patch16_224", weights=weights, image_size=112, device=device)
-    unseen = load_dataset(data / "cifar_fs.npz", "test").resize(112)
+    backbone = vit_tiny(image_size=112, device=device)
+    unseen = load_dataset(DATA / "cifar_fs.npz", "test").resize(112)
     folders = [args.work_dir / "adapters" / f"task-{i}" for i in range(8)]
     rows = []
     for steps in args.meta_steps:

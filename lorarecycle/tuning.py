@@ -76,6 +76,7 @@ def tune(
         ValueError: fewer than two classes, a class without images, sites or layers that the backbone lacks; a
             `checkpoint` that is damaged, or of other settings, data, seed or backbone; `save_last` without a folder, a
             folder without `save_last`, or one that holds what this tuning did not write.
+        OSError: a `checkpoint` or `checkpoints` that cannot be written there.
         TypeError: `config` names no setting.
         FloatingPointError: the loss became NaN or infinite.
     """

@@ -105,6 +105,7 @@ class Generator(ABC):
             ValueError, TypeError: fewer than two adapters; adapters of different architectures, sites or kinds;
                 parameters or task vectors that are NaN or infinite; another number of task vectors, or widths that
                 differ; a checkpoint of another fit.
+            OSError: a `checkpoint` that cannot be written there.
         """
         generator, examples = cls._prepare(adapters, task_vectors, config, seed)
         generator._fit(examples, _machine(device, dtype, checkpoint, quiet))

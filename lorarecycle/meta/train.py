@@ -95,6 +95,7 @@ def meta_train(
     Raises:
         ValueError: too few classes or images, surrogates that do not go together or lack what the loss needs, a
             checkpoint of other settings, no adapters where training starts from them.
+        OSError: a `checkpoint` that cannot be written there.
     """
     config = as_config(MetaConfig, config)
     if config.init == "adapters" and not adapters:

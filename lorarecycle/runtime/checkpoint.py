@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_tensors, remove_leftovers, save_tensors
+from .files import load_tensors, remove_leftovers, require_place, save_tensors
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Checkpoint:
         steps: of the whole training.
 
     Raises:
-        ValueError: `path` is a folder, or lies where no file can be made.
+        OSError: `path` is a folder, or lies where no file can be made.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Checkpoint:
     ) -> None:
         self.path: Path | None = None if path is None else Path(path).expanduser()
         if self.path is not None:
-            _require_place(self.path)
+            require_place(self.path, "checkpoint")
         self._run: dict[str, Any] = json.loads(json.dumps(dict(run)))
         self._modules, self._optimizer, self._histories, self._steps = modules, optimizer, histories, steps
 
@@ -210,13 +209,3 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _require_place(path: Path) -> None:
-    """Raise unless the file can be made there, before anything is computed."""
-    if path.is_dir():
-        raise ValueError(f"`checkpoint` must be a file, got the folder {path}; name a file in it.")
-    there = (folder for folder in path.absolute().parents if folder.exists())
-    above = next(there, path.parent)  # none is on a drive that is absent
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"`checkpoint` must lie in a folder that can be written, got {path}; choose another place.")
