@@ -1,0 +1,162 @@
+"""Whole stages on a pretended GPU: nothing mixes devices, no captured step waits or copies, results are the CPU's."""
+
+import pytest
+import torch
+from lorarecycle.kernels import use_backend
+from torch import nn
+
+from lorarecycle import BatchNormPrior, FewShotClassifier, evaluate, recycle, tune
+from lorarecycle.config import EvaluateConfig
+from lorarecycle.fewshot.methods.registry import METHODS, make_method
+from lorarecycle.generate import LoRAGenerator
+from lorarecycle.inversion.invert import invert
+from lorarecycle.runtime.graphs import Step
+
+from .pretended_gpu import GPU, pretended_gpu
+
+INVERSION = {"images_per_class": 4, "batch_size": 12, "steps": 4, "init": "noise"}
+META = {"steps": 3, "n_way": 3, "n_query": 3}
+EPISODES = {**META, "guide_weight": 0.0, "init": "random"}
+QUICK = {
+    "caml": {"steps": 2, "batch": 2, "hidden": 16, "layers": 1, "max_way": 3, "max_shot": 2},
+    "lorahub": {"budget": 2},
+    "pmf": {"meta_steps": 1, "steps": 1, "rates": (0.01,)},
+    "full": {"steps": 1, "rates": (0.01,)},
+    "lora-linear": {"steps": 1, "rates": (0.01,)},
+    "mole": {"steps": 1, "rates": (0.01,)},
+}
+
+
+@pytest.fixture
+def gpu():
+    with use_backend("reference"), pretended_gpu() as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def adapters(tiny_backbone, make_adapter):
+    return [make_adapter(tiny_backbone, seed=i, r=1 + i, size=0.05) for i in range(3)]
+
+
+def same(here, there):
+    """Two meta-LoRAs do the same, but for the order of sums."""
+    for site in here.sites:
+        torch.testing.assert_close(there.delta(site), here.delta(site), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("inversion", "meta", "steps", "more"),
+    [
+        ({"pictures": 12}, META, 1, {}),
+        ({"pictures": 12}, {**META, "sparsity": 0.5}, 1, {}),
+        ({**INVERSION, "prune": {1: 0.5}, "latent_size": 16}, {**EPISODES, "distance": "cosine"}, 3, {}),
+        (
+            {**INVERSION, "parametrization": "fourier", "prior_relative": True},
+            {**EPISODES, "resolutions": (8, 16)},
+            2,
+            {},
+        ),
+        (INVERSION, {**META, "guide_weight": 0.5}, 2, {"memory_budget": 0}),
+    ],
+    ids=["default", "sparse", "pruned", "fourier", "from disk"],
+)
+def test_recycle(gpu, tiny_backbone, adapters, tmp_path, inversion, meta, steps, more):
+    """The job from adapters to meta-LoRA; one captured step for each phase."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = {"config": {"inversion": inversion, "meta": meta}, "work_dir": tmp_path / device, **more}
+        if "steps" in inversion:
+            options["prior"] = BatchNormPrior(network)
+        found[device] = recycle(adapters, base=tiny_backbone, device=device, dtype="float32", quiet=True, **options)
+    same(found["cpu"], found["cuda"])
+    assert gpu.steps == steps
+    assert gpu.elements > 1e6
+
+
+def test_tune(gpu, tiny_backbone, tiny_data):
+    config = {"epochs": 2, "batch_size": 24}
+    here = tune(tiny_backbone, tiny_data, config=config, quiet=True)
+    there = tune(tiny_backbone.clone().to(GPU), tiny_data, config=config, quiet=True)
+    same(here, there)
+    assert gpu.steps == 1
+
+
+@pytest.mark.parametrize("name", ["nn", "average", "warm-start", "tip-adapter", "laplacian-shot", "shrunk", *QUICK])
+def test_methods(gpu, tiny_backbone, adapters, make_data, name):
+    """Each method answers tasks with what it needs, the same as on the CPU."""
+    data, config = make_data(n_classes=3), EvaluateConfig(n_way=3, n_shot=2, n_query=4, n_tasks=2, n_validation_tasks=1)
+    needs, found = METHODS[name].needs, {}
+    for device in ("cpu", "cuda"):
+        backbone = tiny_backbone.clone().to(torch.device(device))
+        surrogates = None
+        if needs.surrogates:
+            inversion = {**INVERSION, "prior": None, "steps": 1}
+            surrogates = [invert(backbone, one, config=inversion, quiet=True) for one in adapters]
+        found[device] = evaluate(
+            backbone,
+            data,
+            method=make_method(name, **QUICK.get(name, {})),
+            adapters=adapters if needs.adapters else (),
+            surrogates=surrogates,
+            validation=data if needs.rate else None,
+            config=config,
+            quiet=True,
+        )
+    assert abs(found["cuda"].accuracy - found["cpu"].accuracy) < 10
+    assert gpu.elements > 1e5
+
+
+def test_classifier(gpu, tiny_backbone, adapters, tiny_data):
+    support, labels = tiny_data.images[::12], list("abcd")
+    here = FewShotClassifier(tiny_backbone, adapters[0]).fit(support, labels)
+    there = FewShotClassifier(tiny_backbone.clone().to(GPU), adapters[0]).fit(support, labels)
+    for _ in range(3):  # a shape that comes again is captured
+        torch.testing.assert_close(
+            torch.as_tensor(there.predict_proba(tiny_data.images)),
+            torch.as_tensor(here.predict_proba(tiny_data.images)),
+        )
+
+
+def test_generator(gpu, tiny_backbone, adapters):
+    vectors = list(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)))
+    config = {"epochs": 2, "batch_size": 2, "conv_layers": 6, "latent": 8}
+    generator = LoRAGenerator.fit(adapters, vectors, config=config, device="cuda", dtype="float32", quiet=True)
+    assert generator.sample(vectors[0])[0].sites == adapters[0].sites
+    assert gpu.elements > 1e4
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda x: x + torch.ones(4),
+        lambda x: x.numpy(),
+        lambda x: torch.ones(4)[x.argsort()],
+        lambda x: x.normal_(generator=torch.Generator()),
+        lambda x: torch.randn(4, generator=torch.Generator(), device=x.device),
+    ],
+)
+def test_what_a_gpu_refuses_is_refused(gpu, spoilt):
+    with pytest.raises((RuntimeError, TypeError)):
+        spoilt(torch.rand(4, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0.5],
+        lambda x: x[[0, 1]],
+        lambda x: x.cpu(),
+        lambda x: x.copy_(torch.ones(4)),
+        lambda x: x + torch.tensor(2.0, device=x.device),
+        lambda x: bool((x > 0).all()),
+    ],
+)
+def test_what_a_capture_refuses_is_refused(gpu, spoilt):
+    x = torch.rand(4, device="cuda")
+    spoilt(x.clone())  # allowed outside
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        Step(lambda: spoilt(x), lambda: [x], GPU)()
