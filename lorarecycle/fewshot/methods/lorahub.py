@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...meta.prototypes import class_centres, distance_logits
+from ...meta.prototypes import Distance, class_centres, distance_logits
 from ...runtime.seeds import derive, stream
 from ...vit.backbone import Backbone
 from ...vit.replay import ReplayedForward
@@ -62,14 +62,12 @@ class LoRAHub(Method):
         budget: weights that are tried.
         penalty: of long weights.
         views: augmented copies of each support image.
-        nearest: answer by the nearest class mean instead of a linear classifier (LoRAHub + NN, Tab. 16).
         seed: of everything random; each task has the same.
     """
 
     budget: int = 40
     penalty: float = 0.05
     views: int = 2
-    nearest: bool = False
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, packages=("nevergrad",))
     summed: WeightedSum = field(init=False, repr=False)
@@ -83,9 +81,11 @@ class LoRAHub(Method):
         model = self.summed.model
         support, query = (task.run(model, self.summed.forward, index) for index in (task.support, task.query))
         labels = task.labels(model.device)
-        if self.nearest:
-            return distance_logits(query, class_centres(support, labels, task.n_way))
-        return probe(support[None], labels[None], query[None], task.n_way, steps=100, rate=0.01)[0]
+        return self.answer(support, labels, query, task.n_way)
+
+    def answer(self, support: Tensor, labels: Tensor, query: Tensor, n_way: int) -> Tensor:
+        """Logits [m, n_way] of query features [m, D], from support features [n, D] with their labels [n]."""
+        return probe(support[None], labels[None], query[None], n_way, steps=100, rate=0.01)[0]
 
     @torch.no_grad()
     def find_weights(self, task: Task) -> Tensor:
@@ -114,6 +114,13 @@ class LoRAHub(Method):
 
 @dataclass
 class LoRAHubNearestMean(LoRAHub):
-    """LoRAHub + NN (LoRA Recycle, Tab. 16); see `LoRAHub` for the settings."""
+    """LoRAHub + NN (LoRA Recycle, Tab. 16): the nearest class mean in place of the linear classifier.
 
-    nearest: bool = True
+    Args:
+        distance: see `distance_logits`; the other settings are those of `LoRAHub`.
+    """
+
+    distance: Distance = "euclidean"
+
+    def answer(self, support: Tensor, labels: Tensor, query: Tensor, n_way: int) -> Tensor:
+        return distance_logits(query, class_centres(support, labels, n_way), self.distance)

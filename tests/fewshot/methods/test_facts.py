@@ -13,8 +13,9 @@ from lorarecycle.fewshot.methods.average import average, average_factors
 from lorarecycle.fewshot.methods.base import Task, accuracy
 from lorarecycle.fewshot.methods.caml import CAML
 from lorarecycle.fewshot.methods.episodes import EpisodeDraw, pool_classes
-from lorarecycle.fewshot.methods.lorahub import LoRAHub, WeightedSum
+from lorarecycle.fewshot.methods.lorahub import LoRAHub, LoRAHubNearestMean, WeightedSum
 from lorarecycle.fewshot.methods.mole import Gated
+from lorarecycle.fewshot.methods.nearest import NearestMean
 from lorarecycle.fewshot.methods.registry import make_method
 from lorarecycle.fewshot.methods.shrunk import ShrunkMean
 from lorarecycle.fewshot.methods.text import Names, words
@@ -53,6 +54,14 @@ def test_lorahub_with_one_weight_of_1_is_that_adapter(tiny_backbone, adapters, i
     worn.set(torch.full((2,), 0.5))
     both = tiny_backbone.merge(average(adapters))(images)
     torch.testing.assert_close(worn.forward(images), both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "centred_cosine"])
+def test_lorahub_nn_answers_by_its_distance(tiny_backbone, adapters, task, monkeypatch, distance):
+    method = LoRAHubNearestMean(distance=distance).prepare(tiny_backbone, adapters)
+    monkeypatch.setattr(method, "find_weights", lambda task: torch.zeros(2))
+    nearest = NearestMean(distance=distance).prepare(tiny_backbone)
+    torch.testing.assert_close(method.solve(task), nearest.solve(task))
 
 
 @pytest.mark.medium
