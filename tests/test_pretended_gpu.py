@@ -44,6 +44,7 @@ def same(here, there):
         torch.testing.assert_close(there.delta(site), here.delta(site), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("inversion", "meta", "steps", "more"),
     [
@@ -84,6 +85,7 @@ def test_tune(gpu, tiny_backbone, tiny_data):
     assert gpu.steps == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["nn", "average", "warm-start", "tip-adapter", "laplacian-shot", "shrunk", *QUICK])
 def test_methods(gpu, tiny_backbone, adapters, make_data, name):
     """Each method answers tasks with what it needs, the same as on the CPU."""
