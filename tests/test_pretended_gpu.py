@@ -10,6 +10,7 @@ from lorarecycle.config import EvaluateConfig
 from lorarecycle.fewshot.methods.registry import METHODS, make_method
 from lorarecycle.generate import LoRAGenerator
 from lorarecycle.inversion.invert import invert
+from lorarecycle.reproduce.prepare import prepare_run
 from lorarecycle.runtime.graphs import Step
 
 from .pretended_gpu import GPU, pretended_gpu
@@ -164,3 +165,14 @@ def test_what_a_capture_refuses_is_refused(gpu, spoilt):
     spoilt(x.clone())  # allowed outside
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         Step(lambda: spoilt(x), lambda: [x], GPU)()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["table5", "table6", "table8", "figure5"])
+def test_a_rehearsal_runs_where_it_is_told(gpu, tmp_path, name):
+    """Cells of speed, losses, accuracy and pictures."""
+    run = prepare_run(name, quick=True, work_dir=tmp_path, device="cuda", dtype="float32", quiet=True)
+    run.cells = run.cells[:2]
+    run()
+    assert gpu.steps > 0
+    assert gpu.elements > 1e6

@@ -98,8 +98,8 @@ def prepare_run(
         world = World(
             open=drawn_set,
             work=work,
-            load=tiny_backbone,
-            load_prior=tiny_prior,
+            load=partial(tiny_backbone, device=where),
+            load_prior=partial(tiny_prior, dtype=precision, device=where),
             device=where,
             dtype=precision,
             text_encoder=Letters(),

@@ -99,7 +99,7 @@ def shrink(settings: Mapping[str, Any]) -> Settings:
     return small
 
 
-def tiny_backbone(base: str, weights: str | None = None) -> Backbone:
+def tiny_backbone(base: str, weights: str | None = None, *, device: torch.device) -> Backbone:
     """A ViT of 2 or 12 blocks and width 16 over 16 patches, its weights drawn."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -109,17 +109,17 @@ def tiny_backbone(base: str, weights: str | None = None) -> Backbone:
         vit = VisionTransformer(img_size=SIDE, patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=0)
         for parameter in vit.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return Backbone(vit.eval(), name=base)
+    return Backbone(vit.eval(), name=base).to(device)
 
 
-def tiny_prior(config: InversionConfig) -> BatchNormPrior | None:
+def tiny_prior(config: InversionConfig, *, dtype: torch.dtype, device: torch.device) -> BatchNormPrior | None:
     """One convolution and batch norm, where the settings want a prior."""
     if config.prior is None or config.prior_weight == 0 or config.steps == 0:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())
-    return BatchNormPrior(network)
+    return BatchNormPrior(network, dtype=dtype).to(device)
 
 
 @cache

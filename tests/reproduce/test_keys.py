@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from lorarecycle.config import RecycleConfig
@@ -13,6 +14,7 @@ from lorarecycle.reproduce.quick import Letters, tiny_backbone
 from lorarecycle.reproduce.sets import Sets
 from lorarecycle.reproduce.settings import common, key_of, merge
 
+CPU = torch.device("cpu")
 SMALL = {
     "base": "tiny",
     "set": "shapes",
@@ -79,7 +81,7 @@ def test_the_recipe_of_the_default_preset(world, monkeypatch):
 
 def test_content_of_networks_and_encoders(world):
     def other_model(base, weights=None):
-        model = tiny_backbone(base)
+        model = tiny_backbone(base, device=CPU)
         model.vit.blocks[0].mlp.fc1.weight.data[0, 0] += 1
         return model
 
@@ -103,7 +105,7 @@ def test_content_of_networks_and_encoders(world):
 
 def test_models_of_equal_weights_and_other_names(world):
     """CLIP with GELU and with QuickGELU: one set of weights, two models."""
-    models = fresh(world, load=lambda base, weights: tiny_backbone("tiny"), _models={})
+    models = fresh(world, load=lambda base, weights: tiny_backbone("tiny", device=CPU), _models={})
     one, other = ({"base": base, "method": "nn"} for base in ("clip", "clip_quickgelu"))
     assert key(models, one) != key(models, other)
     settings = [merge(common(), SMALL, layer) for layer in (one, other)]
@@ -156,7 +158,7 @@ def test_the_order_of_texts_moves_the_key(world):
 
 
 def test_content_of_adapters_in_a_folder(world, tmp_path, make_adapter):
-    backbone = tiny_backbone("tiny")
+    backbone = tiny_backbone("tiny", device=CPU)
     own = {"adapters": {"folder": str(tmp_path / "own")}, "method": "average"}
     make_adapter(backbone, seed=0).save(tmp_path / "own" / "a")
     first = key(fresh(world), own)
