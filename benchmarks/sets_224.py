@@ -1,4 +1,4 @@
-"""The data folder of all benchmarks; sets, ViT and work folders of those at 224 pixels."""
+"""The data folder and the ViT of all benchmarks; sets and work folders of those at 224 pixels."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -34,6 +35,7 @@ WAITS = {
     aten.unique_dim.default,
     aten.unique_consecutive.default,
     aten.bincount.default,
+    aten.repeat_interleave.Tensor,
 }
 """Operations that wait for the GPU: what they give, or its shape, hangs on values."""
 TAKES_BOTH = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
@@ -47,6 +49,7 @@ class PretendedGPU:
     Attributes:
         capturing: whether a step runs that is to be captured.
         steps: that were captured.
+        seen: operations with their numbers, of the step that is captured.
         elements: that operations on the GPU gave, to see that it was used.
     """
 
@@ -55,6 +58,7 @@ class PretendedGPU:
         self.capturing = False
         self.steps = 0
         self.elements = 0
+        self.seen: list[tuple[Any, ...]] = []
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies there."""
@@ -92,6 +96,8 @@ class _Functions(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.cpu) and mine:
             gpu.refuse("a copy to the host")
         if func is F.one_hot and mine:  # makes its zeros where PyTorch knows the tensor to be
+            if len(args) + len(kwargs) == 1:
+                gpu.refuse("the largest label")
             with torch.utils._python_dispatch._disable_current_modes():
                 found = func(*args, **kwargs)
             return gpu.take(found)
@@ -150,13 +156,19 @@ class _Operations(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         there = [gpu.holds(tensor) for tensor in tensors]
+        gpu.seen.append((str(func), *(leaf for leaf in leaves if isinstance(leaf, int | float | str))))
+        if func is aten.lift_fresh.default:
+            gpu.refuse("a tensor of the host's numbers")
         if not any(there):
             return func(*args, **kwargs)
         if func in WAITS:
             gpu.refuse(str(func))
         if any(isinstance(leaf, torch.Generator) for leaf in leaves):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        here = [tensor for tensor, is_there in zip(tensors, there, strict=True) if not is_there and tensor.dim()]
+        written = func._schema.is_mutable and not there[0]
+        pointwise = torch.Tag.pointwise in func.tags or func is aten.fill_.Tensor
+        scalars = pointwise and func not in TAKES_BOTH and not written  # may lie on the CPU
+        here = [t for t, is_there in zip(tensors, there, strict=True) if not is_there and (t.dim() or not scalars)]
         if here and func not in TAKES_BOTH:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}")
         if here:
@@ -196,20 +208,29 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
 
     def captured(step: graphs.Step) -> Callable[[], Any]:
         """Runs the step as a capture would, with nothing changed, and gives it back as it is."""
-        graphs.unchanged(step._eager, step._state())  # a warm-up, in which libraries may allocate
-        gpu.capturing, gpu.steps = True, gpu.steps + 1
-        try:
-            graphs.unchanged(step._eager, step._state())
-        finally:
-            gpu.capturing = False
+        seen = []
+        gpu.steps += 1
+        for run in range(3):
+            gpu.capturing = run > 0  # the first is a warm-up, in which libraries may allocate
+            gpu.seen.clear()
+            try:
+                graphs.unchanged(step._eager, step._state())
+            finally:
+                gpu.capturing = False
+            seen.append(list(gpu.seen))
+        other = [(one, two) for one, two in zip(*seen[1:], strict=False) if one != two]
+        if other or len(seen[1]) != len(seen[2]):
+            raise RuntimeError(f"a captured step would repeat the numbers of one run: {other[:1]}")
         return step._eager
 
-    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
-
-    def grouped(*args: Any, **kwargs: Any) -> Any:
+    def grouping(group: Callable[..., Any]) -> Callable[..., Any]:
         """As PyTorch's, whose keys do not ask for the device as Python does."""
-        found = group(*args, **kwargs)
-        return {(lists[0][0].device, dtype): (lists, at) for (_, dtype), (lists, at) in found.items()}
+
+        def grouped(*args: Any, **kwargs: Any) -> Any:
+            found = group(*args, **kwargs)
+            return {(lists[0][0].device, dtype): (lists, at) for (_, dtype), (lists, at) in found.items()}
+
+        return grouped
 
     with pytest.MonkeyPatch.context() as patch, _Functions(gpu), _Operations(gpu):
         patch.setattr(graphs.Step, "_captured", captured)
@@ -217,7 +238,9 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         patch.setattr(Tensor, "pin_memory", lambda self: self)
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # asks a driver
             patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
-        patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped))
+        name = "_group_tensors_by_device_and_dtype"
+        patch.setattr(torch.optim.Optimizer, name, staticmethod(grouping(getattr(torch.optim.Optimizer, name))))
+        patch.setattr(clip_grad, name, grouping(getattr(clip_grad, name)))
         for name, value in {
             "is_available": True,
             "is_bf16_supported": True,

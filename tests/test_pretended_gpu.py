@@ -1,11 +1,14 @@
 """Whole stages on a pretended GPU: nothing mixes devices, no captured step waits or copies, results are the CPU's."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from lorarecycle.kernels import use_backend
 from torch import nn
 
-from lorarecycle import BatchNormPrior, FewShotClassifier, evaluate, recycle, tune
+from lorarecycle import BatchNormPrior, FewShotClassifier, evaluate, recycle, tune, warm_start
 from lorarecycle.config import EvaluateConfig
 from lorarecycle.fewshot.methods.registry import METHODS, make_method
 from lorarecycle.generate import LoRAGenerator
@@ -20,7 +23,7 @@ META = {"steps": 3, "n_way": 3, "n_query": 3}
 EPISODES = {**META, "guide_weight": 0.0, "init": "random"}
 QUICK = {
     "caml": {"steps": 2, "batch": 2, "hidden": 16, "layers": 1, "max_way": 3, "max_shot": 2},
-    "lorahub": {"budget": 2},
+    "lorahub": {"budget": 6},
     "pmf": {"meta_steps": 1, "steps": 1, "rates": (0.01,)},
     "full": {"steps": 1, "rates": (0.01,)},
     "lora-linear": {"steps": 1, "rates": (0.01,)},
@@ -39,28 +42,28 @@ def adapters(tiny_backbone, make_adapter):
     return [make_adapter(tiny_backbone, seed=i, r=1 + i, size=0.05) for i in range(3)]
 
 
-def same(here, there):
-    """Two meta-LoRAs do the same, but for the order of sums, and pixels and signs of Adam's steps that hang on it."""
+def same(here, there, start=None):
+    """Two trainings lead to the same, but for the order of sums, and pixels and signs of Adam's steps that hang on it:
+    they differ by less than a third of what was learnt."""
     for site in here.sites:
-        wanted = here.delta(site)
-        difference = (there.delta(site) - wanted).norm() / wanted.norm()
-        assert difference < 0.15, site
+        learnt = here.delta(site) - (0 if start is None else start.delta(site))
+        assert (there.delta(site) - here.delta(site)).norm() < learnt.norm() / 3, site
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("inversion", "meta", "steps", "more"),
     [
-        ({"pictures": 12}, META, 1, {}),
-        ({"pictures": 12}, {**META, "sparsity": 0.5}, 1, {}),
+        pytest.param({"pictures": 12}, META, 1, {}, marks=pytest.mark.medium),
+        pytest.param({"pictures": 12}, {**META, "sparsity": 0.5}, 1, {}, marks=pytest.mark.medium),
         ({**INVERSION, "prune": {1: 0.5}, "latent_size": 16}, {**EPISODES, "distance": "cosine"}, 3, {}),
-        (
-            {**INVERSION, "parametrization": "fourier", "prior_relative": True},
+        pytest.param(
+            {**INVERSION, "prune": {1: 0.5}, "parametrization": "fourier", "prior_relative": True},
             {**EPISODES, "resolutions": (8, 16)},
-            2,
+            3,
             {},
+            marks=pytest.mark.medium,
         ),
-        (INVERSION, {**META, "guide_weight": 0.5}, 2, {"memory_budget": 0}),
+        pytest.param(INVERSION, {**META, "guide_weight": 0.5}, 2, {"memory_budget": 0}, marks=pytest.mark.medium),
     ],
     ids=["default", "sparse", "pruned", "fourier", "from disk"],
 )
@@ -75,7 +78,7 @@ def test_recycle(gpu, tiny_backbone, adapters, tmp_path, inversion, meta, steps,
         if "steps" in inversion:
             options["prior"] = BatchNormPrior(network)
         found[device] = recycle(adapters, base=tiny_backbone, device=device, dtype="float32", quiet=True, **options)
-    same(found["cpu"], found["cuda"])
+    same(found["cpu"], found["cuda"], None if meta.get("init") else warm_start(adapters, base=tiny_backbone))
     assert gpu.steps == steps
     assert gpu.elements > 1e6
 
@@ -91,7 +94,9 @@ def test_tune(gpu, tiny_backbone, tiny_data):
 @pytest.mark.medium
 @pytest.mark.parametrize("name", ["nn", "average", "warm-start", "tip-adapter", "laplacian-shot", "shrunk", *QUICK])
 def test_methods(gpu, tiny_backbone, adapters, make_data, name):
-    """Each method answers tasks with what it needs, the same as on the CPU."""
+    """Each method answers tasks with what it needs, and as it does on the CPU."""
+    for package in METHODS[name].needs.packages:
+        pytest.importorskip(package)
     data, config = make_data(n_classes=3), EvaluateConfig(n_way=3, n_shot=2, n_query=4, n_tasks=2, n_validation_tasks=1)
     needs, found = METHODS[name].needs, {}
     for device in ("cpu", "cuda"):
@@ -110,7 +115,10 @@ def test_methods(gpu, tiny_backbone, adapters, make_data, name):
             config=config,
             quiet=True,
         )
-    assert abs(found["cuda"].accuracy - found["cpu"].accuracy) < 10
+    if name in QUICK:  # trained from noise, or in a few steps
+        assert abs(found["cuda"].accuracy - found["cpu"].accuracy) < 10
+    else:
+        assert torch.equal(found["cuda"].accuracies, found["cpu"].accuracies)
     assert gpu.elements > 1e5
 
 
@@ -134,18 +142,22 @@ def test_generator(gpu, tiny_backbone, adapters):
 
 
 @pytest.mark.parametrize(
-    "spoilt",
+    ("spoilt", "message"),
     [
-        lambda x: x + torch.ones(4),
-        lambda x: x.numpy(),
-        lambda x: torch.ones(4)[x.argsort()],
-        lambda x: x.normal_(generator=torch.Generator()),
-        lambda x: torch.randn(4, generator=torch.Generator(), device=x.device),
+        (lambda x: x + torch.ones(4), "same device"),
+        (lambda x: torch.stack([x[0], torch.tensor(1.0)]), "same device"),
+        (lambda x: torch.tensor(1.0).add_(x[0]), "same device"),
+        (lambda x: x.numpy(), "can't convert cuda"),
+        (lambda x: torch.ones(4)[x.argsort()], "indices should be"),
+        (lambda x: x.normal_(generator=torch.Generator()), "for generator"),
+        (lambda x: torch.randn(4, generator=torch.Generator(), device=x.device), "for generator"),
     ],
 )
-def test_what_a_gpu_refuses_is_refused(gpu, spoilt):
-    with pytest.raises((RuntimeError, TypeError)):
-        spoilt(torch.rand(4, device="cuda"))
+def test_what_a_gpu_refuses_is_refused(gpu, spoilt, message):
+    x = torch.rand(4, device="cuda")
+    assert (x + torch.tensor(1.0)).device == GPU, "a scalar may lie on the CPU"
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        spoilt(x)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +168,13 @@ def test_what_a_gpu_refuses_is_refused(gpu, spoilt):
         lambda x: x[[0, 1]],
         lambda x: x.cpu(),
         lambda x: x.copy_(torch.ones(4)),
+        lambda x: torch.zeros(()).copy_(x[0]),
+        lambda x: x[0].copy_(torch.zeros(())),
         lambda x: x + torch.tensor(2.0, device=x.device),
+        lambda x: x + torch.tensor(2.0),
         lambda x: bool((x > 0).all()),
+        lambda x: F.one_hot(x.argsort()),
+        lambda x: torch.repeat_interleave(x, x.argsort()),
     ],
 )
 def test_what_a_capture_refuses_is_refused(gpu, spoilt):
@@ -165,6 +182,14 @@ def test_what_a_capture_refuses_is_refused(gpu, spoilt):
     spoilt(x.clone())  # allowed outside
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         Step(lambda: spoilt(x), lambda: [x], GPU)()
+
+
+def test_a_number_that_a_capture_would_freeze_is_refused(gpu):
+    x, count = torch.zeros(4, device="cuda"), itertools.count()
+    Step(lambda: x.fill_(1.0), lambda: [x], GPU)()
+    assert x.tolist() == [1.0] * 4
+    with pytest.raises(RuntimeError, match="would repeat the numbers of one run"):
+        Step(lambda: x.fill_(next(count)), lambda: [x], GPU)()
 
 
 @pytest.mark.medium

@@ -127,9 +127,12 @@ class Run:
         table = self.write()
         try:
             self.draw()
-        finally:  # cells that failed are told whatever becomes of the picture
-            if self.failed:
-                raise CellsFailed(table, list(self.failed.values()))
+        except Exception as error:
+            if not self.failed:
+                raise
+            logger.error("the picture failed too: %s", error)
+        if self.failed:
+            raise CellsFailed(table, list(self.failed.values()))
         return table
 
     def results(self) -> Iterator[tuple[Cell, dict[str, Any] | None]]:

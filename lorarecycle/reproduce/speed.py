@@ -48,7 +48,15 @@ def _measure(settings: Mapping[str, Any], kind: str) -> tuple[int, int]:
 def images_seen(settings: Mapping[str, Any]) -> int:
     """Images that the steps of a cell see, those before the clock among them."""
     steps, batch = _measure(settings, settings["kind"])
-    return (WARM_UP + 4 * steps) * batch
+    if settings["kind"] == "inversion":
+        n_way = settings["adapters"]["n_way"]
+        return (WARM_UP + 4 * steps) * n_way * _per_class(batch, n_way)
+    config = meta_config(settings)
+    return (WARM_UP + 4 * steps) * config.episodes_per_step * config.n_way * _per_class(batch, config.n_way, 2)
+
+
+def _per_class(batch: int, n_way: int, least: int = 1) -> int:
+    return max(least, round(batch / n_way))
 
 
 def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def inversion_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     steps, batch = _measure(settings, "inversion")
     (adapter,), backbone = world.adapters(settings, 1), world.backbone(settings)
     assert adapter.head is not None
-    per_class = max(1, round(batch / len(adapter.head.class_names)))
+    per_class = _per_class(batch, len(adapter.head.class_names))
     chosen = inversion_config(settings)
     prior = world.prior(chosen)
     config = replace(chosen, images_per_class=per_class, batch_size=batch, prune_from=0.0, patience=None)
@@ -74,7 +82,7 @@ def training_cost(world: World, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Steps of meta-training on random images, which cost what surrogates cost."""
     steps, batch = _measure(settings, "training")
     model, config = world.model(settings), meta_config(settings)
-    per_class = max(2, batch // config.n_way)
+    per_class = _per_class(batch, config.n_way, 2)
     n_shot = min(5, per_class - 1)
     config = replace(config, n_shot=n_shot, n_query=per_class - n_shot, init="random", guide_weight=0.0)
     surrogates = [_noise(model.image_size, model.patch_size, config.n_way, per_class, i) for i in range(2)]

@@ -50,6 +50,7 @@ def test_steps_that_are_measured_are_planned_as_they_run(rehearse):
     assert flops("inversion", 2, surrogates={"inversion": {"prune": {}}}) > alone, "a prior network costs something"
     assert flops("inversion", 2, surrogates={"inversion": {**inversion, "prune": {"0": 0.5}}}) < alone
     assert flops("training", 2, meta={"sparsity": 0.75}) == pytest.approx(flops("training", 2) / 4)
+    assert flops("training", 2, meta={"episodes_per_step": 2}) == pytest.approx(2 * flops("training", 2))
     assert flops("training", 2, learn="everything") > flops("training", 2)
 
 
