@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -108,7 +109,10 @@ class LoRAHub(Method):
 
         weights = nevergrad.p.Array(init=np.zeros(self.count)).set_bounds(-1.5, 1.5)
         weights.random_state.seed(derive(self.seed, "weights") % 2**32)
-        found = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget).minimize(loss)
+        optimizer = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of settings that nevergrad gives to its own parts
+            found = optimizer.minimize(loss)
         return torch.from_numpy(found.value).float()
 
 
