@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lorarecycle.runtime import graphs
+from lorarecycle.runtime import graphs, steps
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -234,7 +234,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
 
     with pytest.MonkeyPatch.context() as patch, _Functions(gpu), _Operations(gpu):
         patch.setattr(graphs.Step, "_captured", captured)
-        patch.setattr(torch, "compile", lambda function, **_: function)
+        patch.setattr(steps, "_compiled", lambda function: function)
         patch.setattr(Tensor, "pin_memory", lambda self: self)
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # asks a driver
             patch.setattr(torch.optim.Optimizer, name, lambda self: None, raising=False)
