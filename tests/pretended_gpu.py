@@ -47,18 +47,16 @@ class PretendedGPU:
     """Which storages claim to lie on the GPU.
 
     Attributes:
-        capturing: whether a step runs that is to be captured.
+        capture: operations with their numbers, of the step that is being captured; None where none is.
         steps: that were captured.
-        seen: operations with their numbers, of the step that is captured.
         elements: that operations on the GPU gave, to see that it was used.
     """
 
     def __init__(self) -> None:
         self._there: dict[int, StorageWeakRef] = {}
-        self.capturing = False
+        self.capture: list[tuple[Any, ...]] | None = None
         self.steps = 0
         self.elements = 0
-        self.seen: list[tuple[Any, ...]] = []
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies there."""
@@ -73,7 +71,7 @@ class PretendedGPU:
 
     def refuse(self, what: str) -> None:
         """Raise where a step is captured."""
-        if self.capturing:
+        if self.capture is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
 
@@ -93,7 +91,7 @@ class _Functions(TorchFunctionMode):
             return mine
         if func in (Tensor.numpy, Tensor.__array__) and mine:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
-        if func in (Tensor.tolist, Tensor.cpu) and mine:
+        if func is Tensor.tolist and mine:
             gpu.refuse("a copy to the host")
         if func is F.one_hot and mine:  # makes its zeros where PyTorch knows the tensor to be
             if len(args) + len(kwargs) == 1:
@@ -136,8 +134,7 @@ class _Functions(TorchFunctionMode):
         if to_gpu == mine:
             return gpu.take(found) if mine else found
         gpu.refuse("a copy from or to the host")
-        with torch.no_grad() if not source.requires_grad else contextlib.nullcontext():
-            found = found.clone() if _storage(found) == _storage(source) else found
+        found = found.clone() if _storage(found) == _storage(source) else found
         if to_gpu:
             return gpu.take(found)
         gpu._there.pop(_storage(found), None)
@@ -156,7 +153,8 @@ class _Operations(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         there = [gpu.holds(tensor) for tensor in tensors]
-        gpu.seen.append((str(func), *(leaf for leaf in leaves if isinstance(leaf, int | float | str))))
+        if gpu.capture is not None:
+            gpu.capture.append((str(func), *(leaf for leaf in leaves if isinstance(leaf, int | float | str))))
         if func is aten.lift_fresh.default:
             gpu.refuse("a tensor of the host's numbers")
         if not any(there):
@@ -173,7 +171,7 @@ class _Operations(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu: {func}")
         if here:
             gpu.refuse(f"a copy from or to the host, {func}")
-        if func in TAKES_BOTH and not gpu.holds(tensors[0]) and len(tensors) > 1 and func is not aten.copy_.default:
+        if func in TAKES_BOTH and not there[0] and len(tensors) > 1 and func is not aten.copy_.default:
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in _indices(func, args)):
             gpu.refuse("an index by a mask")
@@ -206,20 +204,22 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     compiled."""
     gpu = PretendedGPU()
 
+    def seen(step: graphs.Step) -> list[tuple[Any, ...]]:
+        """What a capture of the step sees; nothing is changed."""
+        gpu.capture = found = []
+        try:
+            graphs.unchanged(step._eager, step._state())
+        finally:
+            gpu.capture = None
+        return found
+
     def captured(step: graphs.Step) -> Callable[[], Any]:
         """Runs the step as a capture would, with nothing changed, and gives it back as it is."""
-        seen = []
+        graphs.unchanged(step._eager, step._state())  # a warm-up, in which libraries may allocate
         gpu.steps += 1
-        for run in range(3):
-            gpu.capturing = run > 0  # the first is a warm-up, in which libraries may allocate
-            gpu.seen.clear()
-            try:
-                graphs.unchanged(step._eager, step._state())
-            finally:
-                gpu.capturing = False
-            seen.append(list(gpu.seen))
-        other = [(one, two) for one, two in zip(*seen[1:], strict=False) if one != two]
-        if other or len(seen[1]) != len(seen[2]):
+        first, second = seen(step), seen(step)
+        other = [(one, two) for one, two in zip(first, second, strict=False) if one != two]
+        if other or len(first) != len(second):
             raise RuntimeError(f"a captured step would repeat the numbers of one run: {other[:1]}")
         return step._eager
 

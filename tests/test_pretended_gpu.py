@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lorarecycle.kernels import use_backend
-from torch import nn
 
-from lorarecycle import BatchNormPrior, FewShotClassifier, evaluate, recycle, tune, warm_start
+from lorarecycle import FewShotClassifier, InversionConfig, evaluate, recycle, tune, warm_start
 from lorarecycle.config import EvaluateConfig
 from lorarecycle.fewshot.methods.registry import METHODS, make_method
 from lorarecycle.generate import LoRAGenerator
 from lorarecycle.inversion.invert import invert
 from lorarecycle.reproduce.prepare import prepare_run
+from lorarecycle.reproduce.quick import tiny_prior
 from lorarecycle.runtime.graphs import Step
 
 from .pretended_gpu import GPU, pretended_gpu
@@ -69,14 +69,10 @@ def same(here, there, start=None):
 )
 def test_recycle(gpu, tiny_backbone, adapters, tmp_path, inversion, meta, steps, more):
     """The job from adapters to meta-LoRA; one captured step for each phase."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())
     found = {}
     for device in ("cpu", "cuda"):
         options = {"config": {"inversion": inversion, "meta": meta}, "work_dir": tmp_path / device, **more}
-        if "steps" in inversion:
-            options["prior"] = BatchNormPrior(network)
+        options["prior"] = tiny_prior(InversionConfig(**inversion), dtype=torch.float32, device=torch.device("cpu"))
         found[device] = recycle(adapters, base=tiny_backbone, device=device, dtype="float32", quiet=True, **options)
     same(found["cpu"], found["cuda"], None if meta.get("init") else warm_start(adapters, base=tiny_backbone))
     assert gpu.steps == steps
