@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ class WeightedSum:
     """
 
     def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
+        self.count: int = len(adapters)
         self.model: Backbone = backbone.clone()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()
@@ -49,6 +50,30 @@ class WeightedSum:
         """Wear the sum with these weights, float [n]."""
         for target, plain, lora_A, lora_B, owner in self._sites:
             target.copy_(torch.addmm(plain, lora_B * weights.to(lora_B)[owner], lora_A))
+
+    @torch.no_grad()
+    def find(self, loss: Callable[[], float], *, budget: int, penalty: float, seed: int) -> Tensor:
+        """Weights, float32 [n], that a gradient-free optimiser finds from 0 on, within 1.5 of it.
+
+        Args:
+            loss: of the weights that are worn.
+            budget: weights that are tried.
+            penalty: on the mean of their absolute values.
+            seed: of the optimiser.
+        """
+        import nevergrad
+
+        def judge(weights: np.ndarray) -> float:
+            self.set(torch.from_numpy(weights).float())
+            return loss() + penalty * float(np.abs(weights).mean())
+
+        weights = nevergrad.p.Array(init=np.zeros(self.count)).set_bounds(-1.5, 1.5)
+        weights.random_state.seed(derive(seed, "weights") % 2**32)
+        optimizer = nevergrad.optimizers.NGOpt(parametrization=weights, budget=budget)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of settings that nevergrad gives to its own parts
+            found = optimizer.minimize(judge)
+        return torch.from_numpy(found.value).float()
 
 
 @dataclass
@@ -72,10 +97,9 @@ class LoRAHub(Method):
     seed: int = 0
     needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, packages=("nevergrad",))
     summed: WeightedSum = field(init=False, repr=False)
-    count: int = field(init=False, default=0)
 
     def _prepare(self, given: Given) -> None:
-        self.summed, self.count = WeightedSum(given.backbone, given.adapters), len(given.adapters)
+        self.summed = WeightedSum(given.backbone, given.adapters)
 
     def solve(self, task: Task) -> Tensor:
         self.summed.set(self.find_weights(task))
@@ -91,29 +115,18 @@ class LoRAHub(Method):
     @torch.no_grad()
     def find_weights(self, task: Task) -> Tensor:
         """The weights of a task, float32 [n]."""
-        import nevergrad
-
         model = self.summed.model
         images, labels = inputs(model, task.support_pixels()), task.labels(model.device)
         generator = stream(self.seed, "views")
         everything = torch.cat([images, *(augmented(images, generator) for _ in range(self.views))])
 
-        def loss(weights: np.ndarray) -> float:
-            self.summed.set(torch.from_numpy(weights).float())
+        def loss() -> float:
             features = torch.cat([self.summed.forward(part) for part in everything.split(64)]).float()
             centres = class_centres(features[: len(images)], labels, task.n_way)
             logits = distance_logits(F.normalize(features[len(images) :], dim=-1), F.normalize(centres, dim=-1))
-            return (
-                F.cross_entropy(10 * logits, labels.repeat(self.views)).item() + self.penalty * np.abs(weights).mean()
-            )
+            return F.cross_entropy(10 * logits, labels.repeat(self.views)).item()
 
-        weights = nevergrad.p.Array(init=np.zeros(self.count)).set_bounds(-1.5, 1.5)
-        weights.random_state.seed(derive(self.seed, "weights") % 2**32)
-        optimizer = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of settings that nevergrad gives to its own parts
-            found = optimizer.minimize(loss)
-        return torch.from_numpy(found.value).float()
+        return self.summed.find(loss, budget=self.budget, penalty=self.penalty, seed=self.seed)
 
 
 @dataclass

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +14,7 @@ from ...adapters.adapter import Head
 from ...config import RecycleConfig
 from ...meta.factors import random_factors
 from ...meta.train import learning_rate
-from ...runtime.seeds import derive, stream
+from ...runtime.seeds import stream
 from ...vit.backbone import Backbone
 from .base import Given, Method, Needs, Task, TextEncoder, inputs
 from .lorahub import WeightedSum
@@ -163,19 +162,13 @@ class ZeroShotHub(ZeroShotRecycle):
 
     @torch.no_grad()
     def _learn(self, given: Given, loss: Episodes) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
-        import nevergrad
-
         summed = WeightedSum(given.backbone, given.adapters)
 
-        def judge(weights: np.ndarray) -> float:
-            summed.set(torch.from_numpy(weights).float())
+        def judge() -> float:
             losses = [loss(step, summed.model).item() for step in range(self.episodes)]
-            return sum(losses) / len(losses) + self.penalty * float(np.abs(weights).mean())
+            return sum(losses) / len(losses)
 
-        weights = nevergrad.p.Array(init=np.zeros(len(given.adapters))).set_bounds(-1.5, 1.5)
-        weights.random_state.seed(derive(self.seed, "weights") % 2**32)
-        found = nevergrad.optimizers.NGOpt(parametrization=weights, budget=self.budget).minimize(judge)
-        summed.set(torch.from_numpy(found.value).float())
+        summed.set(summed.find(judge, budget=self.budget, penalty=self.penalty, seed=self.seed))
         return summed.model, summed.model
 
 
