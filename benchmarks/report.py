@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PLAIN = ("plain", "peft", "eager", "permute_copy", "dense", "fused", "torch", "reference")
+PLAIN = ("plain", "peft", "eager", "permute_copy", "sparse", "dense", "fused", "torch", "reference")
 """Forms that the others are compared with: the first of these that a group has."""
 
 
@@ -38,8 +38,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     results = []
     for benchmark in run["benchmarks"]:
         noted = benchmark["extra_info"]
-        per_call = noted["us_per_call"] / 1e6 if "us_per_call" in noted else benchmark["stats"]["median"]
-        seconds = noted.pop("device_median_s", per_call)
+        seconds = noted.pop("device_median_s", benchmark["stats"]["median"] / noted.get("calls", 1))
         form = (benchmark["params"] or {}).get("form", benchmark["name"].partition("[")[0].removeprefix("bench_"))
         where = {"cpu": _cpu(cpu), "cores": cpu.get("count")}
         rounds = benchmark["stats"]["rounds"]

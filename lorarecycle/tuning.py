@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from .data.images import normalize
 from .data.lazy import Dataset
 from .runtime.checkpoint import Checkpoint
 from .runtime.files import require_place
-from .runtime.graphs import Graphs, Step, adam, state_of
+from .runtime.graphs import Graphs, Step, adam, held_weakly, state_of
 from .runtime.progress import track
 from .runtime.seeds import stream
 from .runtime.steps import Compile, check_compile, compiling
@@ -165,7 +164,8 @@ class _Steps:
         n = len(batch[0])
         if n not in self._of:
             there = [torch.empty_like(part, device=self.backbone.device) for part in batch]
-            self._of[n] = there, Step(partial(self._take, *there), self._state, self.backbone.device, self.graphs)
+            run, state = held_weakly(self._take, *there), held_weakly(self._state)
+            self._of[n] = there, Step(run, state, self.backbone.device, self.graphs)
         there, step = self._of[n]
         for own, part in zip(there, batch, strict=True):
             own.copy_(part)

@@ -215,7 +215,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
 
     def captured(step: graphs.Step) -> Callable[[], Any]:
         """Runs the step as a capture would, with nothing changed, and gives it back as it is."""
-        graphs.unchanged(step._eager, step._state())  # a warm-up, in which libraries may allocate
+        step._warm_up()  # in which libraries may allocate
         gpu.steps += 1
         first, second = seen(step), seen(step)
         other = [(one, two) for one, two in zip(first, second, strict=False) if one != two]

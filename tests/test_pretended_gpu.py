@@ -79,6 +79,15 @@ def test_recycle(gpu, tiny_backbone, adapters, tmp_path, inversion, meta, steps,
     assert gpu.elements > 1e6
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_fewer_steps_than_warm_ups(gpu, tiny_backbone, adapters, steps):
+    """Runs before a capture stay within the tables, also those of the pruned step, which begins later."""
+    inversion = {**INVERSION, "steps": steps, "prune": {1: 0.5}, "prune_from": 0.5, "prior": None}
+    config = {"inversion": inversion, "meta": {**EPISODES, "steps": steps}}
+    recycle(adapters, base=tiny_backbone, config=config, device="cuda", dtype="float32", quiet=True)
+    assert gpu.steps == 3 - (steps == 1)  # of one step none is before half of them
+
+
 def test_tune(gpu, tiny_backbone, tiny_data):
     config = {"epochs": 2, "batch_size": 24}
     here = tune(tiny_backbone, tiny_data, config=config, quiet=True)

@@ -23,6 +23,9 @@ from .start import finished_pixels, start_images
 from .surrogate import Surrogate
 from .views import draw_views
 
+KEPT = 2
+"""Kinds of batches that stay ready, the whole ones' and the last one's: on a GPU each holds its graphs' memory."""
+
 
 def invert(
     backbone: Backbone,
@@ -195,6 +198,8 @@ class Inverter:
     def _optimiser(self, teacher: Backbone, head: Head, batch_size: int) -> BatchOptimiser:
         key = (batch_size, tuple(head.weight.shape), head.pool)
         if key not in self._optimisers:
+            while len(self._optimisers) >= KEPT:
+                del self._optimisers[next(iter(self._optimisers))]
             self._optimisers[key] = BatchOptimiser(teacher, head, batch_size, self.config, self.prior, self._graphs)
         return self._optimisers[key]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Head
 from ..config import InversionConfig
-from ..runtime.graphs import Graphs, Step, adam, reset, set_rate, state_of
+from ..runtime.graphs import Graphs, Step, adam, held_weakly, reset, set_rate, state_of
 from ..runtime.progress import Progress
 from ..vit.backbone import Backbone
 from .objective import inversion_loss
@@ -65,8 +64,9 @@ class BatchOptimiser:
         self.best_loss: Tensor = torch.zeros((), device=device)
         self.count: Tensor = torch.zeros(1, dtype=torch.long, device=device)
         self.optimizer: torch.optim.Optimizer = adam([self.parameters.variable], device, betas=config.betas)
-        self.dense: Step = Step(partial(self._step, None), self._state, device, graphs)
-        self.pruned: Step = Step(partial(self._step, config.prune), self._state, device, graphs)
+        state = held_weakly(self._state)
+        self.dense: Step = Step(held_weakly(self._step, None), state, device, graphs)
+        self.pruned: Step = Step(held_weakly(self._step, config.prune), state, device, graphs)
 
     def run(self, start: Tensor, labels: Tensor, views: Tensor, bar: Progress[int]) -> Tensor:
         """Optimise from a start.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import MetaConfig
 from ..runtime.distributed import ALONE, Group
-from ..runtime.graphs import Graphs, Step, set_rate, state_of
+from ..runtime.graphs import Graphs, Step, held_weakly, set_rate, state_of
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
 from .bank import Bank
@@ -72,13 +72,14 @@ class EpisodeStep:
         self._group = group
         self.count: Tensor = torch.full((1,), done, dtype=torch.int64, device=device)
         if group.size == 1:
-            self._step = Step(self._take, self._state, device, graphs)
+            self._step = Step(held_weakly(self._take), held_weakly(self._state), device, graphs)
             return
         sizes = [parameter.numel() for parameter in lora.parameters()]
         self._sum = torch.zeros(sum(sizes) + 1, device=device)  # the gradients and the loss
         self._parts = [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
-        self._before = Step(self._own_part, lambda: [self._sum], device, graphs)
-        self._after = Step(self._follow_sum, self._state, device, graphs)
+        summed = [self._sum]
+        self._before = Step(held_weakly(self._own_part), lambda: summed, device, graphs)
+        self._after = Step(held_weakly(self._follow_sum), held_weakly(self._state), device, graphs)
 
     def __call__(self) -> None:
         """Take the next step."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +18,8 @@ Graphs = bool | None
 
 WARM_UPS = 3
 """Runs before capture, in which libraries allocate what they keep and kernels are compiled and tuned."""
+
+_capturing = threading.Lock()
 
 
 class Step:
@@ -46,25 +50,45 @@ class Step:
         self._replay()
 
     def _captured(self) -> Callable[[], Any]:
-        try:
-            with torch.cuda.device(self._device):
-                unchanged(self._warm_up, self._state())
+        device = self._device
+        side = torch.cuda.Stream(device)  # of this device, where PyTorch's own is of the first one that captured
+        own = torch.cuda.current_stream(device)
+        with _capturing, torch.cuda.device(device), torch.cuda.stream(own):  # a failed capture leaves the side current
+            try:
+                side.wait_stream(own)
+                with torch.cuda.stream(side):
+                    self._warm_up()
+                own.wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # other threads may work
                     self._eager()
-        except RuntimeError as error:
-            torch.cuda.synchronize(self._device)
-            logger.warning("steps run without a CUDA graph, which could not be captured: %s", str(error).split("\n")[0])
-            return self._eager
+            except RuntimeError as error:
+                torch.cuda.synchronize(device)
+                reason = str(error).split("\n")[0]
+                logger.warning("steps run without a CUDA graph, which could not be captured: %s", reason)
+                return self._eager
         return graph.replay
 
     def _warm_up(self) -> None:
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._eager()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        """Each run finds the state as it was: a run beyond the last step would read beyond the end of a table."""
+        for _ in range(WARM_UPS):
+            unchanged(self._eager, self._state())
+
+
+def held_weakly(method: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A bound method with its arguments, which does not keep its object alive.
+
+    An object that holds a `Step` of its own methods is freed with the last reference to it, and with it the memory of
+    its graph.
+    """
+    held = weakref.WeakMethod(method)
+
+    def call() -> Any:
+        alive = held()
+        assert alive is not None, "the step's owner is gone"
+        return alive(*args)
+
+    return call
 
 
 def unchanged(run: Callable[[], Any], state: Iterable[Tensor]) -> None:

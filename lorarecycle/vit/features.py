@@ -90,5 +90,5 @@ def extract_features(
     )
     if lora is not None:
         return torch.cat([backbone(batch, lora=lora, pool=pool).float() for batch in batches]).cpu()
-    forward = forward or ReplayedForward(backbone, compile=False)
+    forward = forward or ReplayedForward(backbone, compile=False, after=16)
     return torch.cat([forward(batch, pool).float() for batch in batches]).cpu()

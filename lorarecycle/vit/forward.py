@@ -315,8 +315,8 @@ def _triple(values: Any, name: str) -> tuple[float, ...]:
 
 
 def _embed_patches(proj: nn.Conv2d, images: Tensor) -> Tensor:
-    """[B, N, D]; as a matrix product where the images want a gradient: a convolution's is slow on a CPU."""
-    if not (torch.is_grad_enabled() and images.requires_grad):
+    """[B, N, D]; as a matrix product where the convolution is slow: on a GPU, and where the images want a gradient."""
+    if not (images.is_cuda or (torch.is_grad_enabled() and images.requires_grad)):
         return proj(images).flatten(2).transpose(1, 2)
     patches = reference.cut_patches(images, proj.weight.shape[-1])
     return nn.functional.linear(patches.flatten(3).flatten(1, 2), proj.weight.flatten(1), proj.bias)

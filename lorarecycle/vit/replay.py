@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Hashable
 
 import torch
@@ -18,43 +20,51 @@ SHAPES = 8
 class ReplayedForward:
     """Features of normalised batches, as `Backbone.forward` gives them without gradient.
 
-    On a GPU a shape is captured as a CUDA graph when it comes for the second time. The backbone's weights stay where
-    they are: what is written into them counts, moving or casting it asks for a new object.
+    On a GPU a shape that comes again is captured as a CUDA graph. The backbone's weights stay where they are: what is
+    written into them counts, moving or casting it asks for a new object. Threads take turns.
 
     Args:
         backbone: frozen.
         compile: whether its blocks run through `torch.compile`; on a GPU only when None.
         graphs: whether shapes are captured; on a GPU only when None.
+        after: times that a shape comes before it is captured, which takes as long as several passes.
     """
 
-    def __init__(self, backbone: Backbone, *, compile: Compile = None, graphs: Graphs = None) -> None:
+    def __init__(self, backbone: Backbone, *, compile: Compile = None, graphs: Graphs = None, after: int = 1) -> None:
         self._backbone = backbone
         self._compile = check_compile(compile, backbone.device)
         self._graphs = backbone.device.type == "cuda" and graphs is not False
-        self._seen: set[Hashable] = set()
+        self._after = after
+        self._seen: Counter[Hashable] = Counter()
         self._steps: dict[Hashable, tuple[Tensor, Tensor, Step]] = {}
+        self._turn = threading.Lock()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, pool: str = "pooled") -> Tensor:
         """Features [B, D] of images [B, 3, H, W]; they are the caller's own."""
         key = (tuple(images.shape), images.dtype, pool)
-        again = key in self._seen
-        self._seen.add(key)
         with compiling(self._compile, images.device):
-            if not (self._graphs and again and (key in self._steps or len(self._steps) < SHAPES)):
+            if not self._graphs:
                 return self._backbone(images, pool=pool)
-            if key not in self._steps:
-                self._steps[key] = self._static(images, pool)
-            there, features, step = self._steps[key]
-            there.copy_(images)
-            step()
-            return features.clone()
+            with self._turn:  # one buffer for all who ask
+                self._seen[key] += 1
+                often = self._seen[key] > self._after
+                if not often or (key not in self._steps and len(self._steps) == SHAPES):
+                    return self._backbone(images, pool=pool)
+                if key not in self._steps:
+                    self._steps[key] = self._static(images, pool)
+                there, features, step = self._steps[key]
+                there.copy_(images)
+                step()
+                return features.clone()
 
     def _static(self, images: Tensor, pool: str) -> tuple[Tensor, Tensor, Step]:
-        there = images.clone()
-        features = self._backbone(there, pool=pool)
+        backbone = self._backbone
+        found = backbone(images, pool=pool)
+        with torch.inference_mode(False), torch.no_grad():  # buffers that may be written outside of it too
+            there, features = torch.empty_like(images), torch.empty_like(found)
 
         def run() -> None:
-            features.copy_(self._backbone(there, pool=pool))
+            features.copy_(backbone(there, pool=pool))
 
         return there, features, Step(run, lambda: [features], images.device)

@@ -1,5 +1,9 @@
 """One adapter after another over the same buffers: nothing of an earlier one shows in a later one."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +31,22 @@ def test_a_later_adapter_is_as_if_it_were_the_first(tiny_backbone, make_adapter)
         assert one.class_names == adapter.head.class_names
     for name, value in tiny_backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_two_kinds_of_batches_stay_ready(tiny_backbone, make_adapter):
+    """On a GPU each holds the memory of its graphs: an earlier kind goes at once, without the garbage collector."""
+    make = Inverter(tiny_backbone, config=replace(CONFIG, steps=1))
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+    gc.disable()
+    try:
+        for n_classes in (3, 4, 5):
+            make(make_adapter(tiny_backbone, n_classes=n_classes), quiet=True)
+            alive.update(make._optimisers.values())
+        assert len(alive) == 2
+        del make
+        assert not len(alive)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

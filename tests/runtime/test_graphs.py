@@ -1,11 +1,13 @@
 """Steps over static buffers: nothing shows of the runs before capture, and captured steps do what plain ones do."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 
-from lorarecycle.runtime.graphs import Step, adam, reset, state_of, unchanged
+from lorarecycle.runtime.graphs import Step, adam, held_weakly, reset, state_of, unchanged
 
 CPU = torch.device("cpu")
 
@@ -73,6 +75,30 @@ def test_what_a_failing_run_changed_is_put_back():
     with pytest.raises(RuntimeError, match="no"):
         unchanged(fails, [x])
     assert torch.equal(x, torch.ones(2))
+
+
+def test_runs_before_capture_do_not_go_beyond_the_last_step():
+    """Tables have a row for each step, and the first call may be the last step."""
+    descent = Descent(CPU)
+    for _ in range(19):
+        descent.take()
+    before = [tensor.clone() for tensor in descent.state()]
+    Step(descent.take, descent.state, CPU)._warm_up()
+    assert all(map(torch.equal, descent.state(), before))
+
+
+def test_an_object_with_a_step_of_its_own_goes_with_its_last_reference():
+    """Its graph's memory goes too: nothing waits for the garbage collector."""
+    descent = Descent(CPU)
+    descent.step = Step(held_weakly(descent.take), held_weakly(descent.state), CPU)
+    descent.step()
+    gone = weakref.ref(descent)
+    gc.disable()
+    try:
+        del descent
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_reset_starts_anew_in_the_same_tensors():
