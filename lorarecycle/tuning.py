@@ -19,7 +19,7 @@ from .adapters.adapter import Adapter, Head
 from .config import TuneConfig, as_config, as_plain
 from .data.dataset import LabelledImages
 from .data.images import normalize
-from .data.lazy import Dataset
+from .data.lazy import Dataset, require_labelled
 from .runtime.checkpoint import Checkpoint
 from .runtime.files import require_place
 from .runtime.graphs import Graphs, Step, adam, held_weakly, state_of
@@ -76,7 +76,7 @@ def tune(
             `checkpoint` that is damaged, or of other settings, data, seed or backbone; `save_last` without a folder, a
             folder without `save_last`, or one that holds what this tuning did not write.
         OSError: a `checkpoint` or `checkpoints` that cannot be written there.
-        TypeError: `config` names no setting.
+        TypeError: `config` names no setting; `data` that is neither `LabelledImages` nor a `Dataset`.
         FloatingPointError: the loss became NaN or infinite.
     """
     config = as_config(TuneConfig, config)
@@ -239,6 +239,7 @@ def _require_own(folder: Path, epochs: int, last: int, config: TuneConfig) -> No
 
 
 def _check(data: LabelledImages | Dataset) -> None:
+    require_labelled(data, "data")
     if len(data.class_names) < 2:
         raise ValueError(f"`data` must have at least two classes, got {list(data.class_names)}.")
     empty = [name for name, n in zip(data.class_names, data.counts, strict=True) if n == 0]

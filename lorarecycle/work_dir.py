@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from .vit.backbone import Backbone
 
 RECORD = "run.json"
 IMAGES = "surrogates"
+ROUNDED = (torch.bfloat16, torch.float16)
+"""Precisions in which a base may have been given to `recycle`, which goes on in float32."""
 
 
 class WorkDir:
@@ -103,13 +107,51 @@ def describe_run(
     """What makes a run this one; names are there for people and may change."""
     return {
         "lorarecycle": __version__,
-        "base": {"name": backbone.name, "sha256": backbone.digest()},
+        "base": {
+            "name": backbone.name,
+            "sha256": backbone.digest(),
+            "image_size": backbone.image_size,
+            "weights": backbone.weights_file,
+        },
         "dtype": str(dtype).removeprefix("torch."),
         "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
         "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
         "config": as_plain(config),
         "images": images,
     }
+
+
+def load_base(
+    record: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    weights: str | PathLike[str] | None = None,
+    image_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> Backbone:
+    """The plain model that a run was of, float32.
+
+    Args:
+        record: of the run, see `describe_run`.
+        base, weights, image_size: as in `Backbone.load`; name and size that the record knows when None.
+        device: where it runs.
+
+    Raises:
+        ValueError: it is another model than the run's: other weights, size or preparation of images.
+        FileNotFoundError: see `Backbone.load`.
+    """
+    known = record["base"]
+    name, size = base or str(known["name"]), image_size or known.get("image_size")
+    found = Backbone.load(name, weights=weights, image_size=size, device=device).float()
+    rounded = (found.clone().to(dtype).float() for dtype in ROUNDED)
+    same = next((one for one in itertools.chain([found], rounded) if known.get("sha256") in (None, one.digest())), None)
+    if same is None:
+        file = f", weights {known['weights']}" if known.get("weights") else ""
+        raise ValueError(
+            f"`base` must be the model that the run was of ({known['name']}{file}), got {found!r} with other weights "
+            "or another preparation of images; name it by `base`, `weights` and `image_size`."
+        )
+    return same
 
 
 def canonical_order(adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -39,6 +39,8 @@ class Loaded(NamedTuple):
     adapters: list[Adapter]
     notes: tuple[str, ...]
     """What was not read, a line each; said in the log as well."""
+    folders: tuple[Path, ...] = ()
+    """On this machine, that they were read from."""
 
 
 def load_adapters(
@@ -149,7 +151,8 @@ def load_all(
     notes += note_results(sources)
     if notes:
         logger.warning("%d adapters read; %s.", len(loaded), "; ".join(notes))
-    return Loaded(loaded, (*notes, *own))
+    paths = (Path(source).expanduser() for source in sources if isinstance(source, (str, PathLike)))
+    return Loaded(loaded, (*notes, *own), tuple(path for path in paths if path.is_dir()))
 
 
 def _load(source: Any, options: HubOptions, *, searched: bool, stored: bool) -> Adapter:

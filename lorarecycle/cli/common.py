@@ -95,6 +95,13 @@ def find_backbone(machine: Machine, adapters: Sequence[Adapter]) -> Backbone:
     return machine.backbone(named, torch.float32)
 
 
+def refuse_sources(output: Path, folders: Sequence[Path]) -> None:
+    """Raises ValueError where the output is to take the place of an adapter that it is made of."""
+    real = output.expanduser().resolve()
+    if any(folder.resolve() == real for folder in folders):
+        raise ValueError(f"`--output` must not be one of the adapters that go in, got {output}; choose another folder.")
+
+
 def load_meta_lora(source: str | None) -> Adapter | None:
     """The adapter of a folder or Hub id; None for None."""
     from ..adapters.adapter import Adapter

@@ -40,9 +40,16 @@ class Convert:
 
         check_layout(self.layout)
         require_place(self.output, "--output", folder=True)
+        paths = [source.expanduser().absolute() for source in self.sources]
+        names = [path.name if path.is_dir() else path.stem for path in paths]
+        same = sorted({name for name in names if names.count(name) > 1})
+        if same:
+            raise ValueError(
+                "`sources` must have different names, which the folders in --output get, got several of "
+                f"{', '.join(same)}; convert those one by one."
+            )
         strict, done = self.care.level, 0
-        for source in self.sources:
-            path = source.expanduser()
+        for path, name in zip(paths, names, strict=True):
             try:
                 if path.is_dir():
                     adapter = Adapter.load(path)
@@ -60,7 +67,7 @@ class Convert:
                 continue
             for note in () if path.is_dir() else adapter.notes:
                 logging.getLogger(__name__).warning("%s: %s", path, note)
-            print(adapter.save(self.output / path.stem if len(self.sources) > 1 else self.output, layout=self.layout))
+            print(adapter.save(self.output / name if len(paths) > 1 else self.output, layout=self.layout))
             done += 1
         if not done:
             raise ValueError("`sources` must hold one that can be read, got none.")

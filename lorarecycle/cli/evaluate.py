@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Evaluate:
     """Accuracy of a meta-LoRA, of the plain model or of any other method on few-shot tasks, with its 95 % interval."""
 
-    data: Annotated[str, tyro.conf.Positional] = ""
+    data: Annotated[str | None, tyro.conf.Positional] = None
     """As for `tune`, or a Hugging Face data set; its classes must be unseen by the adapters."""
     meta_lora: str | None = None
     """PEFT folder or Hub id; the plain model when left out."""
@@ -56,7 +56,7 @@ class Evaluate:
     def run(self) -> None:
         from ..data.sets import open_dataset
         from ..fewshot.evaluate import evaluate
-        from ..fewshot.methods.registry import describe_methods, find_method, make_method
+        from ..fewshot.methods.registry import describe_methods, find_method, make_method, settings_of
         from ..fewshot.tasks import Tasks
         from ..runtime.distributed import join, leads, leave
 
@@ -64,8 +64,11 @@ class Evaluate:
             print(describe_methods())
             return
         needs, quiet = find_method(self.method).needs, self.manners.quiet
-        self._refuse_idle(needs)
-        method: Any = self.method if self.rate is None else make_method(self.method, rate=self.rate)
+        if self.data is None:
+            raise ValueError("`data` must name labelled images of new classes, got none; '.' is the current folder.")
+        self._refuse_idle(needs, settings_of(self.method))
+        like = {"distance": self.config.distance, "seed": self.config.seed}
+        method = make_method(self.method, like=like, rate=self.rate)
         meta_lora, adapters = load_meta_lora(self.meta_lora), self._adapters()
         tasks = None if self.tasks is None else Tasks.load(self.tasks)
         named = meta_lora if meta_lora is not None else next((a for a in adapters if a.base_model), None)
@@ -94,8 +97,16 @@ class Evaluate:
             print(result)
         leave()
 
-    def _refuse_idle(self, needs: Needs) -> None:
+    def _refuse_idle(self, needs: Needs, settings: set[str]) -> None:
         """Raise where an option reaches nothing: it would be thought to have done something."""
+        plain = EvaluateConfig()
+        changed = {f.name for f in fields(plain) if getattr(self.config, f.name) != getattr(plain, f.name)}
+        if "distance" in changed - settings:
+            raise ValueError(f"`--distance` must be left out for method {self.method!r}, which has its own.")
+        listed = sorted(changed & {"n_way", "n_shot", "n_query", "n_tasks", *({"seed"} - settings)})
+        if self.tasks is not None and listed:
+            flag = listed[0].replace("_", "-")
+            raise ValueError(f"`--{flag}` must be left out beside `--tasks`, whose file says what the tasks are.")
         read = {
             "adapters": needs.adapters > 0,
             "surrogates": needs.surrogates,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..config import RecycleConfig
-from .common import Care, Flat, Machine, Manners, find_backbone
+from .common import Care, Flat, Machine, Manners, find_backbone, refuse_sources
 
 Preset = Literal["default", "weights", "paper"]
 
@@ -62,6 +62,7 @@ class Recycle:
         from ..pipeline import prepare
         from ..runtime.distributed import launched, leads, leave
         from ..runtime.files import require_place
+        from .report import measured_run, tasks_for, write_page
 
         quiet = self.manners.quiet
         check_layout(self.layout)
@@ -72,6 +73,7 @@ class Recycle:
                 require_place(self.work_dir, "--work-dir", folder=True)
         strict = self.care.level
         loaded = load_all(self.adapters[0] if len(self.adapters) == 1 else self.adapters, strict=strict, stored=True)
+        refuse_sources(self.output, loaded.folders)
         job = prepare(
             loaded,
             base=find_backbone(self.machine, loaded.adapters),  # adapters are merged before it is cast
@@ -83,6 +85,7 @@ class Recycle:
             images=self.images,
             memory_budget=None if self.memory_budget is None else int(1e9 * self.memory_budget),
         )
+        config = None if self.report_data is None else tasks_for(self.report_data)
         first = leads()
         if self.plan:
             if first:
@@ -97,12 +100,9 @@ class Recycle:
         if not first:
             leave()
             return
-        config = as_plain(self.config)
-        print(meta_lora.save(self.output, layout=self.layout, config=config, sources=job.adapters))
+        print(meta_lora.save(self.output, layout=self.layout, config=as_plain(self.config), sources=job.adapters))
         if work_dir is not None and (self.report or self.report_data):
-            from .report import measured_run, write_page
-
-            run = measured_run(work_dir, self.report_data, job.backbone, job.adapters, quiet=quiet)
+            run = measured_run(work_dir, self.report_data, job.backbone, job.adapters, config=config, quiet=quiet)
             print(write_page([run], work_dir / "report.html", job.backbone))
         leave()
 
@@ -131,7 +131,9 @@ class WarmStart:
         require_place(self.output, "--output", folder=True)
         strict = self.care.level
         source = self.adapters[0] if len(self.adapters) == 1 else self.adapters
-        adapters = load_all(source, strict=strict, stored=True).adapters
+        loaded = load_all(source, strict=strict, stored=True)
+        refuse_sources(self.output, loaded.folders)
+        adapters = loaded.adapters
         base = find_backbone(self.machine, adapters)
         made = warm_start(
             adapters,

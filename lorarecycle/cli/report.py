@@ -52,7 +52,7 @@ class Report:
         if self.data is not None:  # accuracy is kept there
             for folder in self.runs:
                 require_place(folder, "runs", folder=True)
-        backbone = self.machine.backbone() if self.machine.base else None
+        models = [self._base(run) for run in runs] if self.machine.base or self.data is not None else []
         if self.data is not None:
             one = self.adapters[0] if len(self.adapters) == 1 else self.adapters
             adapters = load_all(one).adapters if self.adapters else []
@@ -60,21 +60,44 @@ class Report:
                 measured_run(
                     folder,
                     self.data,
-                    backbone or self._named(run),
+                    model,
                     adapters,
                     split=self.split,
                     download=self.download,
                     config=self.config,
                     quiet=self.manners.quiet,
                 )
-                for folder, run in zip(self.runs, runs, strict=True)
+                for folder, model in zip(self.runs, models, strict=True)
             ]
-        print(write_page(runs, output, backbone))
+        print(write_page(runs, output, models[0] if self.machine.base else None))
 
-    def _named(self, run: Run) -> Backbone:
-        from dataclasses import replace
+    def _base(self, run: Run) -> Backbone:
+        from ..runtime.device import resolve
+        from ..work_dir import load_base
 
-        return replace(self.machine, base=str(run.record["base"]["name"])).backbone()
+        own = self.machine
+        device, dtype = resolve(own.device, own.dtype)
+        found = load_base(run.record, base=own.base, weights=own.weights, image_size=own.image_size, device=device)
+        return found.to(dtype)
+
+
+def tasks_for(data: str) -> EvaluateConfig:
+    """Tasks that the data has classes and images for: five-way with 15 queries a class where it has as many.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: no such data, fewer than two classes, or too few images of one.
+    """
+    from ..data.sets import open_dataset
+    from ..fewshot.tasks import sample_tasks
+
+    found, usual = open_dataset(data), EvaluateConfig()
+    if len(found.class_names) < 2:
+        raise ValueError(f"`data` {data} must have at least two classes, got {list(found.class_names)}.")
+    fewest = max(1, min(found.counts) - 1)
+    config = EvaluateConfig(n_way=min(usual.n_way, len(found.class_names)), n_query=min(usual.n_query, fewest))
+    shape = {"n_way": config.n_way, "n_shot": 1, "n_query": config.n_query, "n_tasks": 1, "seed": config.seed}
+    sample_tasks(found.labels, groups=found.groups, **shape)
+    return config
 
 
 def measured_run(

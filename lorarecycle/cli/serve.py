@@ -29,6 +29,10 @@ class Serve:
     """Bytes of a request."""
     base: str | None = None
     """Model of a run or an adapter; the one that it names when left out."""
+    weights: Path | None = None
+    """Local safetensors weights for the architecture of the model."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to; the run's or the model's own when left out."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; the GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -42,7 +46,14 @@ class Serve:
         from ..serve.request import Limits
 
         import_gradio()
-        model = open_model(self.source, base=self.base, device=self.device, dtype=self.dtype)
+        model = open_model(
+            self.source,
+            base=self.base,
+            weights=self.weights,
+            image_size=self.image_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
         if not self.manners.quiet:
             print(f"http://{self.host}:{self.port}  (stop with Ctrl+C)", file=sys.stderr, flush=True)
         limits = Limits(images=self.max_images, bytes=self.max_bytes)

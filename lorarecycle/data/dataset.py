@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ class LabelledImages:
         images: uint8 [n, 3, H, W].
         labels: int64 [n], indices into `class_names`.
         class_names: C names, all different.
+        groups: int64 [n], images that belong together, such as those of one patient: no task has one in its support and
+            another among its queries. None where each stands alone.
 
     Raises:
         ValueError: shapes, types or labels that do not fit together.
@@ -28,6 +30,7 @@ class LabelledImages:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         images, names = self.images, tuple(map(str, self.class_names))
@@ -48,6 +51,11 @@ class LabelledImages:
                 f"`labels` must be indices of the {len(names)} class names, got {int(labels.min())} to "
                 f"{int(labels.max())}."
             )
+        if self.groups is not None:
+            groups = torch.as_tensor(self.groups, device=images.device).long()
+            if groups.shape != labels.shape:
+                raise ValueError(f"`groups` must be one per image ({len(images)}), got {list(groups.shape)}.")
+            object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "labels", labels.long())
         object.__setattr__(self, "class_names", names)
 
@@ -65,7 +73,8 @@ class LabelledImages:
 
     def subset(self, index: Tensor) -> LabelledImages:
         """The images at `index` (int64 or bool), under the same class names."""
-        return LabelledImages(self.images[index], self.labels[index], self.class_names)
+        groups = None if self.groups is None else self.groups[index]
+        return LabelledImages(self.images[index], self.labels[index], self.class_names, groups)
 
     def select_classes(self, classes: Sequence[str | int]) -> LabelledImages:
         """Only some classes, named or by index; labels are numbered anew, in the order given.
@@ -81,7 +90,7 @@ class LabelledImages:
         labels = renumbered[self.labels]
         chosen = labels >= 0
         names = tuple(self.class_names[i] for i in indices)
-        return LabelledImages(self.images[chosen], labels[chosen], names)
+        return replace(self.subset(chosen), labels=labels[chosen], class_names=names)
 
     def sample(self, per_class: int, generator: torch.Generator) -> LabelledImages:
         """`per_class` images of each class, drawn without replacement by a CPU generator, class after class.
@@ -103,7 +112,7 @@ class LabelledImages:
         side = Fit.of(size).size
         if tuple(self.images.shape[-2:]) == (side, side) or not len(self):
             return self
-        return LabelledImages(to_uint8(self.images, size), self.labels, self.class_names)
+        return replace(self, images=to_uint8(self.images, size))
 
     def _draw(self, per_class: int, generator: torch.Generator) -> Tensor:
         if per_class < 1 or per_class > min(self.counts):

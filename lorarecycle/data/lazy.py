@@ -161,7 +161,16 @@ class Dataset:
             for batch in to_batches(self.images, size, 64, workers=workers):
                 parts.append(batch)
                 bar.update(len(batch))
-        return LabelledImages(torch.cat(parts), self.labels, self.class_names)
+        return LabelledImages(torch.cat(parts), self.labels, self.class_names, self.groups)
+
+
+def require_labelled(data: Any, name: str) -> None:
+    """Raises TypeError for what is neither `LabelledImages` nor a `Dataset`."""
+    if not isinstance(data, (LabelledImages, Dataset)):
+        raise TypeError(
+            f"`{name}` must be LabelledImages or a Dataset, got {type(data).__name__}; `load_dataset` and "
+            "`open_dataset` read folders, files and named sets."
+        )
 
 
 def _digest(image: Any) -> str:

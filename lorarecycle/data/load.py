@@ -13,7 +13,7 @@ from .dataset import LabelledImages
 from .folder import ClassFolders
 from .images import Fit, to_batches
 from .parquet import holds_parquet
-from .sets import open_dataset
+from .sets import open_dataset, require_named
 from .sources import NAMED_SOURCES, Source, common_size, read_npz
 
 
@@ -56,6 +56,7 @@ def load_dataset(
         FileNotFoundError: no such file, folder or split, or the set cannot be had; the message says how.
         ValueError: content that is not as described; an unreadable image file, named.
     """
+    require_named(source)
     path = Path(source).expanduser()
     cache = Path(root).expanduser() if root is not None else Path.home() / ".cache/lorarecycle/datasets"
     if fspath(source) in NAMED_SOURCES:

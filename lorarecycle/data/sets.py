@@ -52,6 +52,7 @@ def open_dataset(
         ValueError: content that is not as described.
         ImportError: a package is missing.
     """
+    require_named(source)
     name, path = fspath(source), Path(source).expanduser()
     cache = Path(root).expanduser() if root is not None else Path.home() / ".cache/lorarecycle/datasets"
     if name in NAMED_SOURCES:
@@ -71,11 +72,20 @@ def open_dataset(
             f"`source` {name!r} is not fetched here; it is at {PLACES[plain]}: pass your folder of it."
         )
     if name.count("/") == 1 and path.suffix == "" and not name.startswith((".", "/", "~")):
-        return open_hub_dataset(name, split, download=download)
+        try:
+            return open_hub_dataset(name, split, download=download)
+        except (FileNotFoundError, ImportError) as error:
+            raise type(error)(f"there is no folder or file {name!r} here; as a name of the Hub: {error}") from error
     raise FileNotFoundError(
         "`source` must be a folder, a npz or parquet file, 'owner/name' of the Hugging Face Hub, 'torchvision/NAME', "
         f"or one of {tuple(NAMED_SOURCES)}, got {name!r}."
     )
+
+
+def require_named(source: str | PathLike[str]) -> None:
+    """Raises ValueError for a source without a name, which a path would take for the current folder."""
+    if not fspath(source):
+        raise ValueError("`source` must name a data set, got an empty name; '.' is the current folder.")
 
 
 def _of_source(found: Source, name: str) -> Dataset:
@@ -101,6 +111,8 @@ def _of_torchvision(kind: str, split: str | None, root: Path, download: bool) ->
     if split is not None and "split" in parameters:
         options["split"] = split
     elif split is not None and "train" in parameters:
+        if split not in ("train", "test"):
+            raise ValueError(f"`split` of torchvision/{kind} must be 'train' or 'test', got {split!r}.")
         options["train"] = split == "train"
     elif split is not None:
         raise ValueError(f"`split` of torchvision/{kind} must be None (it has no parts), got {split!r}.")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.load_many import AdapterLike, load_adapters
 from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
-from ..data.lazy import Dataset
+from ..data.lazy import Dataset, require_labelled
 from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..runtime.distributed import ALONE, Group
@@ -24,7 +25,7 @@ from ..vit.backbone import Backbone
 from ..vit.base import warn_of_doubts
 from .images import TaskImages
 from .methods.base import Method, Task, TextEncoder, accuracy, make_tasks
-from .methods.registry import find_method, make_method
+from .methods.registry import make_method
 from .tasks import Tasks, check_tasks, sample_tasks
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -76,10 +77,10 @@ class Evaluation:
 def evaluate(
     backbone: Backbone,
     data: LabelledImages | Dataset,
-    meta_lora: Adapter | None = None,
+    meta_lora: AdapterLike | None = None,
     *,
     method: str | Method = "nn",
-    adapters: Sequence[Adapter] = (),
+    adapters: AdapterLike | Sequence[AdapterLike] = (),
     surrogates: Sequence[Surrogate] | None = None,
     validation: LabelledImages | Dataset | None = None,
     text_encoder: TextEncoder | None = None,
@@ -100,11 +101,12 @@ def evaluate(
     Args:
         backbone: the frozen model.
         data: images of the unseen classes, any size, in memory or on disk.
-        meta_lora: adapter to merge in; the plain backbone when None. For methods that take no adapters themselves.
+        meta_lora: adapter to merge in, or what `Adapter.load` reads; the plain backbone when None. For methods that
+            take no adapters themselves.
         method: a name in `lorarecycle.fewshot.methods.registry.METHODS`, or a `Method` with settings of your own, which
             keeps its own distance. A named one takes that of `config` where it has any to choose (LoRAHub and
             methods with a classifier have none).
-        adapters: tuned on other classes, for methods that use them.
+        adapters: tuned on other classes, for methods that use them; or what `load_adapters` reads.
         surrogates: images of the adapters' classes, for methods that train on them.
         validation: images of validation classes, for methods that choose a setting, on `config.n_validation_tasks`
             tasks.
@@ -122,16 +124,20 @@ def evaluate(
             images, so this pays for methods that fine-tune.
 
     Raises:
+        TypeError: `data` that is neither `LabelledImages` nor a `Dataset`.
         ValueError: an adapter that does not fit; fewer classes than `n_way` or fewer images of a class than
             `n_shot + n_query`; tasks of other data; an unknown method, or one that lacks what it needs.
         ImportError: a package that the method needs is missing.
     """
     config = as_config(EvaluateConfig, config)
     seed = config.seed if seed is None else seed
+    require_labelled(data, "data")
     if isinstance(method, str):
-        own = {f.name for f in fields(find_method(method).kind) if f.init}  # type: ignore[arg-type]
-        shared = {"distance": config.distance, "seed": seed}
-        method = make_method(method, **{name: value for name, value in shared.items() if name in own})
+        method = make_method(method, like={"distance": config.distance, "seed": seed})
+    if meta_lora is not None and not isinstance(meta_lora, Adapter):
+        meta_lora = Adapter.load(meta_lora)
+    if not (isinstance(adapters, (list, tuple)) and all(isinstance(one, Adapter) for one in adapters)):
+        adapters = load_adapters(adapters)
     tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
     quiet = quiet or not group.leads

@@ -210,12 +210,12 @@ def check_invertible(backbone: Backbone, adapter: Adapter, config: InversionConf
     Raises:
         ValueError: no head, an adapter that does not fit, a size or a pruning that does not fit the backbone.
     """
+    backbone.check(adapter)
     if adapter.head is None:
         raise ValueError(
             f"adapter {adapter.name!r} must have a classification head to be inverted, got none; load it with "
             "`Adapter.load(path, head=...)` or put a head.safetensors (weight [C, D], bias [C]) beside it."
         )
-    backbone.check(adapter)
     n = backbone.num_patches(config.image_size or backbone.image_size)
     backbone.kept_per_layer(config.prune, n)
     return adapter.head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,18 +12,21 @@ from ..config import RecycleConfig
 ROOMS = ("inversion", "meta")
 
 
-def command_of(config: RecycleConfig, base: str, dtype: str, adapters: str = "ADAPTERS") -> str:
-    """`lorarecycle recycle` with the flags that lead to these settings, from the preset that needs the fewest.
+def command_of(config: RecycleConfig, record: Mapping[str, Any], adapters: str = "ADAPTERS") -> str:
+    """`lorarecycle recycle` with the flags that lead to this run, from the preset that needs the fewest.
 
     Args:
         config: settings of the run.
-        base: name of the model.
-        dtype: precision, "float32" say.
+        record: what else it was, see `work_dir.describe_run`.
         adapters: folder of the adapters.
     """
+    base = record["base"]
     presets = {name: flags(config, RecycleConfig.preset(name)) for name in ("weights", "paper")}
     preset = min(presets, key=lambda name: len(presets[name]))
-    words = ["lorarecycle", "recycle", adapters, "--base", base, "--dtype", dtype]
+    words = ["lorarecycle", "recycle", adapters, "--base", str(base["name"])]
+    words += [word for name in ("weights", "image_size") if base.get(name) for word in _pair(name, base[name])]
+    words += ["--dtype", str(record["dtype"])]
+    words += ["--images", "all"] if record.get("images") == "all" else []
     words += ["--preset", preset] if preset != "weights" else []
     words += ["--seed", str(config.seed)] if config.seed else []
     return shlex.join([*words, *(word for flag in presets[preset] for word in flag)])
@@ -38,6 +42,10 @@ def flags(config: RecycleConfig, start: RecycleConfig) -> list[list[str]]:
             if value != getattr(theirs, name):
                 found.append(_flag(room, name, value))
     return found
+
+
+def _pair(name: str, value: Any) -> list[str]:
+    return [f"--{name.replace('_', '-')}", str(value)]
 
 
 def _flag(room: str, name: str, value: Any) -> list[str]:

@@ -101,7 +101,7 @@ def stages(run: Run) -> str:
 def repeating(run: Run) -> str:
     """Command, versions, hashes."""
     record, versions = run.record, run.summary.get("versions", {"lorarecycle": run.record.get("lorarecycle", "?")})
-    command = command_of(run.config, str(record["base"]["name"]), str(record["dtype"]))
+    command = command_of(run.config, record)
     hashes = "".join(
         f"<tr><td>{escape(str(one['name']))}</td><td><code>{escape(str(one['sha256']))}</code></td></tr>"
         for one in record.get("adapters", ())

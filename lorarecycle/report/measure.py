@@ -57,11 +57,8 @@ def measure_run(
     """
     config, shortest = as_config(EvaluateConfig, config), min(data.counts)
     fitting = [shot for shot in n_shots if shot + config.n_query <= shortest] or [min(n_shots)]
-    n_way, n_query, n_tasks, seed = config.n_way, config.n_query, config.n_tasks, config.seed
-    tasks = {
-        shot: sample_tasks(data.labels, n_way=n_way, n_shot=shot, n_query=n_query, n_tasks=n_tasks, seed=seed)
-        for shot in fitting
-    }
+    shape = {"n_way": config.n_way, "n_query": config.n_query, "n_tasks": config.n_tasks, "seed": config.seed}
+    tasks = {shot: sample_tasks(data.labels, n_shot=shot, groups=data.groups, **shape) for shot in fitting}
     methods: dict[str, Adapter | None] = {PLAIN: None}
     if adapters:
         meta = run.config.meta
@@ -87,7 +84,7 @@ def measure_run(
         "data": name,
         "images": len(data),
         "classes": list(data.class_names),
-        "tasks": {"n_way": n_way, "n_query": n_query, "n_tasks": n_tasks, "seed": seed, "distance": config.distance},
+        "tasks": {**shape, "distance": config.distance},
         "rows": rows,
         "confusion": confusion(features, data.labels, fewest, config.distance).tolist(),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..runtime.files import write_text
 from ..runtime.version import __version__
 from ..vit.backbone import Backbone
+from ..work_dir import load_base
 from . import facts, results
 from .maps import FeatureMap, map_surrogates
 from .run import Run, read_run
@@ -70,11 +71,11 @@ def write_report(
 def _map(run: Run, backbone: Backbone | None) -> tuple[FeatureMap | None, str]:
     name = str(run.record["base"]["name"])
     try:
-        model = backbone or Backbone.load(name)
+        model = backbone or load_base(run.record)
         found = map_surrogates(run, model)
     except (ValueError, OSError, ImportError) as error:
         logger.warning("no map of features: %s", error)
-        return None, f"No map: the model {name} could not be loaded here. Name it with --base."
+        return None, f"No map: the model {name} could not be had here. Name it with --base, --weights and --image-size."
     return found, "" if found else "No map: the run made fewer than 8 images."
 
 

@@ -32,12 +32,22 @@ def resolve(device: str | torch.device | None, dtype: str | torch.dtype | None) 
     Raises:
         ValueError: no such device or dtype here.
     """
-    chosen = default_device() if device in (None, "auto") else torch.device(device)  # type: ignore[arg-type]
+    try:
+        chosen = default_device() if device in (None, "auto") else torch.device(device)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ValueError(
+            f"`device` must be 'auto', 'cpu', 'cuda', 'cuda:1' or another of PyTorch's, got {device!r}."
+        ) from error
     own = local_rank()
     if chosen == torch.device("cuda") and own is not None:  # torchrun: each process has a GPU of its own
         chosen = torch.device("cuda", own)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` must be one that this machine has, got {str(chosen)!r} without a GPU; use 'cpu'.")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # PyTorch was built without it, or so many
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"`device` must be one that this machine has, got {str(chosen)!r}: {reason}") from error
     if dtype in (None, "auto"):
         return chosen, default_dtype(chosen)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

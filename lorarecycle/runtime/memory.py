@@ -16,7 +16,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: on a GPU what its driver says, else what the system says is available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")] if hasattr(os, "sysconf") else [1 << 33]
+    total = total_memory()
+    found = [_counted("SC_AVPHYS_PAGES") or (int(SHARE * total) if total else 1 << 33)]  # macOS counts no free pages
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found = [1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])]
@@ -25,6 +26,11 @@ def free_memory(device: torch.device) -> int:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(max(0, limit - used))
     return min(found)
+
+
+def total_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say."""
+    return _counted("SC_PHYS_PAGES")
 
 
 def image_budget(device: torch.device, given: int | None) -> int:
@@ -39,3 +45,10 @@ def image_budget(device: torch.device, given: int | None) -> int:
     if given < 0:
         raise ValueError(f"`memory_budget` must be at least 0 bytes, got {given}.")
     return given
+
+
+def _counted(pages: str) -> int | None:
+    """Bytes of the pages that the system counts under this name."""
+    with suppress(AttributeError, OSError, ValueError):  # no `sysconf` at all, or not this name
+        return max(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)) or None
+    return None

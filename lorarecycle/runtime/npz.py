@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .files import refuse_pointer
+from .memory import total_memory
 
 PIECE = 1 << 24
 """Bytes that are unpacked at once."""
@@ -57,7 +57,7 @@ def read_npz_arrays(path: str | PathLike[str], names: Collection[str]) -> dict[s
     """
     path = _require_file(path)
     found: dict[str, np.ndarray] = {}
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    room = total_memory() or math.inf
     try:
         with zipfile.ZipFile(path) as file:
             infos = {info.filename.removesuffix(".npy"): info for info in file.infolist()}

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import MIDDLE, SHARPNESS, Distance
 from ..runtime.files import read_object
-from ..work_dir import RECORD, WorkDir
+from ..work_dir import RECORD, WorkDir, load_base
 
 
 class Answer(NamedTuple):
@@ -86,26 +86,33 @@ class OnnxModel:
 
 
 def open_model(
-    source: str | PathLike[str], *, base: str | None = None, device: str | None = None, dtype: str | None = None
+    source: str | PathLike[str],
+    *,
+    base: str | None = None,
+    weights: str | PathLike[str] | None = None,
+    image_size: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Model:
     """The model that a folder stands for.
 
     Args:
         source: the `work_dir` of a run, an exported model (`python -m lorarecycle.export --onnx`), or a PEFT adapter.
-        base: model of a run or an adapter; the one that it names when None.
+        base, weights, image_size: model of a run or an adapter, as in `Backbone.load`; what it names itself when None.
         device, dtype: as in `recycle`; not for an exported model.
 
     Raises:
         FileNotFoundError: no such folder, or one of none of these kinds.
-        ValueError: the base is not named, or does not fit.
+        ValueError: the base is not named, does not fit, or is another than the run's.
     """
     folder = Path(source).expanduser()
     if (folder / "encoder.onnx").is_file():
         from ..export import FewShotSession
 
         return OnnxModel(FewShotSession(folder), folder.resolve().name)
+    record = None
     if (folder / RECORD).is_file():
-        base = base or str(read_object(folder / RECORD)["base"]["name"])
+        record = read_object(folder / RECORD)
         folder = WorkDir(folder).meta_lora
     elif not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
@@ -117,12 +124,15 @@ def open_model(
     from ..vit.backbone import Backbone
 
     meta_lora = Adapter.load(folder)
-    name = base or meta_lora.base_model
-    if not name:
-        raise ValueError("`base` must name the model, got none, nor does the adapter name one; pass it.")
     where, precision = resolve(device, dtype)
-    merged = Backbone.load(name, device=where).merge(meta_lora).to(precision)
-    return TorchModel(merged, f"{name} with {meta_lora.name}")
+    named: dict[str, Any] = {"weights": weights, "image_size": image_size, "device": where}
+    if record is not None:
+        plain = load_base(record, base=base, **named)
+    elif base or meta_lora.base_model:
+        plain = Backbone.load(base or str(meta_lora.base_model), **named)
+    else:
+        raise ValueError("`base` must name the model, got none, nor does the adapter name one; pass it.")
+    return TorchModel(plain.merge(meta_lora).to(precision), f"{plain.name} with {meta_lora.name}")
 
 
 def answer(

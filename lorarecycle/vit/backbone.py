@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,8 @@ class Backbone(Encoder):
         ImportError: xformers is asked for and not installed.
     """
 
+    weights_file: str | None = None
+    """Name of the local file that `load` took the weights from, where `weights` named one."""
     _unmerged: tuple[Backbone, ...] = ()  # a tuple, so that it is no submodule
 
     @classmethod
@@ -88,7 +91,9 @@ class Backbone(Encoder):
         vit, facts = find_vit(base, weights)
         given = {"mean": mean, "std": std, "resize": resize, "crop_pct": crop_pct}
         facts = {**facts, **{key: value for key, value in given.items() if value is not None}}
-        return cls(vit, image_size=image_size, attention=attention, **facts).to(device=device, dtype=dtype)
+        made = cls(vit, image_size=image_size, attention=attention, **facts).to(device=device, dtype=dtype)
+        made.weights_file = None if weights is None else Path(weights).name
+        return made
 
     def digest(self) -> str:
         """SHA-256 (hex) over weights and the preparation of images."""
@@ -125,8 +130,14 @@ class Backbone(Encoder):
         """Make sure that an adapter fits.
 
         Raises:
+            TypeError: no `Adapter`.
             ValueError: other depth, width or sites; the message names adapter, site and both shapes.
         """
+        if not isinstance(adapter, Adapter):
+            raise TypeError(
+                f"`adapter` must be an Adapter, got {type(adapter).__name__}; `Adapter.load` reads PEFT folders, Hub "
+                "ids and PEFT models."
+            )
         for site, own in shapes_of(adapter).items():
             try:
                 shape = self.site_shape(site)

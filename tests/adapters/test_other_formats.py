@@ -2,11 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier, recycle
+from lorarecycle import Adapter, Backbone, FewShotClassifier, evaluate, invert, recycle, tune
 from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.cli.main import main
 from lorarecycle.runtime.files import save_tensors
@@ -293,6 +294,27 @@ def test_models_are_taken_wherever_adapters_are(tuned, tiny_data):
     assert (by_model.prototypes_ == by_value.prototypes_).all()
     made = recycle([model, Adapter.from_peft(model, name="again")], base=backbone, meta={"steps": 0}, quiet=True)
     assert made.head is None
+    tasks = {"n_way": 2, "n_query": 2, "n_tasks": 3}
+    by_model = evaluate(backbone, tiny_data, model, config=tasks, quiet=True)
+    by_value = evaluate(backbone, tiny_data, Adapter.from_peft(model), config=tasks, quiet=True)
+    assert torch.equal(by_model.accuracies, by_value.accuracies)
+    for adapters in (model, [model]):
+        worn = evaluate(backbone, tiny_data, method="average", adapters=adapters, config=tasks, quiet=True)
+        assert torch.equal(worn.accuracies, by_value.accuracies)
+    for call in (backbone.merge, backbone.check, partial(invert, backbone)):
+        with pytest.raises(TypeError, match="`adapter` must be an Adapter, got PeftModel; `Adapter.load` reads"):
+            call(model)
+
+
+def test_folders_are_taken_by_evaluate(base, tiny_data, make_adapter, tmp_path):
+    adapter = make_adapter(base)
+    folder, tasks = adapter.save(tmp_path / "a"), {"n_way": 2, "n_query": 2, "n_tasks": 3}
+    found = evaluate(base, tiny_data, folder, config=tasks, quiet=True)
+    assert torch.equal(found.accuracies, evaluate(base, tiny_data, adapter, config=tasks, quiet=True).accuracies)
+    with pytest.raises(TypeError, match="`data` must be LabelledImages or a Dataset, got str; `load_dataset`"):
+        evaluate(base, "digits")
+    with pytest.raises(TypeError, match="`data` must be LabelledImages or a Dataset, got str; `load_dataset`"):
+        tune(base, "digits")
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,16 @@ def test_only_the_files_of_the_adapter_are_in_the_folder(tmp_path):
         assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorarecycle.json"}
 
 
+def test_a_readme_of_others_stays(tmp_path, caplog):
+    card = random_adapter(name="first").save(tmp_path) / "README.md"
+    random_adapter(name="second").save(tmp_path)
+    assert "# second" in card.read_text(), "a model card of ours is of the adapter that it lies beside"
+    card.write_text("# My thesis, written with lorarecycle")
+    random_adapter(name="third").save(tmp_path)
+    assert card.read_text() == "# My thesis, written with lorarecycle"
+    assert "README.md is left as it is: it is no model card of lorarecycle" in caplog.text
+
+
 def test_damaged_metadata_is_replaced(tmp_path):
     (tmp_path / "lorarecycle.json").write_text("{")
     adapter = random_adapter()

@@ -1,5 +1,8 @@
 """The command line, on the model and the digits that come along."""
 
+import json
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -119,6 +122,9 @@ def test_a_stopped_tune_goes_on(adapters, tmp_path, monkeypatch, capsys):
         (["evaluate", "digits"], "`--base` must name the model, got none"),
         (["evaluate", "digits", "--base", "no_such_vit"], "`base` must be a timm model name"),
         (["tune", "no-data", "--base", "demo", "--output", "x"], "`source` must be a folder"),
+        (["evaluate", "no/data", "--base", "demo"], "there is no folder or file 'no/data' here; as a name of the Hub"),
+        (["evaluate", "--base", "demo"], "`data` must name labelled images of new classes, got none"),
+        (["evaluate", "digits", "--base", "demo", "--device", "gpu"], "`device` must be 'auto', 'cpu', 'cuda'"),
         (["predict", "--support", "nowhere", "--query", "a.png", "--base", "demo"], "nowhere"),
     ],
 )
@@ -140,6 +146,43 @@ def test_a_device_that_is_not_there(capsys):
 def test_bad_settings_are_refused(capsys):
     assert main(["evaluate", "digits", "--base", "demo", "--n-way", "1"]) == 2
     assert "`n_way` must be at least 2" in capsys.readouterr().err
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_start(adapters, tmp_path, capsys, monkeypatch):
+    folder, data = adapters
+    output = tmp_path / "meta"
+    command = ["recycle", str(folder), "--base", "demo", "--output", str(output), "--meta.steps", "0", "--quiet"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "one class" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one class" / "a" / "1.png")
+    for flags, message in (
+        (["--layout", "vit"], "`layout` 'vit' must have transformers for its names"),
+        (["--report-data", "nowhere"], "`source` must be a folder"),
+        (["--report-data", str(tmp_path / "one class")], "must have at least two classes, got ['a']"),
+        (["--output", str(folder / "01")], "`--output` must not be one of the adapters that go in"),
+    ):
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
+        assert not output.with_name("meta-run").exists()
+    before = Adapter.load(folder / "01").digest()
+    assert main(["warm-start", str(folder / "01"), str(folder / "23"), "--output", str(folder / "01")]) == 2
+    assert "`--output` must not be one of the adapters that go in" in capsys.readouterr().err
+    assert Adapter.load(folder / "01").digest() == before
+    assert main([*command, "--report-data", str(data)]) == 0, "four classes of eight images are enough"
+    measured = json.loads((output.with_name("meta-run") / "accuracy.json").read_text())
+    assert (measured["tasks"]["n_way"], measured["tasks"]["n_query"]) == (4, 7)
+
+
+def test_convert_names_folders_after_their_sources(adapters, tmp_path, capsys):
+    folder, _ = adapters
+    for name in ("lr-0.1", "lr-0.2", "other/lr-0.1"):
+        shutil.copytree(folder / "01", tmp_path / name)
+    names = [str(tmp_path / name) for name in ("lr-0.1", "lr-0.2", "other/lr-0.1")]
+    assert main(["convert", *names, "--output", str(tmp_path / "out")]) == 2
+    assert "`sources` must have different names" in capsys.readouterr().err
+    assert main(["convert", *names[:2], "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lr-0.1", "lr-0.2"]
 
 
 def test_the_plan_is_printed_and_nothing_done(adapters, tmp_path, capsys, monkeypatch):

@@ -40,8 +40,20 @@ def test_evaluate_takes_any_method(tmp_path, capsys):
             ["--method", "linear-probe", "--validation", "digits", "--rate", "0.1"],
             "`--validation` must be left out beside `--rate`, got digits beside 0.1",
         ),
+        (["--method", "full", "--distance", "cosine"], "`--distance` must be left out for method 'full'"),
+        (["--tasks", str(tmp_path / "tasks.npz")], "`--n-query` must be left out beside `--tasks`"),
         (["--method", "nn", *worn], "`--adapters` must be left out for method 'nn', which does not use it"),
         (["--n-query", "500"], "`n_shot + n_query` must be at most"),
     ):
         assert main(["evaluate", "digits", *COMMON, *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_rate_that_is_given_leaves_seed_and_distance_to_the_method(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "lorarecycle.fewshot.evaluate.evaluate", lambda *args, method, **kwargs: seen.update(method=method)
+    )
+    flags = ["--method", "lora-linear", "--rate", "0.01", "--seed", "7"]
+    assert main(["evaluate", "digits", *COMMON, *flags]) == 0
+    assert (seen["method"].seed, seen["method"].rate) == (7, 0.01)

@@ -198,7 +198,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) ->
 
 def test_a_npz_that_unpacks_to_more_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 64, 64, 3), np.uint8), labels=np.zeros(100, int))
-    monkeypatch.setattr("lorarecycle.runtime.npz.os.sysconf", lambda name: 1000)  # 1 MB in all
+    monkeypatch.setattr("lorarecycle.runtime.memory.os.sysconf", lambda name: 1000)  # 1 MB in all
     with pytest.raises(ValueError, match=r"bomb\.npz must unpack to less than the 0 GB of memory here"):
         load_dataset(tmp_path / "bomb.npz")
 

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+from lorarecycle.data.dataset import LabelledImages
 from lorarecycle.data.lazy import Dataset, LazyImages
 from lorarecycle.data.load import load_dataset
 from lorarecycle.data.sets import from_torchvision, open_dataset
@@ -215,3 +217,36 @@ def test_real_parquet_files(real_data):
     pytest.importorskip("pyarrow")
     for name, folder in (("cub", "cub"), ("vgg_flower", "vgg_flower")):
         assert open_dataset(real_data / "datasets" / folder, "test").class_names == class_split(name)["test"]
+
+
+def test_groups_come_along_into_memory(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["owl", "elk", "owl"], groups=["p1", "p2", "p1"])
+    data = load_dataset(tmp_path)
+    assert data.groups.tolist() == [0, 1, 0]
+    assert data.select_classes(["owl"]).resize(8).groups.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="`groups` must be one per image"):
+        LabelledImages(data.images, data.labels, data.class_names, data.groups[:2])
+
+
+def test_torchvision_sets_of_two_parts(monkeypatch):
+    class Two(torchvision.datasets.VisionDataset):
+        def __init__(self, root, train=True, download=False):
+            self.targets, self.train = [0, 1], train
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (4, 4), (255 * self.train,) * 3), self.targets[index]
+
+        def __len__(self):
+            return 2
+
+    monkeypatch.setattr(torchvision.datasets, "Two", Two, raising=False)
+    assert [np.asarray(open_dataset("torchvision/Two", part).images[0]).max() for part in ("train", "test")] == [255, 0]
+    for part in ("val", "Train", "tset"):
+        with pytest.raises(ValueError, match=f"`split` of torchvision/Two must be 'train' or 'test', got '{part}'"):
+            open_dataset("torchvision/Two", part)
+
+
+def test_a_source_without_a_name_is_not_the_current_folder():
+    for read in (open_dataset, load_dataset):
+        with pytest.raises(ValueError, match="`source` must name a data set, got an empty name"):
+            read("")

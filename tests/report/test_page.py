@@ -3,6 +3,7 @@
 import re
 import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_it_shrinks_to_its_limit(inverted_run, model, tmp_path, monkeypatch):
 
 def test_a_model_that_is_not_there_is_said(painted_run, tmp_path):
     text = write_report([painted_run], tmp_path / "a.html").read_text(encoding="utf-8")
-    assert "the model tiny &amp; co could not be loaded here. Name it with --base." in text
+    assert "the model tiny &amp; co could not be had here. Name it with --base, --weights and --image-size." in text
     assert "has not been measured" in text
 
 
@@ -134,12 +135,15 @@ def test_folders_that_are_no_finished_run(tmp_path, painted_run, model):
     ],
 )
 def test_the_command_leads_to_the_same_settings(config):
-    words = shlex.split(command_of(config, "a model's name", "float32", "folder of adapters"))
+    base = {"name": "a model's name", "weights": "its weights.safetensors", "image_size": 112}
+    words = shlex.split(command_of(config, {"base": base, "dtype": "float32", "images": "all"}, "folder of adapters"))
     assert words[:2] == ["lorarecycle", "recycle"]
     parsed = _parse(words[1:])
     assert parsed.config == config
     assert parsed.adapters == ("folder of adapters",)
-    assert parsed.machine.base == "a model's name"
+    machine = parsed.machine
+    assert (machine.base, machine.weights, machine.image_size) == ("a model's name", Path(base["weights"]), 112)
+    assert (machine.dtype, parsed.images) == ("float32", "all")
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("light", 390)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorarecycle import Backbone, FewShotClassifier
+from lorarecycle import Backbone, FewShotClassifier, recycle
 from lorarecycle.config import DISTANCES
 from lorarecycle.meta.prototypes import distance_logits
 from lorarecycle.serve.answers import OnnxModel, TorchModel, answer, logits_of, open_model
@@ -86,6 +86,18 @@ def test_an_adapter_and_a_folder_of_nothing(tmp_path, make_adapter):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="must be the work_dir of a run, an exported model or a PEFT adapter"):
         open_model(tmp_path / "none")
+
+
+def test_a_run_is_served_with_its_own_base(tmp_path, make_adapter):
+    """At its image size; another model under that name is refused."""
+    demo = Backbone.load("demo", image_size=64)
+    recycle([make_adapter(demo)], base=demo, work_dir=tmp_path / "run", meta={"steps": 0}, quiet=True)
+    assert open_model(tmp_path / "run", dtype="float32").backbone.image_size == 64
+    with pytest.raises(ValueError, match=r"`base` must be the model that the run was of \(demo\), got .* 32 pixels"):
+        open_model(tmp_path / "run", image_size=32)
+    half = Backbone.load("demo", dtype=torch.bfloat16)
+    recycle([make_adapter(half)], base=half, work_dir=tmp_path / "half", meta={"steps": 0}, quiet=True)
+    assert open_model(tmp_path / "half").backbone.image_size == 32
 
 
 def test_bad_questions(model, photos):

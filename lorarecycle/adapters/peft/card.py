@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from ...runtime.hub import is_hub_id
 from ..value import AdapterValue
 
+OWN_TAG = "lorarecycle"
+"""Among the Hub's metadata of every card that is written here."""
+
 
 def write_card(
     adapter: AdapterValue,
@@ -32,7 +35,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    tags = ["lora", "peft", "vision-transformer", "lorarecycle", *(["few-shot"] if sources else [])]
+    tags = ["lora", "peft", "vision-transformer", OWN_TAG, *(["few-shot"] if sources else [])]
     base_model = adapter.base_model if is_hub_id(adapter.base_model) else None
     data = ModelCardData(library_name="peft", base_model=base_model, tags=tags)
     lines = [f"# {adapter.name}", "", _summary(adapter, sources), "", *_usage(adapter, layout, model_class), ""]

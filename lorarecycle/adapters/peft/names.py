@@ -162,9 +162,15 @@ def timm_names() -> Names:
 
 
 def check_layout(layout: str) -> None:
-    """Raises ValueError for a layout that there is none of."""
+    """Make sure that a layout can be written, before there is anything to write.
+
+    Raises:
+        ValueError: there is no such layout.
+        ImportError: its names need transformers, which is not installed.
+    """
     if layout not in ALL_LAYOUTS:
         raise ValueError(f"`layout` must be one of {ALL_LAYOUTS}, got {layout!r}.")
+    find_names(layout, classifier=False)
 
 
 def find_names(layout: str, *, classifier: bool) -> Names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -14,7 +15,7 @@ from ...runtime.folders import atomic_folder
 from ...runtime.version import __version__
 from ..algebra import Columns, stack_factors
 from ..value import AdapterValue, LoRAFactors
-from .card import write_card
+from .card import OWN_TAG, write_card
 from .config import CONFIG_FILE, make_config
 from .head import HEAD_FILES, model_width, place_head
 from .keys import PREFIX, WEIGHTS_FILE
@@ -22,6 +23,9 @@ from .metadata import METADATA_FILE, Metadata
 from .names import PARTS, Names, check_layout, find_names
 from .seal import SEAL, make_seal
 
+logger: logging.Logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 OWN_HEAD_FILES = HEAD_FILES[:1]
 """Where a head goes that the layout's classifier cannot hold."""
 
@@ -75,6 +79,11 @@ def write_peft(
         raise ValueError(f"`directory` must be a directory or new, got the file {directory}.")
     require_place(directory, "directory", folder=True)
 
+    readme = directory / CARD
+    foreign = readme.is_file() and f"\n- {OWN_TAG}\n" not in readme.read_text(encoding="utf-8", errors="replace")
+    if foreign:
+        logger.warning("%s is left as it is: it is no model card of lorarecycle", readme)
+
     def stale() -> list[str]:
         """The head's file of the adapter that is there when this one is put in its place."""
         earlier = _head_file(directory)
@@ -87,7 +96,8 @@ def write_peft(
         write_json(folder / METADATA_FILE, metadata.content)
         seal = make_seal(folder, [file.name for file in folder.iterdir()], tensors)
         save_tensors(folder / WEIGHTS_FILE, tensors, {SEAL: seal}, digests=False)
-        write_text(folder / "README.md", card)
+        if not foreign:
+            write_text(folder / CARD, card)
     return directory
 
 

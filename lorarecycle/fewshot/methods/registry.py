@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,18 +96,25 @@ def find_method(name: str) -> Entry:
     return METHODS[name]
 
 
-def make_method(name: str, **settings: Any) -> Method:
+def settings_of(name: str) -> set[str]:
+    """What a method can be given."""
+    return {f.name for f in fields(find_method(name).kind) if f.init}  # type: ignore[arg-type]
+
+
+def make_method(name: str, *, like: Mapping[str, Any] | None = None, **settings: Any) -> Method:
     """A method with its settings; those that it does not have are left out where they are None.
 
     Args:
         name: in `METHODS`.
+        like: settings that it takes as far as it has them, such as `distance` and `seed`.
         settings: of the method's class.
 
     Raises:
         ValueError: an unknown name, or a setting that the method does not have.
     """
     entry = find_method(name)
-    known = {f.name for f in fields(entry.kind) if f.init}  # type: ignore[arg-type]
+    known = settings_of(name)
+    settings = {**{key: value for key, value in (like or {}).items() if key in known}, **settings}
     given = {key: value for key, value in settings.items() if value is not None}
     unknown = sorted(set(given) - known)
     if unknown:
