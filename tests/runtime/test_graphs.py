@@ -133,10 +133,35 @@ def test_a_captured_step_does_what_a_plain_one_does():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_the_last_step_may_be_the_first_that_is_captured():
+    gpu = torch.device("cuda")
+    plain, captured = Descent(gpu), Descent(gpu)
+    for _ in range(19):
+        plain.take(), captured.take()
+    plain.take(), Step(captured.take, captured.state, gpu)()
+    assert torch.equal(plain.losses, captured.losses)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_memory_of_a_graph_goes_with_its_step():
+    x = torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    step = Step(lambda: x.add_(torch.ones(1 << 26, device="cuda").sum()), lambda: [x], x.device)
+    step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() > before
+    del step
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog):
     x = torch.zeros(1, device="cuda")
-    step = Step(lambda: x.add_(float((x + 1).item())), lambda: [x], x.device)
+    step, stream = Step(lambda: x.add_(float((x + 1).item())), lambda: [x], x.device), torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING):
         step(), step()
     assert x.item() == 3
+    assert torch.cuda.current_stream() == stream
     assert "could not be captured" in caplog.text
