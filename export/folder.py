@@ -15,7 +15,7 @@ from ..data.dataset import LabelledImages
 from ..runtime.files import LEFTOVER, hash_file, require_place
 from ..runtime.folders import atomic_folder
 from ..vit.backbone import Backbone
-from .accuracy import compare_accuracy
+from .accuracy import compare_accuracy, make_trial
 from .check import Parity, References, check_head
 from .config import ExportConfig
 from .folder_config import CONFIG, FORMAT_VERSION
@@ -77,11 +77,12 @@ def export_onnx(
     Raises:
         FileExistsError: the directory is not empty and `force` is off.
         OSError: it cannot be written to.
-        ImportError, ValueError: see `export_encoder`.
+        ImportError, ValueError: see `export_encoder`; too few images in a class of `data`.
     """
     config = config or ExportConfig()
     directory = Path(directory).expanduser()
     require_free(directory, force)
+    trial = None if config.dtype == "fp32" else make_trial(data)
     references = References(prepare_backbone(backbone, meta_lora, config.img_size), config, device, images)
     graph, embed_dim = references.graph, backbone.embed_dim
     with atomic_folder(directory, last=(CONFIG,), stale=OWN_FILES) as folder:
@@ -95,7 +96,7 @@ def export_onnx(
         else:  # an episode takes any number of images
             write_dynamic_episode(references, episode, config)
         parities.append(references.check_episode(episode))
-        accuracy = {} if config.dtype == "fp32" else compare_accuracy(graph, encoder, config, device, data)
+        accuracy = {} if trial is None else compare_accuracy(graph, encoder, config, trial, device)
         content = _describe(graph, meta_lora, config, parities, accuracy, folder)
         (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return ExportReport(directory, tuple(parities), accuracy)

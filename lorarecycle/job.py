@@ -137,11 +137,12 @@ class Job:
         folder, resumed = None, False
         if work_dir is not None:
             folder = WorkDir(Path(work_dir).expanduser(), self._makers())
-            if not folder.finished:
-                _ = self.prior  # not to be had: said before anything is written
-            run = describe_run(
-                self.config, self.adapters, self.backbone, self.dtype, self.given_prior, images=self.images
-            )
+            prior = (
+                self.given_prior if folder.finished else self.prior
+            )  # not to be had: said before anything is written
+            run = describe_run(self.config, self.adapters, self.backbone, self.dtype, prior, images=self.images)
+            if folder.finished and self.given_prior is None:
+                run["prior"] = folder.recorded_prior()  # images are there: it is not asked for again
             if not group.leads:  # the first process makes it
                 group.wait()
                 require_seen(folder.record)

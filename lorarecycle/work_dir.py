@@ -14,7 +14,7 @@ from .adapters.adapter import Adapter
 from .adapters.stored import signature_of
 from .config import RecycleConfig, as_plain
 from .inversion.prior import BatchNormPrior
-from .runtime.files import LEFTOVER, read_json, remove_leftovers, require_place, write_json
+from .runtime.files import LEFTOVER, read_json, read_object, remove_leftovers, require_place, write_json
 from .runtime.shared_folder import require_shared_folder
 from .runtime.version import __version__
 from .vit.backbone import Backbone
@@ -52,6 +52,10 @@ class WorkDir:
     def finished(self) -> bool:
         """Whether the images of every adapter are there."""
         return all(path.exists() for path in self.surrogates.values())
+
+    def recorded_prior(self) -> str | None:
+        """Digest of the prior that the images were made with, where there are any and a prior was needed."""
+        return read_object(self.record).get("prior") if self.record.exists() else None
 
     def open(self, run: dict[str, Any]) -> bool:
         """Make the folder, or make sure that it is of this run and that its file system can keep it.
@@ -115,7 +119,7 @@ def describe_run(
         },
         "dtype": str(dtype).removeprefix("torch."),
         "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
-        "prior": None if prior is None else prior.digest(),  # config.inversion.prior otherwise
+        "prior": None if prior is None else prior.digest(),
         "config": as_plain(config),
         "images": images,
     }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <stdexcept>
 
 #include "image_file.h"
@@ -32,10 +33,13 @@ std::unique_ptr<Loader> load(const fs::path& package) {
                            reason + "); write it again with `python -m lorarecycle.export --aoti`.");
 }
 
-// Dot-files and what macOS puts into archives are no input, as in Python.
-bool is_hidden(const fs::path& path) {
-  const std::string name = path.filename().string();
-  return name.starts_with(".") || name == "__MACOSX";
+// Hidden files and what operating systems leave behind are no input, as in Python.
+bool is_litter(const fs::path& path) {
+  constexpr std::array kLitter = {"__macosx",     "thumbs.db",  "desktop.ini",              "@eadir",
+                                  "$recycle.bin", "lost+found", "system volume information"};
+  std::string name = path.filename().string();
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+  return name.starts_with(".") || std::ranges::find(kLitter, name) != kLitter.end();
 }
 
 std::vector<fs::path> sorted_entries(const fs::path& folder) {
@@ -43,6 +47,19 @@ std::vector<fs::path> sorted_entries(const fs::path& folder) {
   for (const auto& entry : fs::directory_iterator(folder)) entries.push_back(entry.path());
   std::sort(entries.begin(), entries.end());
   return entries;
+}
+
+// The images of a class, in its folder and all below; a link to a folder above leads nowhere new.
+void add_images(const fs::path& folder, std::vector<fs::path> above, std::vector<fs::path>& files) {
+  above.push_back(fs::canonical(folder));
+  for (const auto& entry : sorted_entries(folder)) {
+    if (is_litter(entry)) continue;
+    if (fs::is_directory(entry)) {
+      if (std::ranges::find(above, fs::canonical(entry)) == above.end()) add_images(entry, above, files);
+    } else if (fs::is_regular_file(entry) && is_image_name(entry)) {
+      files.push_back(entry);
+    }
+  }
 }
 
 }  // namespace
@@ -72,11 +89,9 @@ void FewShot::fit(const fs::path& support) {
   if (!fs::is_directory(support)) throw std::runtime_error("no support folder " + support.string() + ".");
   std::vector<at::Tensor> centres;
   for (const auto& folder : sorted_entries(support)) {
-    if (!fs::is_directory(folder) || is_hidden(folder)) continue;
+    if (!fs::is_directory(folder) || is_litter(folder)) continue;
     std::vector<fs::path> files;
-    for (const auto& file : sorted_entries(folder)) {
-      if (fs::is_regular_file(file) && !is_hidden(file) && is_image_name(file)) files.push_back(file);
-    }
+    add_images(folder, {fs::canonical(support)}, files);
     if (files.empty()) throw std::runtime_error(folder.string() + " must hold PNG or JPEG files, got none.");
     classes_.push_back(folder.filename().string());
     centres.push_back(features(files).mean(0));
@@ -122,6 +137,6 @@ at::Tensor FewShot::logits(const at::Tensor& features) const {
     const auto middle = 0.8 * centres_.mean(0, true);
     return 12 * cosine(features - middle, centres_ - middle);
   }
-  const auto squared = (features.unsqueeze(1) - centres_.unsqueeze(0)).square().sum(-1);
-  return distance_ == "sqeuclidean" ? -squared : -squared.sqrt();
+  const auto distance = at::cdist(features, centres_, 2, /*compute_mode=*/2);  // by differences: products cancel
+  return distance_ == "sqeuclidean" ? -distance.square() : -distance;
 }

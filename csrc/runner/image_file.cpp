@@ -219,12 +219,16 @@ at::Tensor read_image(const std::filesystem::path& path) {
 
 bool is_image_name(const std::filesystem::path& path) {
   const std::string suffix = lower_suffix(path);
-  for (const char* other : {".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}) {
+  for (const char* other : {".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".pbm", ".pnm", ".gif", ".avif", ".jp2",
+                            ".heic", ".heif"}) {
     if (suffix == other) {
       throw std::runtime_error("image file " + path.string() + " must be PNG or JPEG, got " + suffix + "; convert it.");
     }
   }
-  return suffix == ".png" || suffix == ".jpg" || suffix == ".jpeg";
+  for (const char* own : {".png", ".jpg", ".jpeg", ".jpe", ".jfif"}) {
+    if (suffix == own) return true;
+  }
+  return false;
 }
 
 at::Tensor fit_image(const at::Tensor& image, int64_t size, bool squash, double crop_pct) {

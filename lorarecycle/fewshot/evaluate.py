@@ -16,6 +16,7 @@ from ..adapters.load_many import AdapterLike, load_adapters
 from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
 from ..data.lazy import Dataset, require_labelled
+from ..data.names import is_number
 from ..inversion.surrogate import Surrogate
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..runtime.distributed import ALONE, Group
@@ -200,7 +201,7 @@ def _task_images(data: LabelledImages | Dataset, backbone: Backbone, tasks: Task
 def _warn_of_seen(adapters: Sequence[Adapter], class_names: Sequence[str]) -> None:
     """A line in the log where adapters' heads name classes of the tasks, unless the names are mere numbers."""
     known = {name for adapter in adapters if adapter.head is not None for name in adapter.head.class_names}
-    seen = sorted(name for name in known & set(class_names) if not name.isdecimal())
+    seen = sorted(name for name in known & set(class_names) if not is_number(name))
     if seen:
         logger.warning(
             "%d of %d classes have the name of one that an adapter was tuned on (%s): the tasks are not of unseen "

@@ -37,6 +37,8 @@ class StoredSurrogate:
 
     Attributes:
         shape: of the images, (n, 3, H, W).
+        labels: int64 [n]; None for painted pictures.
+        images_digest: SHA-256 (hex) of the images.
         patch_size, adapter, adapter_digest, class_names, config: as in `Surrogate`.
 
     Raises:
@@ -50,6 +52,7 @@ class StoredSurrogate:
         self.tables: Tables = Tables(
             tensors.get("teacher_logits"), tensors["kept"].long() if "kept" in tensors else None, tensors.get("scores")
         )
+        self.labels: Tensor | None = tensors["labels"].long() if "labels" in tensors else None
         self.shape, self._offset, digest = _place(self.path)
         facts = read_facts(self.path, strings)
         self.patch_size: int = facts["patch_size"]
@@ -58,7 +61,8 @@ class StoredSurrogate:
         self.class_names: tuple[str, ...] = tuple(facts["class_names"])
         self.config: dict[str, Any] = facts["config"]
         check_tables(self.path, self.shape, len(self.class_names), self.patch_size, tensors)
-        if digest is not None and digest != hash_tensor("torch.uint8", self.shape, self._mapped().reshape(-1)):
+        self.images_digest: str = hash_tensor("torch.uint8", self.shape, self._mapped().reshape(-1))
+        if digest is not None and digest != self.images_digest:
             raise ValueError(refusal(self.path, "other images"))
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.resolution import resampling
 from ..inversion.stored import StoredImages, StoredSurrogate, Tables
 from ..inversion.surrogate import Surrogate
+from ..runtime.digests import hash_tensor
 from ..vit.backbone import Backbone
 
 AnySurrogate = Surrogate | StoredSurrogate
@@ -53,8 +56,30 @@ class Bank(NamedTuple):
         return self.images[rows]
 
 
+def content_digest(surrogate: AnySurrogate) -> str:
+    """SHA-256 (hex) of all that training reads of a surrogate, in a file or in memory."""
+    if isinstance(surrogate, StoredSurrogate):
+        images = surrogate.images_digest
+    else:
+        pixels = surrogate.images.cpu().contiguous()
+        images = hash_tensor("torch.uint8", pixels.shape, pixels.numpy().reshape(-1))
+    tables = _tables(surrogate)
+    sha = hashlib.sha256(repr((images, surrogate.adapter_digest, surrogate.class_names)).encode())
+    for table in (surrogate.labels, tables.kept, tables.teacher_logits, tables.scores):
+        if table is not None:
+            plain = table.detach().cpu().to(torch.float32 if table.is_floating_point() else torch.int64).contiguous()
+            sha.update(hash_tensor(str(plain.dtype), plain.shape, plain.numpy().reshape(-1)).encode())
+        sha.update(b"|")
+    return sha.hexdigest()
+
+
 def fill_bank(
-    backbone: Backbone, surrogates: Sequence[AnySurrogate], sparsity: float | None = None, *, budget: int | None = None
+    backbone: Backbone,
+    surrogates: Sequence[AnySurrogate],
+    sparsity: float | None = None,
+    *,
+    budget: int | None = None,
+    resolutions: Sequence[int] = (),
 ) -> Bank:
     """Put surrogates side by side.
 
@@ -63,6 +88,7 @@ def fill_bank(
         surrogates: of one image size, in memory or in files.
         sparsity: mask every surrogate to this share from its scores; None takes their kept tokens as they are.
         budget: bytes of images that may be held; those of surrogates in files stay there above it. No limit when None.
+        resolutions: sides in pixels that training brings images down to.
 
     Raises:
         ValueError: sizes, patch size or numbers of kept tokens that differ.
@@ -85,11 +111,13 @@ def fill_bank(
     device = backbone.device
     stored = [s for s in surrogates if isinstance(s, StoredSurrogate)]
     streamed = budget is not None and len(stored) == len(surrogates) and sum(map(math.prod, shapes)) > budget
+    seen = [resampling(shapes[0][-1], side, device) for side in resolutions]
     return Bank(
         None if streamed else _side_by_side(surrogates, shapes, device),
         torch.cat(logits).to(device) if len(logits) == len(surrogates) else None,
         torch.cat(kept).to(device) if kept else None,
         shapes[0][-1] // surrogates[0].patch_size,
+        resampling=torch.stack(seen) if seen else None,
         stored=StoredImages(stored) if streamed else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import MetaConfig
+from ..data.names import pooled_names
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import stream
 
@@ -103,7 +105,7 @@ class EpisodeSampler:
             self.members.append((offset, known[key]))
             offset += layout.size
         self.classes: list[tuple[int, int]] = [(i, c) for i, count in enumerate(class_counts) for c in range(count)]
-        self.meanings: list[object] = _meanings(class_names)
+        self.meanings: list[str] = list(itertools.chain.from_iterable(pooled_names(class_names)))
 
     def __call__(self, step: int) -> Episode:
         """The episode of a step."""
@@ -166,11 +168,6 @@ class ImageSampler:
         return Episode(rows, none, none, cross_task=False)
 
 
-def _meanings(class_names: Sequence[Sequence[str]]) -> list[object]:
-    """What each class is, adapter after adapter: its name, which adapters share; alone where it is a mere number."""
-    return [(i, name) if name.isdecimal() else name for i, names in enumerate(class_names) for name in names]
-
-
 def check_episodes(
     class_counts: Sequence[int],
     names: Sequence[str],
@@ -203,7 +200,8 @@ def check_episodes(
                 f"`interpolation` must be 0 with a single adapter, got {config.interpolation}: there is no second one "
                 "to mix classes with."
             )
-        different = sum(class_counts) if class_names is None else len(set(_meanings(class_names)))
+        named = itertools.chain.from_iterable(pooled_names(class_names or ()))
+        different = sum(class_counts) if class_names is None else len(set(named))
         if different < config.n_way:
             raise ValueError(
                 f"`n_way` must be at most the classes of all adapters together ({different}, those of one name counted "

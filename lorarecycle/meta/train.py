@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..config import MetaConfig, as_config, as_plain
-from ..data.resolution import resampling
 from ..inversion.surrogate import Surrogate
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.distributed import ALONE, Group
@@ -22,7 +21,7 @@ from ..runtime.progress import Stopwatch, track
 from ..runtime.steps import Compile, compiling
 from ..vit.backbone import Backbone
 from ..vit.lora import LoRA
-from .bank import AnySurrogate, fill_bank
+from .bank import AnySurrogate, content_digest, fill_bank
 from .drawn import DrawnImages, all_of
 from .draws import Draws
 from .episodes import EpisodeSampler, ImageSampler
@@ -118,7 +117,8 @@ def meta_train(
                 "`drawn` must be given with surrogates in files, got none; load them, or see `find_drawn`."
             )
         drawn = all_of(kind(held, config, seed), sum(len(s.images) for s in held))
-    bank = fill_bank(backbone, surrogates, config.sparsity, budget=memory_budget)
+    lower = config.resolutions
+    bank = fill_bank(backbone, surrogates, config.sparsity, budget=memory_budget, resolutions=lower)
     clock.restart()
     if config.guide_weight > 0:
         targets = feature_targets(
@@ -134,10 +134,6 @@ def meta_train(
         )
         bank = bank._replace(targets=targets)
         clock.lap("guide features")
-    if config.resolutions:
-        side = bank.all_images.shape[-1]
-        seen = [resampling(side, lower, backbone.device) for lower in config.resolutions]
-        bank = bank._replace(resampling=torch.stack(seen))
     lr = default_lr(backbone.embed_dim) if config.lr is None else config.lr
     device = backbone.device
     optimizer = adam(lora.parameters(), device)
@@ -145,9 +141,10 @@ def meta_train(
     run = {
         "config": as_plain(config),
         "seed": seed,
-        "surrogates": [s.adapter_digest for s in surrogates],
+        "surrogates": [content_digest(s) for s in surrogates] if checkpoint is not None else [],
         "adapters": [a.weights_digest() for a in adapters] if config.init == "adapters" else [],
         "backbone": backbone.digest(),
+        "dtype": str(backbone.dtype),
     }
     saved = Checkpoint(
         checkpoint, run, modules={"lora": lora}, optimizer=optimizer, histories={"loss": losses}, steps=config.steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +20,8 @@ from ..vit.backbone import Backbone
 from .facts import Facts, method_facts
 from .learning import learned
 from .memory import peak, reset_peak
-from .sets import check_apart, with_enough
-from .settings import key_of, make_cell_method, meta_config, set_names, task_config, tasks_seen
+from .sets import with_enough
+from .settings import key_of, make_cell_method, set_names, task_config, tasks_seen
 from .world import World
 
 Result = dict[str, Any]
@@ -180,75 +179,3 @@ def validation_set(settings: Mapping[str, Any]) -> str:
     for adapters of a folder, the set that is tested on."""
     own = settings["adapters"].get("folder")
     return settings["validation"] or (set_names(settings) if own else settings["adapters"]["of"])[0]
-
-
-def check(world: World, settings: Mapping[str, Any]) -> None:
-    """Make sure that a cell can run, without running anything.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: sets, classes, images, packages, a text encoder that are missing.
-    """
-    name = settings["method"]
-    method: Any = make_cell_method(settings)
-    needs, config = method.needs, task_config(settings)
-    missing = [package for package in needs.packages if find_spec(package) is None]
-    if missing:
-        raise ImportError(f"method {name!r} needs {', '.join(missing)}; `pip install {' '.join(missing)}`.")
-    if needs.text_encoder and world.text_encoder is None:
-        raise ValueError(f"`text_encoder` must be given for method {name!r}, got none: a CLIP model of transformers.")
-    per_class = config.n_shot + config.n_query
-    for one in set_names(settings):
-        with_enough(world.open(one, "test"), per_class, config.n_way, f"set {one!r}")
-    if chooses_rate(method):
-        source = validation_set(settings)
-        try:
-            aside = world.open(source, "val")
-        except ValueError as error:
-            raise ValueError(
-                f"`validation` must name a set with validation classes, on which method {name!r} chooses its rate, got "
-                f"{source!r} ({error}); or give the rate in `options`."
-            ) from error
-        with_enough(aside, per_class, config.n_way, f"set {source!r}")
-    if not needs.adapters and not needs.surrogates:
-        return
-    check_adapters(world, settings, heads=needs.heads or needs.surrogates, surrogates=needs.surrogates)
-    for one in set(settings["adapters"]["of"]) & set(set_names(settings)):
-        if not settings["adapters"].get("folder"):
-            check_apart(world.open(one, "train"), world.open(one, "test"), one)
-    if isinstance(method, LoRARecycle):
-        chosen, meta = settings["adapters"], meta_config(settings)
-        if meta.n_way > chosen["n_way"] and meta.interpolation < 1:
-            raise ValueError(f"`meta.n_way` must be at most `adapters.n_way`, got {meta.n_way} and {chosen['n_way']}.")
-
-
-def check_adapters(world: World, settings: Mapping[str, Any], *, heads: bool = True, surrogates: bool = True) -> None:
-    """Make sure that adapters can be had, and surrogates of them, without tuning or inverting anything.
-
-    Args:
-        world: where the cell runs.
-        settings: of the cell.
-        heads: they must have classification heads.
-        surrogates: images of their classes are wanted too.
-
-    Raises:
-        ValueError, FileNotFoundError: sets, folders, heads, a text encoder that are missing.
-    """
-    chosen, images = settings["adapters"], settings["surrogates"]
-    if surrogates and images.get("head") == "text" and world.text_encoder is None:
-        raise ValueError("`text_encoder` must be given for `surrogates.head` 'text', got none: a CLIP model.")
-    if not chosen.get("folder"):
-        for one in chosen["of"]:
-            with_enough(world.open(one, "train"), 1, chosen["n_way"], f"set {one!r}")
-        return
-    place = world.place(chosen["folder"])
-    if not place.is_dir():
-        raise FileNotFoundError(f"`adapters.folder` must be a folder of adapters, got {place}.")
-    if surrogates and images["images"] == "real":
-        raise ValueError("`surrogates.images` must be 'inverted' for adapters of a folder, got 'real'.")
-    headless = [adapter.name for adapter in world.own_adapters(settings) if adapter.head is None]
-    if heads and headless:
-        what = f"method {settings['method']!r}" if settings["kind"] == "accuracy" else f"cells of {settings['kind']!r}"
-        raise ValueError(
-            f"`adapters.folder` must hold adapters with classification heads for {what}, got none in "
-            f"{', '.join(headless[:5])}; choose a method that needs none, such as 'recycle-weights'."
-        )

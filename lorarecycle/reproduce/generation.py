@@ -14,6 +14,7 @@ from ..adapters.adapter import Adapter
 from ..config import as_plain
 from ..data.dataset import LabelledImages
 from ..data.images import normalize
+from ..data.lazy import Dataset
 from ..generate import CondPDiff, LoRAGenerator, ModelSoup, task_vector, text_vector
 from ..generate.generator import Generator
 from ..runtime.seeds import derive, stream
@@ -80,10 +81,16 @@ def check(world: World, settings: Mapping[str, Any]) -> None:
     if chosen.get("method") not in (*GENERATORS, "original", "plain", "data"):
         raise ValueError(f"`generator.method` must be given, one of {', '.join(GENERATORS)}, original, plain, data.")
     generator_config(chosen["method"], chosen["config"], settings["seed"])
-    with_enough(world.open(set_names(settings)[0], "train"), chosen["per_class"] + 1, N_WAY, "the tasks' set")
+    _enough(world, settings)
     if chosen["vector"] != "vision" and world.encode is None:
         raise ValueError("`text_encoder` must be given for text task vectors, got none: a CLIP model of transformers.")
     tune_config(chosen["tune"], chosen["r"], 0)
+
+
+def _enough(world: World, settings: Mapping[str, Any]) -> Dataset:
+    """The train classes that have images to tune on and to test on."""
+    count = settled(settings)["per_class"] + 1
+    return with_enough(world.open(set_names(settings)[0], "train"), count, N_WAY, "the tasks' set")
 
 
 def facts(world: World, settings: Mapping[str, Any]) -> Facts:
@@ -99,7 +106,7 @@ def _task_facts(world: World, settings: Mapping[str, Any]) -> Facts:
     """What moves the images of the tasks, and the plain model's answers."""
     return {
         **world.base_facts(settings),
-        "set": world.open(set_names(settings)[0], "train").digest(),
+        "set": _enough(world, settings).digest(),
         "seed": settings["seed"],
         "per_class": settled(settings)["per_class"],
     }
@@ -128,7 +135,7 @@ def _generator_facts(world: World, settings: Mapping[str, Any]) -> Facts:
 def make_tasks(world: World, settings: Mapping[str, Any]) -> list[Task]:
     """Tasks of train classes; each class's images parted into those to tune on and the rest."""
     chosen, seed = settled(settings), settings["seed"]
-    data = world.open(set_names(settings)[0], "train")
+    data = _enough(world, settings)
     fit, tasks = world.backbone(settings).fit, []
     for i, names in enumerate(draw_class_lists(data.class_names, chosen["tasks"], N_WAY, seed=seed)):
         images = data.select_classes(names).load(fit, workers=world.workers)
@@ -191,7 +198,8 @@ def generator(
             checkpoint=path.with_suffix(".fit"),
             quiet=world.quiet,
         ).save(path)
-        path.with_suffix(".fit").unlink(missing_ok=True)
+        for left in (".fit", ".fit.diffusion"):
+            path.with_suffix(left).unlink(missing_ok=True)
     return kind.load(path), path.stat().st_size
 
 

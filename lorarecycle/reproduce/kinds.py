@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from . import accuracy, generation, images, language, losses, speed
+from . import accuracy, checks, generation, images, language, losses, speed
 from .facts import Facts
 from .world import World
 
@@ -30,18 +30,18 @@ def _nothing(world: World, settings: Mapping[str, Any]) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "accuracy": Kind(accuracy.accuracy, accuracy.facts, accuracy.check, accuracy.SHOWS, few_shot=True),
+    "accuracy": Kind(accuracy.accuracy, accuracy.facts, checks.check, accuracy.SHOWS, few_shot=True),
     "inversion": Kind(
         speed.inversion_cost,
         speed.inversion_facts,
-        accuracy.check_adapters,
+        checks.check_adapters,
         ("iterations_per_second", "gflops", "memory"),
     ),
     "training": Kind(
         speed.training_cost, speed.training_facts, _nothing, ("iterations_per_second", "gflops", "memory")
     ),
     "losses": Kind(losses.area_losses, losses.facts, losses.check, ("before", "after")),
-    "pictures": Kind(images.pictures, images.facts, accuracy.check_adapters, ("images", "loss")),
+    "pictures": Kind(images.pictures, images.facts, checks.check_adapters, ("images", "loss")),
     "generation": Kind(
         generation.generation,
         generation.facts,

@@ -11,14 +11,16 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..config import MetaConfig
-from ..data.dataset import LabelledImages
+from ..fewshot.methods.episodes import pool_classes
 from ..fewshot.methods.tuned import Trainable
 from ..inversion.surrogate import Surrogate
 from ..meta.bank import fill_bank
 from ..meta.draws import Draws
 from ..meta.episodes import EpisodeSampler
 from ..meta.loss import episode_loss
+from ..meta.shares import own_shares
 from ..meta.train import default_lr, learning_rate
+from ..runtime.distributed import ALONE
 from ..runtime.files import read_json, write_json
 from ..runtime.graphs import adam, set_rate
 from ..runtime.progress import track
@@ -113,23 +115,12 @@ def first_layer_masks(
     return found
 
 
-def pooled(surrogates: Sequence[Surrogate]) -> LabelledImages:
-    """All surrogates as one labelled set: classes of one name are one class."""
-    names = tuple(dict.fromkeys(name for surrogate in surrogates for name in surrogate.class_names))
-    labels = [
-        torch.tensor([names.index(name) for name in surrogate.class_names])[surrogate.labels]
-        for surrogate in surrogates
-        if surrogate.labels is not None
-    ]
-    return LabelledImages(torch.cat([s.images for s in surrogates]), torch.cat(labels), names)
-
-
 def joint(world: World, settings: Mapping[str, Any]) -> Adapter:
     """A LoRA tuned with one classifier over the classes of all adapters (Tab. 8), as long as meta-training looks at
     images: whole passes, one at least."""
     surrogates, config = settle_meta(world, settings)
-    images = pooled(surrogates)
-    seen = config.steps * config.n_way * (config.n_shot + config.n_query)
+    images = pool_classes(surrogates)
+    seen = config.steps * config.episodes_per_step * config.n_way * (config.n_shot + config.n_query)
     adapter = tune(
         world.model(settings),
         images,
@@ -149,23 +140,28 @@ def joint(world: World, settings: Mapping[str, Any]) -> Adapter:
 
 
 def everything(world: World, settings: Mapping[str, Any]) -> Backbone:
-    """A backbone all of whose weights took the steps of meta-training (Tab. 10), by Adam in float32."""
+    """A backbone all of whose weights took the steps of meta-training (Tab. 10), by Adam in float32.
+
+    Without a guide, which `check` refuses.
+    """
     surrogates, config = settle_meta(world, settings)
     plain = world.model(settings)
     trainable = Trainable(plain)
     model = trainable.model
-    bank = fill_bank(plain, surrogates, config.sparsity)
+    bank = fill_bank(plain, surrogates, config.sparsity, resolutions=config.resolutions)
     lr = default_lr(model.embed_dim) if config.lr is None else config.lr
     sampler = EpisodeSampler(surrogates, config, settings["seed"])
-    draws = Draws.of(sampler, config, settings["seed"], first=0, device=model.device)
+    passes = own_shares(Draws.of(sampler, config, settings["seed"], first=0, device=model.device), config, ALONE)
     optimizer = adam(list(model.parameters()), model.device)
     none: Any = None
     for step in track(range(config.steps), "meta-train all weights", quiet=world.quiet):
         at = torch.tensor([step], device=model.device)
-        with torch.enable_grad(), torch.autocast(model.device.type, world.dtype, enabled=world.dtype != torch.float32):
-            loss = episode_loss(model, none, bank, draws.at(at), config)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for draws, weight in passes:
+            lower = world.dtype != torch.float32
+            with torch.enable_grad(), torch.autocast(model.device.type, world.dtype, enabled=lower):
+                loss = weight * episode_loss(model, none, bank, draws.at(at), config)
+            loss.backward()
         set_rate(optimizer, torch.tensor(learning_rate(step, config, lr), device=model.device))
         optimizer.step()
     return model.requires_grad_(False).to(dtype=world.dtype)

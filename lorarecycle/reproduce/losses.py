@@ -16,7 +16,7 @@ from ..inversion.start import finished_pixels, start_images
 from ..inversion.surrogate import Surrogate
 from ..runtime.seeds import derive, stream
 from ..vit.backbone import Backbone
-from .accuracy import check_adapters
+from .checks import check_adapters
 from .facts import Facts
 from .settings import inversion_config
 from .world import World

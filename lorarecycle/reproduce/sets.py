@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.lazy import Dataset
+from ..data.names import is_number
 from ..data.sets import PLACES, open_dataset
 from ..data.splits import class_split, refuse_overlap
 
@@ -185,7 +186,7 @@ def check_apart(seen: Dataset, unseen: Dataset, name: str) -> None:
         ValueError: a class, named, is in both; or an image of classes that are mere numbers, which may be others.
     """
     both = sorted(set(seen.class_names) & set(unseen.class_names))
-    named, numbered = ([one for one in both if one.isdecimal() is number] for number in (False, True))
+    named, numbered = ([one for one in both if is_number(one) is number] for number in (False, True))
     found = repr(named[0]) if named else ""
     if not found and numbered:
         images = [set(part.select_classes(numbered).image_digests) for part in (seen, unseen)]

@@ -47,6 +47,20 @@ class Sites(BaseModel, Protocol):
     def device(self) -> torch.device: ...
 
 
+def fresh_factors(r: int, out: int, width: int, scaling: float = 1.0, *, generator: torch.Generator) -> LoRAFactors:
+    """Factors of one site as PEFT starts them: `lora_A` Kaiming uniform, `lora_B` zero.
+
+    Args:
+        r: rank.
+        out, width: of the weight, [out, width].
+        scaling: of the product.
+        generator: randomness of `lora_A`, on the CPU.
+    """
+    bound = 1 / math.sqrt(width)  # kaiming_uniform with a = sqrt(5)
+    lora_A = (torch.rand(r, width, generator=generator) * 2 - 1) * bound
+    return LoRAFactors(lora_A, torch.zeros(out, r), scaling)
+
+
 class LoRA(nn.Module):
     """LoRA factors as parameters; pass it to `Backbone.forward(lora=...)`.
 
@@ -89,10 +103,7 @@ class LoRA(nn.Module):
         for block in range(backbone.num_blocks) if layers is None else layers:
             for name in sites:
                 site = f"blocks.{block}.{SITE_NAMES[name]}"
-                out_features, in_features = backbone.site_shape(site)
-                bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5)
-                lora_A = (torch.rand(r, in_features, generator=generator) * 2 - 1) * bound
-                factors[site] = LoRAFactors(lora_A, torch.zeros(out_features, r), lora_alpha / r)
+                factors[site] = fresh_factors(r, *backbone.site_shape(site), lora_alpha / r, generator=generator)
         return cls(factors).to(backbone.device)
 
     @classmethod

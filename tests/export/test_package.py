@@ -105,12 +105,16 @@ def test_the_runner_answers_as_python_does(package, runner, model, photos):
 
 @needs_compiler
 def test_the_runner_prepares_images_as_the_base_does(runner, model, photos, tmp_path):
-    """The package says how; hidden files and folders are no input."""
+    """The package says how; hidden files and folders are no input, sub-folders of a class are."""
     plain = model.backbone
     base = Backbone(plain.vit, name="tiny", mean=plain.mean, std=plain.std, resize="squash", crop_pct=0.9)
     export_aoti(base, tmp_path / "encoder.pt2", model.meta_lora)
     shutil.copytree(photos[0] / "support", tmp_path / "support")
-    for hidden in ("a/._0.png", ".hidden/0.png", "__MACOSX/a/._0.jpg"):
+    first = min((tmp_path / "support").glob("*/*.jpg"))
+    (first.parent / "more").mkdir()
+    first.rename(first.parent / "more" / "0.JFIF")
+    (first.parent / "loop").symlink_to(tmp_path / "support", target_is_directory=True)
+    for hidden in ("a/._0.png", ".hidden/0.png", "__MACOSX/a/._0.jpg", "@eaDir/0.png", "Lost+Found/0.png"):
         (tmp_path / "support" / hidden).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "support" / hidden).write_bytes(b"\0\5\x16\7Mac OS X")
     query = photos[0] / "turned.jpeg"

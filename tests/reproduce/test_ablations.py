@@ -10,7 +10,7 @@ from lorarecycle.meta.episodes import EpisodeSampler
 from lorarecycle.reproduce import learning
 from lorarecycle.reproduce.costs import works
 from lorarecycle.reproduce.experiment import load_experiment
-from lorarecycle.reproduce.learning import everything, joint, learned, pooled, settle_meta
+from lorarecycle.reproduce.learning import everything, joint, learned, settle_meta
 from lorarecycle.reproduce.losses import area
 from lorarecycle.reproduce.settings import inversion_config, merge, meta_config
 from lorarecycle.vit.features import normalized_batches
@@ -77,16 +77,8 @@ def test_interpolation(rehearse):
 
 
 def test_joint_learning(rehearse):
-    """Tab. 8: one classifier over the classes of all adapters, those of one name taken together."""
+    """Tab. 8: one classifier over the classes of all adapters, see `pool_classes`."""
     world, settings = cells(rehearse, "table8")["joint supervised learning"]
-    surrogates = world.surrogates(settings)
-    names = {name for s in surrogates for name in s.class_names}
-    images = pooled(surrogates)
-    assert set(images.class_names) == names
-    assert len(names) < sum(len(s.class_names) for s in surrogates), "4 adapters of 5 of 8 classes"
-    for s, start in zip(surrogates, range(0, len(images), len(surrogates[0].images)), strict=True):
-        own = [images.class_names[c] for c in images.labels[start : start + len(s.labels)].tolist()]
-        assert own == [s.class_names[c] for c in s.labels.tolist()]
     adapter = joint(world, settings)
     assert adapter.head is None
     meta = learned(world, {**settings, "learn": "lora"}).adapter

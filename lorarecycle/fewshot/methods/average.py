@@ -10,8 +10,9 @@ import torch
 
 from ...adapters.adapter import Adapter, LoRAFactors
 from ...meta.warm_start import start_factors
+from ...runtime.seeds import stream
 from ...vit.backbone import Backbone
-from ...vit.lora import LoRA
+from ...vit.lora import LoRA, fresh_factors
 from .base import Given, Needs
 from .nearest import NearestMean
 
@@ -45,6 +46,8 @@ def average(adapters: Sequence[Adapter], *, name: str = "average") -> Adapter:
 def average_factors(adapters: Sequence[Adapter], backbone: Backbone, r: int) -> LoRA:
     """The mean of the updates, re-factored at rank `r` by a singular value decomposition of the products.
 
+    Ranks that the adapters do not fill start as PEFT starts them.
+
     Args:
         adapters: for `backbone`.
         backbone: that they are for.
@@ -55,8 +58,9 @@ def average_factors(adapters: Sequence[Adapter], backbone: Backbone, r: int) -> 
     """
     sites = {site for adapter in adapters for site in adapter.sites}
     shapes = {site: backbone.site_shape(site) for site in sorted(sites)}
-    empty = {s: LoRAFactors(torch.zeros(r, width), torch.zeros(out, r), 1.0) for s, (out, width) in shapes.items()}
-    return start_factors(adapters, LoRA(empty), backbone, gain=1.0).to(backbone.device)
+    generator = stream(0, "average")
+    fresh = {site: fresh_factors(r, *shape, generator=generator) for site, shape in shapes.items()}
+    return start_factors(adapters, LoRA(fresh), backbone, gain=1.0).to(backbone.device)
 
 
 @dataclass

@@ -75,7 +75,7 @@ class CAML(Method):
     Args:
         steps: of training.
         batch: episodes of a step.
-        max_way, max_shot, n_query: of the episodes; a task has at most `max_way` classes.
+        max_way, max_shot, n_query: of the episodes, as far as there are classes; a task has at most `max_way` classes.
         learning_rate: the highest of Adam, which warms up over a tenth of the steps and falls to zero.
         layers, heads, hidden: of the sequence model.
         seed: of everything random.
@@ -96,14 +96,14 @@ class CAML(Method):
     model: SequenceModel = field(init=False, repr=False)
 
     def _prepare(self, given: Given) -> None:
-        images, labels = pool_classes(given.surrogates)
-        self.encoder = given.backbone
-        self.model = self.train(extract_features(self.encoder, images).to(self.encoder.device), labels)
+        pool, self.encoder = pool_classes(given.surrogates), given.backbone
+        self.model = self.train(extract_features(self.encoder, pool.images).to(self.encoder.device), pool.labels)
 
     def train(self, features: Tensor, labels: Tensor) -> SequenceModel:
         """A sequence model from features [n, D] and their classes [n]."""
         shots = range(1, min(self.max_shot, int(torch.bincount(labels).min()) - 1) + 1)
-        draws = [EpisodeDraw(labels, self.max_way, n_shot, self.n_query) for n_shot in shots]
+        n_way = min(self.max_way, len(labels.unique()))
+        draws = [EpisodeDraw(labels, n_way, n_shot, self.n_query) for n_shot in shots]
         if not draws:
             raise ValueError("`surrogates` must hold at least two images of each class, got one.")
         device = features.device

@@ -7,23 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...data.dataset import LabelledImages
+from ...data.names import pooled_names
 from ...inversion.surrogate import Surrogate
 
 
-def pool_classes(surrogates: Sequence[Surrogate]) -> tuple[Tensor, Tensor]:
-    """The images of all surrogates and their classes; classes of one name are one, unless the name is a mere number.
-
-    Returns:
-        uint8 [n, 3, H, W], int64 [n] with values 0 to K - 1.
-    """
-    number: dict[object, int] = {}
+def pool_classes(surrogates: Sequence[Surrogate]) -> LabelledImages:
+    """The images of all surrogates as one labelled set; its classes are those of `pooled_names`."""
+    names = pooled_names([surrogate.class_names for surrogate in surrogates])
+    number = {name: i for i, name in enumerate(dict.fromkeys(name for own in names for name in own))}
     labels = []
-    for i, surrogate in enumerate(surrogates):
+    for surrogate, own in zip(surrogates, names, strict=True):
         assert surrogate.labels is not None  # checked
-        keys = [(i, name) if name.isdecimal() else name for name in surrogate.class_names]
-        own = torch.tensor([number.setdefault(key, len(number)) for key in keys])
-        labels.append(own[surrogate.labels])
-    return torch.cat([surrogate.images for surrogate in surrogates]), torch.cat(labels)
+        labels.append(torch.tensor([number[name] for name in own])[surrogate.labels])
+    return LabelledImages(torch.cat([s.images for s in surrogates]), torch.cat(labels), tuple(number))
 
 
 class EpisodeDraw:

@@ -17,8 +17,10 @@ from .nearest import NearestMean
 class LaplacianShot(NearestMean):
     """All queries of a task are answered together (Ziko et al., ICML 2020, Eq. 7 and Alg. 1).
 
-    Features are centred on the support's mean and brought to length 1, as the authors do; a query's neighbours are its
-    `neighbours` nearest queries. It presumes nothing about how many queries a class has.
+    Features are centred on the support's mean and brought to length 1; a query's neighbours are its `neighbours`
+    nearest queries. It presumes nothing about how many queries a class has. The authors centre on the mean of their
+    training classes, rectify the class means by the queries, choose `weight` on validation classes, and count a query
+    among its own neighbours.
 
     Args:
         weight: of the neighbours, lambda in the paper; 0 gives the nearest class mean of these features.

@@ -81,8 +81,9 @@ class LoRAHub(Method):
     """Weights of the adapters for each task (Huang et al., COLM 2024), then a linear classifier on the features.
 
     The loss of some weights is the cross-entropy of augmented support images under the nearest class mean of the plain
-    ones, plus `penalty` times the mean of the weights' absolute values: LoRAHub itself has a language model's loss,
-    which has no classifier to learn. Weights start at 0 and stay within 1.5 of it, as theirs do.
+    ones, plus `penalty` times the mean of the weights' absolute values. LoRAHub itself has a language model's loss,
+    which has no classifier to learn, and weighs the adapters' A and B apart, not their products. Weights start at 0 and
+    stay within 1.5 of it, as theirs do.
 
     Args:
         budget: weights that are tried.

@@ -85,7 +85,11 @@ def _stacked(
 
 @dataclass
 class Mole(Tuned):
-    """Gates and a linear classifier train on the support images; see `Tuned` for the settings."""
+    """Gates and a linear classifier train on the support images; see `Tuned` for the settings.
+
+    LoRA Recycle says no more than that a gating function composes the adapters' outputs (after Chen et al. 2024, whose
+    gate sends each token to one adapter); here all adapters count, by a softmax.
+    """
 
     optimizer: Optimizer = "adam"
     needs: ClassVar[Needs] = Needs(adapters=1, fine_tuning=True, rate=True)

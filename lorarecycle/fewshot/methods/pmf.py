@@ -40,9 +40,13 @@ class PMF(Tuned):
     trainable: Trainable = field(init=False, repr=False)
 
     def _setup(self, given: Given) -> None:
-        images, labels = pool_classes(given.surrogates)
-        fewest = int(torch.bincount(labels).min())
-        draw = EpisodeDraw(labels, min(self.n_way, len(labels.unique())), min(self.n_shot, fewest - 1), self.n_query)
+        pool = pool_classes(given.surrogates)
+        images, n_way, n_shot = (
+            pool.images,
+            min(self.n_way, len(pool.class_names)),
+            min(self.n_shot, min(pool.counts) - 1),
+        )
+        draw = EpisodeDraw(pool.labels, n_way, n_shot, self.n_query)
         self.trainable = Trainable(given.backbone)
 
         def loss(step: int) -> Tensor:

@@ -79,7 +79,7 @@ METHODS: dict[str, Entry] = {
     "average-linear": Entry(AverageLinear, "LoRAs Avg + Linear", f"{RECYCLE}, Sec. 5, baseline a"),
     "lorahub": Entry(LoRAHub, "LoRAHub", "Huang et al., COLM 2024"),
     "lorahub-nn": Entry(LoRAHubNearestMean, "LoRAHub + NN", f"{RECYCLE}, Tab. 16"),
-    "mole": Entry(Mole, "MOLE", "Wu et al., ICLR 2024"),
+    "mole": Entry(Mole, "MOLE", f"{RECYCLE}, Sec. 5, baseline c"),
     "pmf": Entry(PMF, "P > M > F", "Hu et al., CVPR 2022"),
 }
 """In the order of the papers' tables."""

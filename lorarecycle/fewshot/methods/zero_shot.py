@@ -86,11 +86,12 @@ class ZeroShotRecycle(Method):
 
     def _learn(self, given: Given, loss: Episodes) -> tuple[Backbone, Callable[[Tensor], Tensor]]:
         """The model that was trained, and what gives its features."""
-        meta, backbone = RecycleConfig.paper().meta, given.backbone
-        lora = random_factors(backbone, replace(meta, r=self.r, lora_alpha=float(self.r)), self.seed)
+        backbone, plan = given.backbone, RecycleConfig.paper().meta
+        meta = replace(plan, steps=self.passes[0], r=self.r, lora_alpha=float(self.r))
+        lora = random_factors(backbone, meta, self.seed)
         optimizer = torch.optim.Adam(lora.parameters(), lr=meta.lr or 1e-3)
         with torch.enable_grad():
-            for step in range(self.passes[0]):
+            for step in range(meta.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, meta, meta.lr or 1e-3)
                 optimizer.zero_grad(set_to_none=True)

@@ -223,11 +223,13 @@ def test_classes_of_one_name_are_one(tiny_data):
     def surrogate(names):
         return Surrogate(tiny_data.images, tiny_data.labels, None, names, patch_size=8)
 
-    images, labels = pool_classes([surrogate(("a", "b", "c", "0")), surrogate(("b", "d", "e", "0"))])
-    assert len(images) == 96
-    assert labels[[0, 12, 24, 36, 48, 60, 72, 84]].tolist() == [0, 1, 2, 3, 1, 4, 5, 6]
+    for number in ("0", "LABEL_0"):
+        pool = pool_classes([surrogate(("a", "b", "c", number)), surrogate(("b", "d", "e", number))])
+        assert len(pool) == 96
+        assert pool.labels[[0, 12, 24, 36, 48, 60, 72, 84]].tolist() == [0, 1, 2, 3, 1, 4, 5, 6]
+        assert pool.class_names[1:4] == ("b", "c", f"{number} of adapter 0")
     with pytest.raises(ValueError, match="`surrogates` must hold 8 classes of at least 2 images, got 7"):
-        EpisodeDraw(labels, 8, 1, 5)
+        EpisodeDraw(pool.labels, 8, 1, 5)
 
 
 def test_clip_text_gives_what_clip_gives(tmp_path, monkeypatch):
