@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarecycle import Adapter, Backbone, FewShotClassifier, RecycleConfig, Surrogate, recycle, warm_start
+from lorarecycle import (
+    Adapter,
+    Backbone,
+    BatchNormPrior,
+    FewShotClassifier,
+    RecycleConfig,
+    Surrogate,
+    recycle,
+    warm_start,
+)
 from lorarecycle.adapters.adapter import LoRAFactors
 from lorarecycle.adapters.load_many import load_adapters
 from lorarecycle.data.images import normalize
@@ -355,6 +364,26 @@ def test_an_adapter_without_a_head_takes_part_in_the_warm_start(
 
 
 @pytest.mark.medium
+def test_a_run_goes_on_with_its_own_prior(tiny_backbone, adapters, tmp_path, monkeypatch):
+    """Other weights under the prior's name are refused while images are missing, and not asked for afterwards."""
+    settings = {
+        **FAST,
+        "inversion": {**FAST["inversion"], "prior": "somewhere.safetensors"},
+        "work_dir": tmp_path / "run",
+    }
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        monkeypatch.setattr("lorarecycle.job.load_prior", lambda *a, n=network: BatchNormPrior(n))
+        if seed == 0:
+            first = recycle(adapters, base=tiny_backbone, **settings)
+            monkeypatch.setattr("lorarecycle.job.load_prior", lambda *a: pytest.fail("all images are there"))
+            assert recycle(adapters, base=tiny_backbone, **settings).digest() == first.digest()
+            next((tmp_path / "run" / "surrogates").iterdir()).unlink()
+    with pytest.raises(ValueError, match="must be of this run, got one that differs in prior"):
+        recycle(adapters, base=tiny_backbone, **settings)
+
+
 def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     torch.nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(0))

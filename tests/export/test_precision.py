@@ -178,3 +178,11 @@ def test_fp16_of_vit_tiny_pruned(real_data, tmp_path):
     assert export_onnx(backbone, tmp_path / "out", config=config).parities[0].cosine > 0.99
     with pytest.raises(ValueError, match=r"must be at least 0\.9999; nothing was kept\. Use dtype fp32, or set `atol`"):
         check.judge(Path("e.onnx"), [(np.array([[1, 0.1]]), np.array([[1, 0]]))], None, 0.9999)
+
+
+def test_too_few_images_are_said_before_anything_is_exported(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorarecycle.export.folder.write_head", lambda *a: pytest.fail("it was exported"))
+    few = pictures.sample(2, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"`n_shot \+ n_query` must be at most the images of every class, got 16"):
+        export_onnx(model.backbone, tmp_path / "served", config=ExportConfig(dtype="int8"), data=few)
+    assert not list(tmp_path.iterdir())

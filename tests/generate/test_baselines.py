@@ -78,6 +78,18 @@ def test_diffusion_learns_the_tasks_and_repeats(pool, vectors, tmp_path):
     )
 
 
+def test_a_diffusion_of_other_codes_is_refused(pool, vectors, quick, tmp_path, monkeypatch):
+    """Its checkpoint goes with one autoencoder, whose length may hang on the machine."""
+    quick |= {"diffusion_epochs": 4, "diffusion_steps": 5, "hidden": 8}
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
+    checkpoint.unlink()
+    encode = CondPDiff._encode
+    monkeypatch.setattr(CondPDiff, "_encode", lambda self, rows: encode(self, rows).square())
+    with pytest.raises(ValueError, match="differs in codes"):
+        CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
+
+
 def test_a_stopped_diffusion_goes_on_to_the_same_bits(pool, vectors, quick, tmp_path, monkeypatch):
     quick |= {"diffusion_epochs": 4, "diffusion_steps": 5, "hidden": 8}
     whole = CondPDiff.fit(pool, vectors, config=quick, device="cpu", quiet=True)

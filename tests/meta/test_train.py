@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from lorarecycle import MetaConfig, Surrogate, meta_train
 from lorarecycle.data.images import normalize
+from lorarecycle.inversion.stored import StoredSurrogate
 from lorarecycle.meta import step
 from lorarecycle.meta import train as module
-from lorarecycle.meta.bank import fill_bank
+from lorarecycle.meta.bank import content_digest, fill_bank
 from lorarecycle.meta.draws import Draws
 from lorarecycle.meta.episodes import EpisodeSampler
 from lorarecycle.meta.factors import random_factors
@@ -144,6 +145,21 @@ def test_resuming_ends_with_the_same_bits(tiny_backbone, tiny_data, tmp_path, mo
     assert whole.meta_lora.digest() == resumed.meta_lora.digest()
     with pytest.raises(ValueError, match=r"must be of this training, got one that differs in seed \(0 there, 1 here\)"):
         meta_train(tiny_backbone, pools, config=CONFIG, seed=1, checkpoint=path, quiet=True)
+    others = [replace(pools[0], images=255 - pools[0].images), pools[1]]
+    with pytest.raises(ValueError, match="must be of this training, got one that differs in surrogates"):
+        meta_train(tiny_backbone, others, config=CONFIG, checkpoint=path, quiet=True)
+    lower = tiny_backbone.clone().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="must be of this training, got one that differs in backbone, dtype"):
+        meta_train(lower, pools, config=CONFIG, checkpoint=path, quiet=True)
+
+
+def test_a_surrogate_in_a_file_is_the_one_in_memory(tiny_data, tmp_path):
+    whole = surrogates(tiny_data)[0]
+    for one in (whole, replace(whole, kept=torch.arange(4).expand(len(whole.images), 4).clone())):
+        stored = StoredSurrogate(one.save(tmp_path / "s.safetensors"))
+        assert content_digest(stored) == content_digest(one)
+        for change in ({"labels": one.labels.flip(0)}, {"teacher_logits": one.teacher_logits + 1}):
+            assert content_digest(replace(one, **change)) != content_digest(one)
 
 
 def test_surrogates_must_go_together(tiny_backbone, tiny_data):

@@ -96,7 +96,7 @@ def test_original_data(rehearse):
     assert not (generated[0].images[0] == images.images).flatten(1).all(1).any()
 
 
-def test_what_is_meta_trained(rehearse):
+def test_what_is_meta_trained(rehearse, monkeypatch):
     """Tab. 10: all weights and no LoRA; LoRA in the blocks that the row names."""
     found = cells(rehearse, "table10")
     for row, blocks in (("LoRA (the first 6 layers)", range(6)), ("LoRA (the last 6 layers)", range(6, 12))):
@@ -111,6 +111,12 @@ def test_what_is_meta_trained(rehearse):
     again = everything(world, {**settings, "meta": {**settings["meta"], "steps": 3}}).state_dict()
     assert all(torch.equal(after[name], again[name]) for name in after)
     assert not any(p.requires_grad for p in model.parameters())
+    seen = []
+    loss = learning.episode_loss
+    monkeypatch.setattr(learning, "episode_loss", lambda *a: seen.append(a[2].resampling is not None) or loss(*a))
+    more = {**settings["meta"], "steps": 2, "episodes_per_step": 3, "resolutions": [16]}
+    everything(world, {**settings, "meta": more})
+    assert seen == [True] * 6, "each episode of a step, at lower resolutions"
 
 
 def test_seconds_of_learning(rehearse, tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from lorarecycle.adapters.adapter import Head
 from lorarecycle.cli.main import main
 from lorarecycle.reproduce import prepare as preparing
 from lorarecycle.reproduce import run as running
@@ -135,6 +137,14 @@ def test_adapters_of_a_folder_are_looked_at_first(root, experiment, tmp_path, ma
     rows = [{"name": "a", "settings": {"surrogates": {"images": "real"}}}]
     with pytest.raises(ValueError, match="`surrogates.images` must be 'inverted' for adapters of a folder"):
         prepare_run(experiment(settings=settings, rows=rows), **file)
+    for names in (("x", "test 1", "y"), ("LABEL_0", "1", "2")):
+        head = Head(torch.zeros(3, demo.embed_dim), class_names=names)
+        make_adapter(demo, head=False).with_head(head).save(place / "a")
+        make_adapter(demo, head=False, seed=1).with_head(head).save(place / "b")
+        if "test 1" in names:
+            with pytest.raises(ValueError, match="must have classes that no adapter was tuned on, got 'test 1'"):
+                prepare_run(experiment(settings=settings), **file)
+    assert prepare_run(experiment(settings=settings), **file).todo(), "a number says nothing"
 
 
 def test_cells_of_adapters_ask_for_no_test_set(root, experiment, tmp_path):
@@ -271,6 +281,43 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
         ({"settings": {**SMALL, "meta": {"colour": 1}}}, "`meta` must name settings of MetaConfig .* got colour"),
         ({"settings": {**SMALL, "tasks": {"n_way": 9}}}, "set 'shapes' must have 9 classes of at least 16 images"),
         ({"settings": {**SMALL, "tasks": {"n_query": 12}}}, "must have 5 classes of at least 13 images .*, got 0"),
+        (
+            {"settings": {**SMALL, "meta": {**SMALL["meta"], "n_query": 4}}},
+            r"meta.n_shot \+ meta.n_query = 5 images of a class, got 4",
+        ),
+        (
+            {
+                "settings": {
+                    **SMALL,
+                    "surrogates": {"images": "real"},
+                    "meta": {**SMALL["meta"], "n_query": 4},
+                    "adapters": {**SMALL["adapters"], "per_class": 3},
+                }
+            },
+            r"meta.n_shot \+ meta.n_query = 5 images of a class, got 3",
+        ),
+        (
+            {"settings": {**SMALL, "meta": {"n_way": 4}}},
+            "`n_way` must be at most the classes of every adapter, got n_way=4",
+        ),
+        (
+            {"settings": {**SMALL, "learn": "everything", "meta": {"n_query": 2, "guide_weight": 0.5}}},
+            "`meta.guide_weight` must be 0 where `learn` is 'everything', got 0.5",
+        ),
+        (
+            {
+                "settings": {**SMALL, "tasks": {"n_way": 4}},
+                "rows": [{"name": "a", "settings": {"method": "caml", "options": {"max_way": 3}}}],
+            },
+            "`options.max_way` must be at least `tasks.n_way` for method 'caml', got 3 and 4",
+        ),
+        (
+            {
+                "sets": {"shapes": {"path": "shapes.npz"}, "again": {"path": "shapes.npz", "test": "train"}},
+                "settings": {**SMALL, "set": "again"},
+            },
+            "set 'again' must have each class in one part only, got 'train 0' both in the part that adapters",
+        ),
         ({"columns": [{"name": "a", "shows": "beauty"}]}, "`shows` must be one of accuracy, .*, got 'beauty'"),
         ({"settings": {**SMALL, "adapters": {"per_class": 0}}}, "`adapters.per_class` must be at least 1, .* got 0"),
         (

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from lorarecycle.adapters.adapter import Head
 from lorarecycle.data.images import normalize
 from lorarecycle.fewshot.images import TaskImages
+from lorarecycle.fewshot.methods import zero_shot
 from lorarecycle.fewshot.methods.average import average, average_factors
-from lorarecycle.fewshot.methods.base import Task, accuracy
+from lorarecycle.fewshot.methods.base import Given, Task, accuracy
 from lorarecycle.fewshot.methods.caml import CAML
 from lorarecycle.fewshot.methods.episodes import EpisodeDraw, pool_classes
 from lorarecycle.fewshot.methods.lorahub import LoRAHub, LoRAHubNearestMean, WeightedSum
@@ -20,9 +21,10 @@ from lorarecycle.fewshot.methods.registry import make_method
 from lorarecycle.fewshot.methods.shrunk import ShrunkMean
 from lorarecycle.fewshot.methods.text import Names, words
 from lorarecycle.fewshot.methods.tuned import Trainable, augmented
-from lorarecycle.fewshot.methods.zero_shot import Episodes, text_head
+from lorarecycle.fewshot.methods.zero_shot import Episodes, ZeroShotRecycle, text_head
 from lorarecycle.inversion.surrogate import Surrogate
 from lorarecycle.meta.prototypes import class_centres, distance_logits
+from lorarecycle.meta.train import learning_rate
 
 SITES = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -96,6 +98,31 @@ def test_the_average_re_factored_is_the_average_where_the_rank_suffices(tiny_bac
     assert set(cut.sites) == set(whole.sites)
     for site in whole.sites:
         torch.testing.assert_close(cut.delta(site), whole.delta(site), rtol=1e-4, atol=1e-4)
+
+
+def test_every_rank_of_the_average_can_learn(tiny_backbone, make_adapter):
+    """Also those that one adapter of a lower rank leaves open."""
+    lora = average_factors([make_adapter(tiny_backbone, r=2)], tiny_backbone, 5)
+    features = tiny_backbone(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), lora=lora)
+    features.square().sum().backward()
+    for weight in lora.lora_B.values():
+        assert (weight.grad.abs().amax(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize(("steps", "peak"), [(20, 5), (40, 10)])
+def test_a_short_zero_shot_training_has_one_whole_cycle(tiny_backbone, make_adapter, monkeypatch, steps, peak):
+    method, rates = ZeroShotRecycle(steps=steps), []
+
+    def rate(step, meta, lr):
+        rates.append(learning_rate(step, meta, lr))
+        return 0.0
+
+    monkeypatch.setattr(zero_shot, "learning_rate", rate)
+    given = Given(tiny_backbone, [make_adapter(tiny_backbone)], (), (), None)
+    method._learn(given, lambda step, encode: encode(torch.zeros(1, 3, 32, 32)).sum())
+    assert len(rates) == steps
+    assert rates.index(max(rates)) == peak
+    assert rates[-1] < max(rates) / 10
 
 
 @pytest.mark.slow
