@@ -114,8 +114,12 @@ def describe_run(
         "base": {
             "name": backbone.name,
             "sha256": backbone.digest(),
-            "image_size": backbone.image_size,
             "weights": backbone.weights_file,
+            "image_size": backbone.image_size,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "resize": backbone.fit.resize,
+            "crop_pct": backbone.fit.crop_pct,
         },
         "dtype": str(dtype).removeprefix("torch."),
         "adapters": [{"name": a.name, "sha256": a.weights_digest()} for a in adapters],
@@ -137,7 +141,8 @@ def load_base(
 
     Args:
         record: of the run, see `describe_run`.
-        base, weights, image_size: as in `Backbone.load`; name and size that the record knows when None.
+        base, weights, image_size: as in `Backbone.load`; name and size are the record's when None. The rest of how
+            images are prepared is the record's.
         device: where it runs.
 
     Raises:
@@ -145,8 +150,9 @@ def load_base(
         FileNotFoundError: see `Backbone.load`.
     """
     known = record["base"]
-    name, size = base or str(known["name"]), image_size or known.get("image_size")
-    found = Backbone.load(name, weights=weights, image_size=size, device=device).float()
+    own: dict[str, Any] = {key: known.get(key) for key in ("image_size", "mean", "std", "resize", "crop_pct")}
+    own |= {} if image_size is None else {"image_size": image_size}
+    found = Backbone.load(base or str(known["name"]), weights=weights, **own, device=device).float()
     rounded = (found.clone().to(dtype).float() for dtype in ROUNDED)
     same = next((one for one in itertools.chain([found], rounded) if known.get("sha256") in (None, one.digest())), None)
     if same is None:

@@ -384,6 +384,7 @@ def test_a_run_goes_on_with_its_own_prior(tiny_backbone, adapters, tmp_path, mon
         recycle(adapters, base=tiny_backbone, **settings)
 
 
+@pytest.mark.medium
 def test_a_prior_given_as_a_module(tiny_backbone, adapters, caplog):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
     torch.nn.init.normal_(network[0].weight, generator=torch.Generator().manual_seed(0))

@@ -51,7 +51,9 @@ std::vector<fs::path> sorted_entries(const fs::path& folder) {
 
 // The images of a class, in its folder and all below; a link to a folder above leads nowhere new.
 void add_images(const fs::path& folder, std::vector<fs::path> above, std::vector<fs::path>& files) {
-  above.push_back(fs::canonical(folder));
+  const fs::path own = fs::canonical(folder);
+  for (fs::path path = own; path != path.root_path(); path = path.parent_path()) above.push_back(path);
+  above.push_back(own.root_path());
   for (const auto& entry : sorted_entries(folder)) {
     if (is_litter(entry)) continue;
     if (fs::is_directory(entry)) {
@@ -91,7 +93,7 @@ void FewShot::fit(const fs::path& support) {
   for (const auto& folder : sorted_entries(support)) {
     if (!fs::is_directory(folder) || is_litter(folder)) continue;
     std::vector<fs::path> files;
-    add_images(folder, {fs::canonical(support)}, files);
+    add_images(folder, {}, files);
     if (files.empty()) throw std::runtime_error(folder.string() + " must hold PNG or JPEG files, got none.");
     classes_.push_back(folder.filename().string());
     centres.push_back(features(files).mean(0));

@@ -52,7 +52,8 @@ class Report:
         if self.data is not None:  # accuracy is kept there
             for folder in self.runs:
                 require_place(folder, "runs", folder=True)
-        models = [self._base(run) for run in runs] if self.machine.base or self.data is not None else []
+        machine = self.machine
+        named = machine.base or machine.weights or machine.image_size
         if self.data is not None:
             one = self.adapters[0] if len(self.adapters) == 1 else self.adapters
             adapters = load_all(one).adapters if self.adapters else []
@@ -60,16 +61,16 @@ class Report:
                 measured_run(
                     folder,
                     self.data,
-                    model,
+                    self._base(run),
                     adapters,
                     split=self.split,
                     download=self.download,
                     config=self.config,
                     quiet=self.manners.quiet,
                 )
-                for folder, model in zip(self.runs, models, strict=True)
+                for folder, run in zip(self.runs, runs, strict=True)
             ]
-        print(write_page(runs, output, models[0] if self.machine.base else None))
+        print(write_page(runs, output, self._base(runs[0]) if named else None))
 
     def _base(self, run: Run) -> Backbone:
         from ..runtime.device import resolve
@@ -82,22 +83,33 @@ class Report:
 
 
 def tasks_for(data: str) -> EvaluateConfig:
-    """Tasks that the data has classes and images for: five-way with 15 queries a class where it has as many.
+    """Tasks that the data has classes and images for: five-way with 15 queries a class, or fewer, which is said.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: no such data, fewer than two classes, or too few images of one.
     """
+    import logging
+
     from ..data.sets import open_dataset
     from ..fewshot.tasks import sample_tasks
 
     found, usual = open_dataset(data), EvaluateConfig()
     if len(found.class_names) < 2:
         raise ValueError(f"`data` {data} must have at least two classes, got {list(found.class_names)}.")
-    fewest = max(1, min(found.counts) - 1)
-    config = EvaluateConfig(n_way=min(usual.n_way, len(found.class_names)), n_query=min(usual.n_query, fewest))
-    shape = {"n_way": config.n_way, "n_shot": 1, "n_query": config.n_query, "n_tasks": 1, "seed": config.seed}
-    sample_tasks(found.labels, groups=found.groups, **shape)
-    return config
+    n_way, n_query = min(usual.n_way, len(found.class_names)), usual.n_query
+    while True:
+        shape = {"n_way": n_way, "n_shot": 1, "n_query": n_query, "n_tasks": usual.n_tasks, "seed": usual.seed}
+        try:
+            sample_tasks(found.labels, groups=found.groups, **shape)
+            break
+        except ValueError:
+            if n_query == 1:
+                raise
+            n_query -= 1
+    if n_query < usual.n_query:
+        text = "%s has images for %d queries of each class in a task, not %d: accuracy is measured on these"
+        logging.getLogger(__name__).warning(text, data, n_query, usual.n_query)
+    return EvaluateConfig(n_way=n_way, n_query=n_query)
 
 
 def measured_run(

@@ -79,7 +79,8 @@ class CondPDiff(LoRAGenerator):
             codes = torch.cat([self._encode(vector) for vector in self._normalise(examples)[0].split(1)])
         self.latents = torch.stack([codes.mean(dim=0), codes.std(dim=0, correction=0).clamp(min=1e-6)])
         codes = (codes - self.latents[0]) / self.latents[1]
-        known = hash_tensor(str(codes.dtype), codes.shape, codes.cpu().contiguous().numpy().reshape(-1))
+        weights = torch.cat([tensor.cpu().float().flatten() for tensor in self.model.state_dict().values()])
+        known = hash_tensor(str(weights.dtype), weights.shape, weights.numpy())
         denoiser = seeded(self._build_denoiser, config.seed + 1)
         kept = schedule(config.diffusion_steps).cumprod(dim=0)  # share of the signal's variance, alpha bar
 
@@ -103,7 +104,7 @@ class CondPDiff(LoRAGenerator):
             name=f"fit {self.method} diffusion",
             setting="diffusion_epochs",
             checkpoint=after,
-            run={**run_record(self, examples, machine), "codes": known},
+            run={**run_record(self, examples, machine), "autoencoder": known},
             quiet=machine.quiet,
         )
         self.denoiser = denoiser

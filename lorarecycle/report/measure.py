@@ -55,10 +55,16 @@ def measure_run(
     Raises:
         ValueError: fewer classes than `n_way`, or too few images for any of `n_shots`; an adapter that does not fit.
     """
-    config, shortest = as_config(EvaluateConfig, config), min(data.counts)
-    fitting = [shot for shot in n_shots if shot + config.n_query <= shortest] or [min(n_shots)]
+    config = as_config(EvaluateConfig, config)
     shape = {"n_way": config.n_way, "n_query": config.n_query, "n_tasks": config.n_tasks, "seed": config.seed}
-    tasks = {shot: sample_tasks(data.labels, n_shot=shot, groups=data.groups, **shape) for shot in fitting}
+    tasks, errors = {}, []
+    for shot in sorted(n_shots):
+        try:
+            tasks[shot] = sample_tasks(data.labels, n_shot=shot, groups=data.groups, **shape)
+        except ValueError as error:
+            errors.append(error)
+    if not tasks:
+        raise errors[0]
     methods: dict[str, Adapter | None] = {PLAIN: None}
     if adapters:
         meta = run.config.meta
@@ -79,7 +85,7 @@ def measure_run(
         features = extract_features(model, data.images, quiet=quiet)
         found = {shot: Evaluation(task_accuracies(features, t, config.distance), t) for shot, t in tasks.items()}
         rows[method] = {str(shot): {"accuracy": one.accuracy, "interval": one.interval} for shot, one in found.items()}
-    fewest = tasks[min(fitting)]
+    fewest = tasks[min(tasks)]
     measured = {
         "data": name,
         "images": len(data),

@@ -91,7 +91,7 @@ def check_adapters(world: World, settings: Mapping[str, Any], *, heads: bool = T
 
 
 def check_unseen(world: World, settings: Mapping[str, Any]) -> None:
-    """Make sure that no class that adapters were tuned on is tested on, whatever its set is called.
+    """Make sure that no class that adapters were tuned on is tested on, see `check_apart`.
 
     Raises:
         ValueError: one is; of adapters of a folder, one that their heads name.
@@ -100,7 +100,8 @@ def check_unseen(world: World, settings: Mapping[str, Any]) -> None:
     if not chosen.get("folder"):
         for seen in chosen["of"]:
             for one in tested:
-                check_apart(world.open(seen, "train"), world.open(one, "test"), one)
+                other = None if seen == one else seen
+                check_apart(world.open(seen, "train"), world.open(one, "test"), one, other)
         return
     heads = [adapter.head.class_names for adapter in world.own_adapters(settings) if adapter.head is not None]
     known = {name for names in heads for name in names if not is_number(name)}
@@ -114,7 +115,7 @@ def check_unseen(world: World, settings: Mapping[str, Any]) -> None:
 
 
 def check_meta(world: World, settings: Mapping[str, Any]) -> None:
-    """Make sure that what learns can draw its episodes.
+    """Make sure that what learns can draw its episodes, where it draws any.
 
     Raises:
         ValueError: too few classes or images of an adapter, or a guide where all weights learn.
@@ -122,6 +123,8 @@ def check_meta(world: World, settings: Mapping[str, Any]) -> None:
     chosen, meta, count = settings["adapters"], meta_config(settings), world.count(settings)
     if settings["learn"] == "everything" and meta.guide_weight > 0:
         raise ValueError(f"`meta.guide_weight` must be 0 where `learn` is 'everything', got {meta.guide_weight}.")
+    if settings["learn"] == "joint" or meta.steps == 0 or meta.guide_weight == 1:
+        return  # no episode of classes is drawn
     per_class = inversion_config(settings).images_per_class
     if chosen.get("folder"):
         names = [a.head.class_names for a in world.own_adapters(settings)[:count] if a.head is not None]

@@ -179,23 +179,34 @@ def find_known(name: str, own: Mapping[str, Any]) -> Known:
     return KNOWN[name]
 
 
-def check_apart(seen: Dataset, unseen: Dataset, name: str) -> None:
+def check_apart(seen: Dataset, unseen: Dataset, name: str, other: str | None = None) -> None:
     """Make sure that no class is tuned on and tested on: accuracy on seen classes is no few-shot accuracy.
 
+    Args:
+        seen: that adapters are tuned on.
+        unseen: that is tested on.
+        name: of the set that both are parts of, or that the second is.
+        other: of the set that the first is a part of, where it is another one: "healthy" may mean another thing there.
+
     Raises:
-        ValueError: a class, named, is in both; or an image of classes that are mere numbers, which may be others.
+        ValueError: a class, named, is in both parts of one set; or an image of classes that are mere numbers, or of
+            another set, which may be others.
     """
     both = sorted(set(seen.class_names) & set(unseen.class_names))
-    named, numbered = ([one for one in both if is_number(one) is number] for number in (False, True))
-    found = repr(named[0]) if named else ""
-    if not found and numbered:
-        images = [set(part.select_classes(numbered).image_digests) for part in (seen, unseen)]
+    found = next((repr(one) for one in both if other is None and not is_number(one)), "")
+    if both and not found:
+        images = []
+        for part in (seen, unseen):
+            numbers = {part.class_names.index(one) for one in both}
+            owned = zip(part.image_digests, part.labels.tolist(), strict=True)
+            images.append({digest for digest, label in owned if label in numbers})
         shared = len(images[0] & images[1])
-        found = f"{shared} images of the classes {', '.join(numbered[:5])}" if shared else ""
+        found = f"{shared} images of the classes {', '.join(both[:5])}" if shared else ""
     if found:
+        where = f"set {name!r}" if other is None else f"the sets {other!r} and {name!r}"
         raise ValueError(
-            f"set {name!r} must have each class in one part only, got {found} both in the part that adapters are "
-            "tuned on and in the part that is tested on; take it out of one of them."
+            f"{where} must have each class in one part only, got {found} both in the part that adapters are tuned on "
+            "and in the part that is tested on; take it out of one of them."
         )
 
 

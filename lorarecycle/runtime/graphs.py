@@ -79,13 +79,14 @@ def held_weakly(method: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """A bound method with its arguments, which does not keep its object alive.
 
     An object that holds a `Step` of its own methods is freed with the last reference to it, and with it the memory of
-    its graph.
+    its graph. It must be alive when the step is taken: a graph reads and writes its tensors.
     """
     held = weakref.WeakMethod(method)
 
     def call() -> Any:
         alive = held()
-        assert alive is not None, "the step's owner is gone"
+        if alive is None:
+            raise RuntimeError("a step was taken whose object is gone.")
         return alive(*args)
 
     return call

@@ -17,6 +17,9 @@ from .attention import AttentionKind
 from .forward import Encoder
 from .support import share
 
+CLASSIFIERS = ("head.", "head_dist.", "aux_head.")
+"""Keys of timm's modules that no feature comes from."""
+
 
 class Backbone(Encoder):
     """A frozen `timm.models.VisionTransformer`, or `Eva` with one layer for queries, keys and values.
@@ -96,7 +99,7 @@ class Backbone(Encoder):
         return made
 
     def digest(self) -> str:
-        """SHA-256 (hex) over weights and the preparation of images."""
+        """SHA-256 (hex) over the weights that features come from, and the preparation of images: no classifier's."""
         fit = "" if self.fit == Fit(self.image_size) else f" {self.fit.resize} {self.fit.crop_pct}"
         sha = hashlib.sha256(f"{self.image_size} {self.mean} {self.std}{fit}".encode())
         rotation = getattr(self.vit, "rotation", None)
@@ -104,6 +107,8 @@ class Backbone(Encoder):
             table = rotation.table((2, 3), torch.device("cpu"))
             sha.update(f"{rotation.half}".encode() + table.numpy().tobytes())
         for name, tensor in sorted(self.vit.state_dict().items()):
+            if name.startswith(CLASSIFIERS):
+                continue
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()

@@ -21,7 +21,7 @@ class ReplayedForward:
     """Features of normalised batches, as `Backbone.forward` gives them without gradient.
 
     On a GPU a shape that comes again is captured as a CUDA graph. The backbone's weights stay where they are: what is
-    written into them counts, moving or casting it asks for a new object. Threads take turns.
+    written into them counts, moving or casting it asks for a new object. Threads take turns, on one stream.
 
     Args:
         backbone: frozen.

@@ -49,7 +49,7 @@ def test_evaluate_takes_any_method(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_rate_that_is_given_leaves_seed_and_distance_to_the_method(monkeypatch):
+def test_the_seed_reaches_a_method_whose_rate_is_given(monkeypatch):
     seen = {}
     monkeypatch.setattr(
         "lorarecycle.fewshot.evaluate.evaluate", lambda *args, method, **kwargs: seen.update(method=method)

@@ -113,7 +113,9 @@ def test_the_runner_prepares_images_as_the_base_does(runner, model, photos, tmp_
     first = min((tmp_path / "support").glob("*/*.jpg"))
     (first.parent / "more").mkdir()
     first.rename(first.parent / "more" / "0.JFIF")
-    (first.parent / "loop").symlink_to(tmp_path / "support", target_is_directory=True)
+    shutil.copy(photos[0] / "alpha.png", tmp_path)
+    for name, target in (("loop", tmp_path / "support"), ("up", tmp_path)):
+        (first.parent / name).symlink_to(target, target_is_directory=True)
     for hidden in ("a/._0.png", ".hidden/0.png", "__MACOSX/a/._0.jpg", "@eaDir/0.png", "Lost+Found/0.png"):
         (tmp_path / "support" / hidden).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "support" / hidden).write_bytes(b"\0\5\x16\7Mac OS X")

@@ -78,15 +78,21 @@ def test_diffusion_learns_the_tasks_and_repeats(pool, vectors, tmp_path):
     )
 
 
-def test_a_diffusion_of_other_codes_is_refused(pool, vectors, quick, tmp_path, monkeypatch):
-    """Its checkpoint goes with one autoencoder, whose length may hang on the machine."""
+def test_a_diffusion_of_another_autoencoder_is_refused(pool, vectors, quick, tmp_path, monkeypatch):
+    """Whose length may hang on the machine."""
     quick |= {"diffusion_epochs": 4, "diffusion_steps": 5, "hidden": 8}
     checkpoint = tmp_path / "checkpoint.safetensors"
     CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
     checkpoint.unlink()
-    encode = CondPDiff._encode
-    monkeypatch.setattr(CondPDiff, "_encode", lambda self, rows: encode(self, rows).square())
-    with pytest.raises(ValueError, match="differs in codes"):
+    fit = CondPDiff._fit_autoencoder
+
+    def longer(self, examples, machine):
+        fit(self, examples, machine)
+        for weight in self.model.parameters():
+            weight.data.mul_(1.01)
+
+    monkeypatch.setattr(CondPDiff, "_fit_autoencoder", longer)
+    with pytest.raises(ValueError, match="differs in autoencoder"):
         CondPDiff.fit(pool, vectors, config=quick, device="cpu", checkpoint=checkpoint, quiet=True)
 
 

@@ -147,6 +147,19 @@ def test_adapters_of_a_folder_are_looked_at_first(root, experiment, tmp_path, ma
     assert prepare_run(experiment(settings=settings), **file).todo(), "a number says nothing"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"learn": "joint"}, {"meta": {"guide_weight": 1.0}}, {"meta": {"steps": 0}}],
+    ids=["joint", "guide", "none"],
+)
+def test_what_draws_no_episodes_needs_no_images_for_them(root, experiment, tmp_path, changes):
+    settings = {**SMALL, **changes, "meta": {**SMALL["meta"], "n_query": 15, **changes.get("meta", {})}}
+    rows = [{"name": "a"}]
+    assert prepare_run(
+        experiment(settings=settings, rows=rows), data=root, work_dir=tmp_path / "work", **MACHINE
+    ).todo()
+
+
 def test_cells_of_adapters_ask_for_no_test_set(root, experiment, tmp_path):
     """Losses of inverted images: the set that is named to be tested on is not there, and nobody wants it."""
     settings = {**SMALL, "set": "cub", "kind": "losses", "area": "foreground"}
@@ -316,7 +329,7 @@ def test_cells_that_fail_do_not_stop_the_others(root, experiment, tmp_path, monk
                 "sets": {"shapes": {"path": "shapes.npz"}, "again": {"path": "shapes.npz", "test": "train"}},
                 "settings": {**SMALL, "set": "again"},
             },
-            "set 'again' must have each class in one part only, got 'train 0' both in the part that adapters",
+            "the sets 'shapes' and 'again' must have each class in one part only, got 48 images of the classes train 0",
         ),
         ({"columns": [{"name": "a", "shows": "beauty"}]}, "`shows` must be one of accuracy, .*, got 'beauty'"),
         ({"settings": {**SMALL, "adapters": {"per_class": 0}}}, "`adapters.per_class` must be at least 1, .* got 0"),

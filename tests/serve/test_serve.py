@@ -95,6 +95,9 @@ def test_a_run_is_served_with_its_own_base(tmp_path, make_adapter):
     assert open_model(tmp_path / "run", dtype="float32").backbone.image_size == 64
     with pytest.raises(ValueError, match=r"`base` must be the model that the run was of \(demo\), got .* 32 pixels"):
         open_model(tmp_path / "run", image_size=32)
+    other = Backbone.load("demo", mean=(0.1, 0.2, 0.3), resize="squash", crop_pct=0.9)
+    recycle([make_adapter(other)], base=other, work_dir=tmp_path / "other", meta={"steps": 0}, quiet=True)
+    assert open_model(tmp_path / "other").backbone.mean == (0.1, 0.2, 0.3)
     half = Backbone.load("demo", dtype=torch.bfloat16)
     recycle([make_adapter(half)], base=half, work_dir=tmp_path / "half", meta={"steps": 0}, quiet=True)
     assert open_model(tmp_path / "half").backbone.image_size == 32

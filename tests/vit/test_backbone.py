@@ -305,3 +305,14 @@ def test_attention_of_another_kind_is_refused(build_vit: Callable[..., Any]) -> 
         pytest.skip("this timm has one kind of attention only")
     with pytest.raises(ValueError, match="DiffAttention"):
         Backbone(build_vit(attn_layer="diff"))
+
+
+def test_a_classifier_is_no_part_of_the_digest() -> None:
+    """A module that is given with one, and the same model loaded without."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    vits = [VisionTransformer(**shape, num_classes=n) for n in (0, 7)]
+    vits[0].load_state_dict(vits[1].state_dict(), strict=False)
+    digests = [Backbone(vit, name="tiny").digest() for vit in vits]
+    assert digests[0] == digests[1]
+    vits[1].blocks[0].mlp.fc1.weight.data[0, 0] += 1
+    assert Backbone(vits[1], name="tiny").digest() != digests[0]
