@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SHARE = 0.5
 """Of the free memory that images may take where no budget is given."""
@@ -15,6 +17,8 @@ SHARE = 0.5
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had: on a GPU what its driver says, else what the system says is available."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     total = total_memory()
     found = [_counted("SC_AVPHYS_PAGES") or (int(SHARE * total) if total else 1 << 33)]  # macOS counts no free pages

@@ -150,5 +150,5 @@ def test_the_seed_reaches_tasks_and_method(tiny_backbone, tiny_data, monkeypatch
     monkeypatch.setattr(sys.modules["lorarecycle.fewshot.evaluate"], "make_method", make)
     sizes = {**SIZES, "n_tasks": 1}
     result = evaluate(tiny_backbone, tiny_data, method="linear-probe", config=sizes, seed=7, quiet=True)
-    assert made == [{"seed": 7}]
+    assert [settings["like"]["seed"] for settings in made] == [7]
     assert torch.equal(result.tasks.query, sample_tasks(tiny_data.labels, **sizes, seed=7).query)
