@@ -137,9 +137,8 @@ class Job:
         folder, resumed = None, False
         if work_dir is not None:
             folder = WorkDir(Path(work_dir).expanduser(), self._makers())
-            prior = (
-                self.given_prior if folder.finished else self.prior
-            )  # not to be had: said before anything is written
+            # A prior that cannot be had is said before anything is written.
+            prior = self.given_prior if folder.finished else self.prior
             run = describe_run(self.config, self.adapters, self.backbone, self.dtype, prior, images=self.images)
             if folder.finished and self.given_prior is None:
                 run["prior"] = folder.recorded_prior()  # images are there: it is not asked for again
