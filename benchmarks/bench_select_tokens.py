@@ -23,8 +23,7 @@ def _product(images, kept, weight, bias, positions, prefix):
     """All patches by a matrix product, as `Backbone` embeds them on a GPU; "dense" is the convolution."""
     patches = reference.cut_patches(images, weight.shape[-1]).flatten(3).flatten(1, 2)
     x = torch.nn.functional.linear(patches, weight.flatten(1), bias) + positions
-    x = x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+    return reference.gather_tokens(torch.cat([prefix.expand(len(x), -1, -1), x], dim=1), kept, len(prefix))
 
 
 @pytest.mark.parametrize("form", ["ours", "sparse", "dense", "dense_compiled", "product"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +54,7 @@ class Report:
                 require_place(folder, "runs", folder=True)
         machine = self.machine
         named = machine.base or machine.weights or machine.image_size
+        first = self._base(runs[0]) if named or self.data is not None else None
         if self.data is not None:
             one = self.adapters[0] if len(self.adapters) == 1 else self.adapters
             adapters = load_all(one).adapters if self.adapters else []
@@ -61,7 +62,7 @@ class Report:
                 measured_run(
                     folder,
                     self.data,
-                    self._base(run),
+                    first if first is not None and run is runs[0] else self._base(run),
                     adapters,
                     split=self.split,
                     download=self.download,
@@ -70,7 +71,7 @@ class Report:
                 )
                 for folder, run in zip(self.runs, runs, strict=True)
             ]
-        print(write_page(runs, output, self._base(runs[0]) if named else None))
+        print(write_page(runs, output, first if named else None))
 
     def _base(self, run: Run) -> Backbone:
         from ..runtime.device import resolve
@@ -91,25 +92,24 @@ def tasks_for(data: str) -> EvaluateConfig:
     import logging
 
     from ..data.sets import open_dataset
-    from ..fewshot.tasks import sample_tasks
+    from ..fewshot.evaluate import draw_tasks
 
     found, usual = open_dataset(data), EvaluateConfig()
     if len(found.class_names) < 2:
         raise ValueError(f"`data` {data} must have at least two classes, got {list(found.class_names)}.")
-    n_way, n_query = min(usual.n_way, len(found.class_names)), usual.n_query
+    config = replace(usual, n_way=min(usual.n_way, len(found.class_names)))
     while True:
-        shape = {"n_way": n_way, "n_shot": 1, "n_query": n_query, "n_tasks": usual.n_tasks, "seed": usual.seed}
         try:
-            sample_tasks(found.labels, groups=found.groups, **shape)
+            draw_tasks(found, config, config.seed)
             break
         except ValueError:
-            if n_query == 1:
+            if config.n_query == 1:
                 raise
-            n_query -= 1
-    if n_query < usual.n_query:
+            config = replace(config, n_query=config.n_query - 1)
+    if config.n_query < usual.n_query:
         text = "%s has images for %d queries of each class in a task, not %d: accuracy is measured on these"
-        logging.getLogger(__name__).warning(text, data, n_query, usual.n_query)
-    return EvaluateConfig(n_way=n_way, n_query=n_query)
+        logging.getLogger(__name__).warning(text, data, config.n_query, usual.n_query)
+    return config
 
 
 def measured_run(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from .common import Flat, Manners
+from .common import Flat, Machine, Manners
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,7 @@ class Serve:
     """Images of a request."""
     max_bytes: int = 20_000_000
     """Bytes of a request."""
-    base: str | None = None
-    """Model of a run or an adapter; the one that it names when left out."""
-    weights: Path | None = None
-    """Local safetensors weights for the architecture of the model."""
-    image_size: int | None = None
-    """Side in pixels that images are resized to; the run's or the model's own when left out."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; the GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; bfloat16 where the hardware has it."""
+    machine: Annotated[Machine, Flat] = field(default_factory=Machine)
     manners: Annotated[Manners, Flat] = field(default_factory=Manners)
 
     def run(self) -> None:
@@ -46,14 +37,7 @@ class Serve:
         from ..serve.request import Limits
 
         import_gradio()
-        model = open_model(
-            self.source,
-            base=self.base,
-            weights=self.weights,
-            image_size=self.image_size,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        model = open_model(self.source, **vars(self.machine))
         if not self.manners.quiet:
             print(f"http://{self.host}:{self.port}  (stop with Ctrl+C)", file=sys.stderr, flush=True)
         limits = Limits(images=self.max_images, bytes=self.max_bytes)

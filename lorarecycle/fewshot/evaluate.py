@@ -139,14 +139,15 @@ def evaluate(
         meta_lora = Adapter.load(meta_lora)
     if not (isinstance(adapters, (list, tuple)) and all(isinstance(one, Adapter) for one in adapters)):
         adapters = load_adapters(adapters)
-    tasks = _draw(data, config, config.n_tasks, seed) if tasks is None else tasks
+    tasks = draw_tasks(data, config, seed) if tasks is None else tasks
     check_tasks(tasks, data.labels)
     quiet = quiet or not group.leads
     reading = {"batch_size": batch_size, "workers": workers, "quiet": quiet}
     aside: list[Task] | None = None
     if validation is not None:
         like = replace(config, n_way=tasks.n_way, n_shot=tasks.n_shot, n_query=tasks.n_query)
-        drawn = _draw(validation, like, config.n_validation_tasks, derive(seed, "validation"))
+        like = replace(like, n_tasks=config.n_validation_tasks)
+        drawn = draw_tasks(validation, like, derive(seed, "validation"))
         aside = make_tasks(_task_images(validation, backbone, drawn, **reading), drawn, validation.class_names)
     if meta_lora is not None:
         if method.needs.adapters:
@@ -181,15 +182,16 @@ def evaluate(
     return Evaluation(accuracies.cpu(), tasks, prepared - clock, (solved - prepared) / len(found))
 
 
-def _draw(data: LabelledImages | Dataset, config: EvaluateConfig, n_tasks: int, seed: int) -> Tasks:
+def draw_tasks(data: LabelledImages | Dataset, config: EvaluateConfig, seed: int) -> Tasks:
+    """The `config.n_tasks` tasks of the data under a seed; errors as in `sample_tasks`."""
     return sample_tasks(
         data.labels,
         n_way=config.n_way,
         n_shot=config.n_shot,
         n_query=config.n_query,
-        n_tasks=n_tasks,
+        n_tasks=config.n_tasks,
         seed=seed,
-        groups=getattr(data, "groups", None),
+        groups=data.groups,
     )
 
 
@@ -198,10 +200,15 @@ def _task_images(data: LabelledImages | Dataset, backbone: Backbone, tasks: Task
     return TaskImages(data.images, backbone.fit, wanted=wanted, **settings)
 
 
+def seen_names(adapters: Sequence[Adapter], class_names: Sequence[str]) -> list[str]:
+    """The classes that adapters' heads name too, unless the names are mere numbers."""
+    known = {name for adapter in adapters if adapter.head is not None for name in adapter.head.class_names}
+    return sorted(name for name in known & set(class_names) if not is_number(name))
+
+
 def _warn_of_seen(adapters: Sequence[Adapter], class_names: Sequence[str]) -> None:
     """A line in the log where adapters' heads name classes of the tasks, unless the names are mere numbers."""
-    known = {name for adapter in adapters if adapter.head is not None for name in adapter.head.class_names}
-    seen = sorted(name for name in known & set(class_names) if not is_number(name))
+    seen = seen_names(adapters, class_names)
     if seen:
         logger.warning(
             "%d of %d classes have the name of one that an adapter was tuned on (%s): the tasks are not of unseen "

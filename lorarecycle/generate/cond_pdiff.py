@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime.digests import hash_tensor
+from ..runtime.digests import digest_tensor
 from .config import DiffusionConfig
 from .cvae import CVAE
 from .generator import Examples, Machine, draws
@@ -79,8 +79,7 @@ class CondPDiff(LoRAGenerator):
             codes = torch.cat([self._encode(vector) for vector in self._normalise(examples)[0].split(1)])
         self.latents = torch.stack([codes.mean(dim=0), codes.std(dim=0, correction=0).clamp(min=1e-6)])
         codes = (codes - self.latents[0]) / self.latents[1]
-        weights = torch.cat([tensor.cpu().float().flatten() for tensor in self.model.state_dict().values()])
-        known = hash_tensor(str(weights.dtype), weights.shape, weights.numpy())
+        known = digest_tensor(torch.cat([tensor.float().flatten() for tensor in self.model.state_dict().values()]))
         denoiser = seeded(self._build_denoiser, config.seed + 1)
         kept = schedule(config.diffusion_steps).cumprod(dim=0)  # share of the signal's variance, alpha bar
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.resolution import resampling
 from ..inversion.stored import StoredImages, StoredSurrogate, Tables
 from ..inversion.surrogate import Surrogate
-from ..runtime.digests import hash_tensor
+from ..runtime.digests import digest_tensor
 from ..vit.backbone import Backbone
 
 AnySurrogate = Surrogate | StoredSurrogate
@@ -58,17 +58,13 @@ class Bank(NamedTuple):
 
 def content_digest(surrogate: AnySurrogate) -> str:
     """SHA-256 (hex) of all that training reads of a surrogate, in a file or in memory."""
-    if isinstance(surrogate, StoredSurrogate):
-        images = surrogate.images_digest
-    else:
-        pixels = surrogate.images.cpu().contiguous()
-        images = hash_tensor("torch.uint8", pixels.shape, pixels.numpy().reshape(-1))
+    images = surrogate.images_digest if isinstance(surrogate, StoredSurrogate) else digest_tensor(surrogate.images)
     tables = _tables(surrogate)
     sha = hashlib.sha256(repr((images, surrogate.adapter_digest, surrogate.class_names)).encode())
     for table in (surrogate.labels, tables.kept, tables.teacher_logits, tables.scores):
         if table is not None:
-            plain = table.detach().cpu().to(torch.float32 if table.is_floating_point() else torch.int64).contiguous()
-            sha.update(hash_tensor(str(plain.dtype), plain.shape, plain.numpy().reshape(-1)).encode())
+            plain = table.to(torch.float32 if table.is_floating_point() else torch.int64)
+            sha.update(digest_tensor(plain).encode())
         sha.update(b"|")
     return sha.hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..config import EvaluateConfig, as_config
 from ..data.dataset import LabelledImages
-from ..fewshot.evaluate import Evaluation, task_accuracies
+from ..fewshot.evaluate import Evaluation, draw_tasks, task_accuracies
 from ..fewshot.methods.average import average
-from ..fewshot.tasks import Tasks, sample_tasks
+from ..fewshot.tasks import Tasks
 from ..meta.prototypes import Distance, class_centres, distance_logits
 from ..meta.warm_start import warm_start
 from ..runtime.files import write_json
@@ -56,11 +57,10 @@ def measure_run(
         ValueError: fewer classes than `n_way`, or too few images for any of `n_shots`; an adapter that does not fit.
     """
     config = as_config(EvaluateConfig, config)
-    shape = {"n_way": config.n_way, "n_query": config.n_query, "n_tasks": config.n_tasks, "seed": config.seed}
     tasks, errors = {}, []
     for shot in sorted(n_shots):
         try:
-            tasks[shot] = sample_tasks(data.labels, n_shot=shot, groups=data.groups, **shape)
+            tasks[shot] = draw_tasks(data, replace(config, n_shot=shot), config.seed)
         except ValueError as error:
             errors.append(error)
     if not tasks:
@@ -90,7 +90,7 @@ def measure_run(
         "data": name,
         "images": len(data),
         "classes": list(data.class_names),
-        "tasks": {**shape, "distance": config.distance},
+        "tasks": {name: getattr(config, name) for name in ("n_way", "n_query", "n_tasks", "seed", "distance")},
         "rows": rows,
         "confusion": confusion(features, data.labels, fewest, config.distance).tolist(),
     }

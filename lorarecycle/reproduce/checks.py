@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from ..data.names import is_number
+from ..fewshot.evaluate import seen_names
 from ..fewshot.methods.recycled import LoRARecycle
 from ..meta.episodes import check_episodes
 from .accuracy import chooses_rate, validation_set
@@ -108,10 +108,8 @@ def check_unseen(world: World, settings: Mapping[str, Any]) -> None:
                 other = None if seen == one else seen
                 check_apart(world.open(seen, "train"), world.open(one, "test"), one, other)
         return
-    heads = [adapter.head.class_names for adapter in world.own_adapters(settings) if adapter.head is not None]
-    known = {name for names in heads for name in names if not is_number(name)}
     for one in tested:
-        both = sorted(known & set(world.open(one, "test").class_names))
+        both = seen_names(world.own_adapters(settings), world.open(one, "test").class_names)
         if both:
             text = "%d classes of set %r have the name of one that an adapter of %s was tuned on (%s): %s"
             shown, doubt = ", ".join(both[:5]), "the tasks are not of unseen classes, unless these are others"

@@ -104,9 +104,11 @@ def facts(world: World, settings: Mapping[str, Any]) -> Facts:
 
 def _task_facts(world: World, settings: Mapping[str, Any]) -> Facts:
     """What moves the images of the tasks, and the plain model's answers."""
+    whole, classes = world.open(set_names(settings)[0], "train"), _enough(world, settings).class_names
     return {
         **world.base_facts(settings),
-        "set": _enough(world, settings).digest(),
+        "set": whole.digest(),  # known already, where that of some classes would read their images again
+        **({"classes": classes} if classes != whole.class_names else {}),
         "seed": settings["seed"],
         "per_class": settled(settings)["per_class"],
     }

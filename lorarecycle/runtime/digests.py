@@ -17,7 +17,7 @@ KEY = "lorarecycle_sha256"
 
 def make_digests(tensors: Mapping[str, Tensor], strings: Mapping[str, str]) -> str:
     """The value of `KEY` for tensors on the CPU and the other metadata."""
-    found = {name: _of_tensor(tensor) for name, tensor in sorted(tensors.items())}
+    found = {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())}
     return json.dumps({"": _of_strings(strings), **found})
 
 
@@ -50,7 +50,7 @@ def check_digests(
     if expected.get("") != _of_strings(rest):
         raise ValueError(refusal(path, "other metadata"))
     for name, tensor in tensors.items():
-        if expected[name] != _of_tensor(tensor):
+        if expected[name] != digest_tensor(tensor):
             raise ValueError(refusal(path, f"another {name!r}"))
     return rest
 
@@ -76,10 +76,11 @@ def hash_tensor(dtype: str, shape: Collection[int], content: Any) -> str:
     return sha.hexdigest()
 
 
-def _of_tensor(tensor: Tensor) -> str:
+def digest_tensor(tensor: Tensor) -> str:
+    """`hash_tensor` of a tensor, wherever it lies."""
     import torch
 
-    plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hash_tensor(str(tensor.dtype), tensor.shape, plain.numpy().data)
 
 

@@ -48,15 +48,15 @@ class ReplayedForward:
                 return self._backbone(images, pool=pool)
             with self._turn:  # one buffer for all who ask
                 self._seen[key] += 1
-                often = self._seen[key] > self._after
-                if not often or (key not in self._steps and len(self._steps) == SHAPES):
-                    return self._backbone(images, pool=pool)
-                if key not in self._steps:
-                    self._steps[key] = self._static(images, pool)
-                there, features, step = self._steps[key]
-                there.copy_(images)
-                step()
-                return features.clone()
+                room = key in self._steps or len(self._steps) < SHAPES
+                if self._seen[key] > self._after and room:
+                    if key not in self._steps:
+                        self._steps[key] = self._static(images, pool)
+                    there, features, step = self._steps[key]
+                    there.copy_(images)
+                    step()
+                    return features.clone()
+            return self._backbone(images, pool=pool)
 
     def _static(self, images: Tensor, pool: str) -> tuple[Tensor, Tensor, Step]:
         backbone = self._backbone

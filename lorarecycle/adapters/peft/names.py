@@ -168,9 +168,14 @@ def check_layout(layout: str) -> None:
         ValueError: there is no such layout.
         ImportError: its names need transformers, which is not installed.
     """
+    require_layout(layout)
+    find_names(layout, classifier=False)
+
+
+def require_layout(layout: str) -> None:
+    """Raises ValueError for a layout that there is none of."""
     if layout not in ALL_LAYOUTS:
         raise ValueError(f"`layout` must be one of {ALL_LAYOUTS}, got {layout!r}.")
-    find_names(layout, classifier=False)
 
 
 def find_names(layout: str, *, classifier: bool) -> Names:

@@ -20,7 +20,7 @@ from .config import CONFIG_FILE, make_config
 from .head import HEAD_FILES, model_width, place_head
 from .keys import PREFIX, WEIGHTS_FILE
 from .metadata import METADATA_FILE, Metadata
-from .names import PARTS, Names, check_layout, find_names
+from .names import PARTS, Names, find_names, require_layout
 from .seal import SEAL, make_seal
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def write_peft(
         ValueError: unknown layout, or factors that the layout has no place for.
         OSError: writing failed; earlier files in `directory` are whole.
     """
-    check_layout(layout)
+    require_layout(layout)
     placed = place_head(adapter.head, layout, model_width(adapter.factors))
     names = find_names(layout, classifier=bool(placed.inside))
     modules, columns = _modules(adapter, names)

@@ -41,12 +41,8 @@ class PMF(Tuned):
 
     def _setup(self, given: Given) -> None:
         pool = pool_classes(given.surrogates)
-        images, n_way, n_shot = (
-            pool.images,
-            min(self.n_way, len(pool.class_names)),
-            min(self.n_shot, min(pool.counts) - 1),
-        )
-        draw = EpisodeDraw(pool.labels, n_way, n_shot, self.n_query)
+        images, n_way = pool.images, min(self.n_way, len(pool.class_names))
+        draw = EpisodeDraw(pool.labels, n_way, min(self.n_shot, min(pool.counts) - 1), self.n_query)
         self.trainable = Trainable(given.backbone)
 
         def loss(step: int) -> Tensor:
